@@ -1,0 +1,39 @@
+"""Named starting points. A preset is a full config; the command line overrides single fields of it."""
+
+from rpt_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DecoderConfig,
+    EvalConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PositionsConfig,
+    RolloutConfig,
+    RunConfig,
+    SupervisedConfig,
+)
+
+# The quickstart: worked puzzles, 0.8 M parameters, 2 CPU cores, minutes.
+TINY_WORKED = Config(
+    run=RunConfig(num_steps=250),
+    data=DataConfig(template="minimal", trunk_length=64, window_stride=32),
+    positions=PositionsConfig(
+        entropy_threshold=2.0,
+        # The first free digit lies at token 15 at the latest: nothing determines it, so it is no task.
+        min_context_tokens=17,
+        unfiltered_fraction=0.15,
+        difficulty_thresholds=(0.5, 1.0, 2.0),
+    ),
+    model=DecoderConfig(num_layers=4, width=128, mlp_width=384, num_heads=4, num_kv_heads=4, head_size=32),
+    supervised=SupervisedConfig(num_steps=470, batch_size=40),
+    rollout=RolloutConfig(
+        num_trunks=48, prompts_per_trunk=1, group_size=8, max_completion_tokens=32, temperature=1.0
+    ),
+    optimizer=OptimizerConfig(learning_rate=4e-4, max_grad_norm=1.0, weight_decay=0.0),
+    checkpoint=CheckpointConfig(every_steps=50),
+    eval=EvalConfig(every_steps=50),
+)
+
+PRESETS = {"tiny_worked": TINY_WORKED}

@@ -1,0 +1,379 @@
+"""Every setting of a run: frozen dataclasses, each default stated once, checked before any compile.
+
+Precedence: the default here, then the preset (`experiments/presets.py`), then the command line. The text under a
+field is its help text. A derived value is a property or is computed where it is used, never a stored field.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rpt_jax.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    directory: str = ""
+    """Run directory; created if missing. Empty: runs/<preset>."""
+    seed: int = 0
+    """Seeds parameters, data order and sampling noise. A run is a function of (config, seed, data)."""
+    num_steps: int = 100
+    """RPT updates after the warm start."""
+    control: bool = True
+    """Also train the control: next-token training on the same documents, from the same start, with the same compute."""
+    completions_every_steps: int = 10
+    """Write one rollout batch's completions (parquet) every so many steps. 0: never."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str = ""
+    """Training documents: a .txt, .jsonl or .parquet file, or a glob of them."""
+    heldout_path: str = ""
+    """Held-out documents for evaluation. Empty: the last `heldout_fraction` of the training documents."""
+    heldout_fraction: float = 0.1
+    """Share of documents kept for evaluation when `heldout_path` is empty; in (0, 1)."""
+    text_template: str = "{text}"
+    """How a jsonl or parquet record becomes a document, e.g. '{problem}\\n\\n{solution}'."""
+    tokenizer: str = ""
+    """Tokenizer directory. Empty: train a byte-level BPE on the training documents."""
+    tokenizer_vocab_size: int = 1024
+    """Vocabulary size of the trained tokenizer when `tokenizer` is empty."""
+    template: Literal["minimal", "v0", "v6"] = "v6"
+    """Prompt around a context: minimal (text, then <think>), or the paper's v0-like or v6-like wording."""
+    chat: bool = False
+    """Wrap the prompt in the tokenizer's chat template."""
+    trunk_length: int = 512
+    """Tokens of a trunk: template header plus document window. Longer documents become overlapping windows."""
+    window_stride: int = 256
+    """Document tokens between the starts of neighbouring windows."""
+    continuation_tokens: int = 8
+    """True tokens after a position that a prediction may reach into; later bytes count as unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionsConfig:
+    selector: Literal["entropy_threshold", "random"] = "entropy_threshold"
+    """entropy_threshold keeps positions above `entropy_threshold` (arXiv:2506.08007 §3.3); random keeps all, to be sampled."""
+    entropy_threshold: float = 1.0
+    """Nats; the paper does not state its training threshold."""
+    renormalize: bool = False
+    """Renormalise the proxy's 16 most likely tokens before taking the entropy."""
+    min_context_tokens: int = 16
+    """Document tokens that must precede a position: early positions look falsely uncertain."""
+    unfiltered_fraction: float = 0.0
+    """Share of training positions drawn from all positions instead of the selected ones; in [0, 1)."""
+    max_positions_per_document: int = 8
+    """At most so many training positions of one document, drawn at random."""
+    max_documents: int = 0
+    """Choose positions in the first so many training documents only. 0: in all of them."""
+    difficulty_thresholds: tuple[float, float, float] = (0.5, 1.0, 1.5)
+    """Entropy above which a position is easy, medium, hard (nested; arXiv:2506.08007 §4.1), nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    vocab_size: int = 0
+    """Entries of the embedding. 0: the tokenizer's size."""
+    num_layers: int = 4
+    width: int = 128
+    mlp_width: int = 384
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 32
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2)."""
+    qk_norm: bool = True
+    """RMS-normalise each query and key head (Qwen3)."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output head."""
+    activation_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products; parameters, norms, softmax and log-probabilities stay float32."""
+    remat: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum on the layers' matrices, AdamW on everything else."""
+    learning_rate: float = 1e-6
+    matrix_learning_rate: float = 0.02
+    """Muon's own rate for the layers' matrices."""
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.01
+    max_grad_norm: float = 0.2
+    """Global gradient norm is clipped to this. 0: no clipping."""
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear"] = "constant"
+    """After warm-up: constant, or linear to zero at the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+    path: str = ""
+    """jsonl of {"text", "completion"?} in training order. Empty: the training documents themselves, shuffled."""
+    num_steps: int = 0
+    """Warm-start updates before RPT. 0: none."""
+    batch_size: int = 40
+    """Sequences per update."""
+    context_weight: float = 0.2
+    """Loss weight of a text that has a completion; completions, and texts without one, have weight 1."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            name="muon", learning_rate=3e-3, weight_decay=0.0, max_grad_norm=1.0, warmup_steps=10
+        )
+    )
+    """The warm start's optimizer."""
+    control_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-3, max_grad_norm=1.0, warmup_steps=10)
+    )
+    """The control's optimizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    num_trunks: int = 32
+    """Documents per rollout batch (U)."""
+    prompts_per_trunk: int = 8
+    """Positions per document in a batch (M); a document with fewer is padded, one with more becomes more trunks."""
+    group_size: int = 8
+    """Rollouts per position (G); at least 2."""
+    max_completion_tokens: int = 256
+    """Sampling stops here (C); such rollouts count as truncated."""
+    temperature: float = 0.8
+    """Log-probabilities in training are those of this temperature. 0: greedy, log-probabilities at 1."""
+    top_p: float = 1.0
+    """Sample inside the smallest set of tokens with at least this probability; in (0, 1]."""
+    top_k: int = 0
+    """Sample among the k most likely tokens. 0: no limit."""
+
+    @property
+    def sampling(self) -> dict:
+        """The arguments of `rollout.engine.generate` that shape the law."""
+        names = ("max_completion_tokens", "temperature", "top_p", "top_k")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def training_temperature(self) -> float:
+        """Temperature of the law whose log-probabilities are trained: the sampler's; greedy rollouts have 1."""
+        return self.temperature or 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    name: Literal["prefix", "first_token", "dense", "conditional_dense"] = "prefix"
+    """prefix: arXiv:2506.08007 eq. 3; the others are its appendix A."""
+    boxed_mode: Literal["balanced", "tail", "balanced_then_tail"] = "balanced"
+    """How the end of the last box is found: its balancing brace, or the completion's last brace."""
+    require_think_end: bool = True
+    """Only a box after the last </think> counts."""
+    unescape_newline: bool = False
+    """Where the prediction as written fails, also try it with backslash-n read as a newline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    advantage: Literal["grpo", "mean", "rloo", "batch_std", "opo"] = "grpo"
+    """Baseline and scale of the reward; see rl/advantages.py."""
+    aggregation: Literal["seq_mean", "token_mean", "constant"] = "token_mean"
+    """How token terms become one number; see rl/losses.py."""
+    clip_eps_low: float = 0.2
+    clip_eps_high: float = 0.2
+    """Ratio bounds 1 - low and 1 + high; inert with one update per rollout batch."""
+    kl_coef: float = 0.0
+    """Weight of the KL term towards the policy that RPT started from. 0: no reference policy is kept."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    ntp_coef: float = 0.0
+    """Weight of a next-token term on the trunks' document tokens, added to the RL loss."""
+    num_minibatches: int = 1
+    """Updates per rollout batch; 1 is exactly on-policy."""
+    microbatch_trunks: int = 0
+    """Trunks per forward-backward pass; gradients add up. 0: the whole minibatch at once."""
+    dynamic_sampling_from_step: int = -1
+    """From this step on, degenerate groups are replaced by further rounds of rollouts (the paper: 500). -1: never."""
+    dynamic_sampling_rounds: int = 2
+    """At most so many rollout rounds per update."""
+    max_skipped_updates: int = 5
+    """Stop after so many updates in a row were skipped for a non-finite loss or gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    data: int = 1
+    """Replicas of the parameters; trunks are split over data x fsdp."""
+    fsdp: int = 1
+    """Shards of parameters and optimizer state; trunks are split over data x fsdp."""
+    tensor: int = 1
+    """Shards of heads, MLP width and vocabulary."""
+
+    @property
+    def num_devices(self) -> int:
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def trunk_shards(self) -> int:
+        return self.data * self.fsdp
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 100
+    """Save every so many steps, and after the last."""
+    keep: int = 2
+    """Checkpoints kept, newest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every_steps: int = 50
+    """Evaluate before the first step, every so many steps, and after the last."""
+    num_positions: int = 200
+    """Held-out positions per split, drawn uniformly within the split, the same ones at every evaluation."""
+    final_num_positions: int = 800
+    """The same for the first and last evaluation, whose figures the tables show."""
+    num_samples: int = 8
+    """Sampled rollouts per position (the k of pass@k and majority@k)."""
+    batch_trunks: int = 64
+    """Held-out windows per evaluation batch; a speed setting, results do not depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    positions: PositionsConfig = PositionsConfig()
+    model: DecoderConfig = DecoderConfig()
+    supervised: SupervisedConfig = SupervisedConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def validate(self) -> None:
+        """Check everything that can be checked without data or devices.
+
+        Raises:
+            ConfigError: names the field, the value received, what is required and what to change.
+        """
+        for name, value, minimum in self._lower_bounds():
+            if value < minimum:
+                raise ConfigError(f"{name}={value}; it must be at least {minimum}. Raise {name}.")
+        for name, value in (
+            ("data.heldout_fraction", self.data.heldout_fraction),
+            ("positions.unfiltered_fraction + 1e-9", self.positions.unfiltered_fraction + 1e-9),
+        ):
+            if not 0 < value < 1:
+                raise ConfigError(f"{name}={value}; it must lie in (0, 1). Choose a share between them.")
+        if not 0 < self.rollout.top_p <= 1:
+            raise ConfigError(f"rollout.top_p={self.rollout.top_p}; it must lie in (0, 1]. Use 1 for no limit.")
+        if list(self.positions.difficulty_thresholds) != sorted(self.positions.difficulty_thresholds):
+            raise ConfigError(
+                f"positions.difficulty_thresholds={self.positions.difficulty_thresholds}; they must not decrease "
+                "(easy, medium, hard). Sort them."
+            )
+        self._validate_divisions()
+
+    def _lower_bounds(self):
+        rollout, loss, model = self.rollout, self.loss, self.model
+        yield from (
+            ("rollout.group_size", rollout.group_size, 2),
+            ("rollout.num_trunks", rollout.num_trunks, 1),
+            ("rollout.prompts_per_trunk", rollout.prompts_per_trunk, 1),
+            ("rollout.max_completion_tokens", rollout.max_completion_tokens, 1),
+            ("rollout.temperature", rollout.temperature, 0.0),
+            ("rollout.top_k", rollout.top_k, 0),
+            ("run.num_steps", self.run.num_steps, 0),
+            ("run.completions_every_steps", self.run.completions_every_steps, 0),
+            ("supervised.num_steps", self.supervised.num_steps, 0),
+            ("supervised.batch_size", self.supervised.batch_size, 1),
+            ("loss.num_minibatches", loss.num_minibatches, 1),
+            ("loss.microbatch_trunks", loss.microbatch_trunks, 0),
+            ("loss.kl_coef", loss.kl_coef, 0.0),
+            ("loss.ntp_coef", loss.ntp_coef, 0.0),
+            ("loss.dynamic_sampling_rounds", loss.dynamic_sampling_rounds, 1),
+            ("loss.max_skipped_updates", loss.max_skipped_updates, 1),
+            ("data.trunk_length", self.data.trunk_length, 2),
+            ("data.window_stride", self.data.window_stride, 1),
+            ("data.continuation_tokens", self.data.continuation_tokens, 1),
+            ("positions.min_context_tokens", self.positions.min_context_tokens, 1),
+            ("positions.max_positions_per_document", self.positions.max_positions_per_document, 1),
+            ("positions.max_documents", self.positions.max_documents, 0),
+            ("mesh.data", self.mesh.data, 1),
+            ("mesh.fsdp", self.mesh.fsdp, 1),
+            ("mesh.tensor", self.mesh.tensor, 1),
+            ("checkpoint.every_steps", self.checkpoint.every_steps, 1),
+            ("checkpoint.keep", self.checkpoint.keep, 1),
+            ("eval.every_steps", self.eval.every_steps, 1),
+            ("eval.num_positions", self.eval.num_positions, 2),
+            ("eval.final_num_positions", self.eval.final_num_positions, 2),
+            ("eval.num_samples", self.eval.num_samples, 1),
+            ("eval.batch_trunks", self.eval.batch_trunks, 1),
+            ("model.num_layers", model.num_layers, 1),
+            ("model.num_kv_heads", model.num_kv_heads, 1),
+            ("model.width", model.width, 1),
+        )
+
+    def _validate_divisions(self) -> None:
+        model, mesh, loss = self.model, self.mesh, self.loss
+        minibatch = self.rollout.num_trunks // loss.num_minibatches
+        microbatch = loss.microbatch_trunks or minibatch
+        shards = "mesh.data * mesh.fsdp"
+        divisions = [
+            ("model.num_heads", model.num_heads, "model.num_kv_heads", model.num_kv_heads),
+            ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", mesh.tensor),
+            ("model.mlp_width", model.mlp_width, "mesh.tensor", mesh.tensor),
+            ("model.width", model.width, "mesh.fsdp", mesh.fsdp),
+            ("model.head_size", model.head_size, "2 (rotary halves)", 2),
+            ("rollout.num_trunks", self.rollout.num_trunks, "loss.num_minibatches", loss.num_minibatches),
+            ("trunks of a minibatch", minibatch, "loss.microbatch_trunks", microbatch),
+            ("trunks of a microbatch", microbatch, shards, mesh.trunk_shards),
+            ("supervised.batch_size", self.supervised.batch_size, shards, mesh.trunk_shards),
+            ("eval.batch_trunks", self.eval.batch_trunks, shards, mesh.trunk_shards),
+        ]
+        if model.vocab_size:
+            divisions.append(("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor))
+        for name, value, by_name, by in divisions:
+            if value % by:
+                raise ConfigError(f"{name}={value} is not divisible by {by_name}={by}. Change one of the two.")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> "Config":
+        """The inverse of `to_json`; raises ConfigError on unknown, missing or ill-typed fields."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not a JSON config ({error}); it must be what Config.to_json wrote.") from error
+        return _build(Config, values, "config")
+
+
+def _build(cls: type, values: Any, where: str):
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} is {type(values).__name__}; it must be an object of fields.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown, missing = sorted(set(values) - set(fields)), sorted(set(fields) - set(values))
+    if unknown or missing:
+        raise ConfigError(
+            f"{where} has unknown fields {unknown} and lacks {missing}; it must name each field of {cls.__name__} "
+            "once. Use the version of rpt_jax that wrote it, or write it anew."
+        )
+    built = {}
+    for name, value in values.items():
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            built[name] = _build(kind, value, f"{where}.{name}")
+        else:
+            built[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**built)

@@ -1,0 +1,117 @@
+"""A context and a template become token ids: trunk = BOS + header + document window, tail = what asks for the answer.
+
+Header and tail are tokenised alone and do not depend on the position, so every cut of a document shares its trunk and
+the document keeps the corpus's own tokens. The paper's seven wordings (arXiv:2506.08007 Table 10) are followed in
+meaning, not in words.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rpt_jax.config import DataConfig
+from rpt_jax.data.documents import Document
+from rpt_jax.errors import ConfigError
+from rpt_jax.tokenizer import THINK_CLOSE, THINK_OPEN, Tokenizer
+
+# One long fence for every document: a fence chosen to suit the text would tell a shared trunk about its future.
+_FENCE = "`" * 7
+
+_TASK = (
+    "Continue a text. Under the heading ### Context you find its beginning; say which token comes next. First reason "
+    "step by step about what could follow, then give the token inside \\boxed{}. A token may begin with a space, and "
+    "the space is part of it: for a piece of a word write \\boxed{ pre}, for an operator \\boxed{ +}. Put nothing but "
+    "the token inside the braces and do not wrap it in \\text{}.\n\n"
+)
+_CANDIDATES = (
+    "While you reason, list several tokens that could come next, weigh them against each other, and only then choose.\n\n"
+)
+
+# name -> (header, tail), both around the raw context.
+_TEMPLATES = {
+    "minimal": ("", ""),
+    "v0": (_TASK + "### Context\n", "\n"),
+    "v6": (
+        _TASK + _CANDIDATES + f"### Context\n{_FENCE}\n",
+        f"\n{_FENCE}\n\nNow list candidates for the token that follows the context, decide, and box your choice.\n",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """Token ids around a context.
+
+    Attributes:
+        header: i32 [.], goes before the document window (BOS included); may be empty.
+        tail: i32 [E], goes after the cut; never empty.
+    """
+
+    header: np.ndarray
+    tail: np.ndarray
+
+
+def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
+    """Tokenise the configured template.
+
+    Raises:
+        ConfigError: the trunk has no room for text after the header, or the tokenizer cannot spell the marks
+            that answers are read by.
+        DataError: data.chat without a usable chat template.
+    """
+    header, tail = _TEMPLATES[config.template]
+    if config.chat:
+        before, after = tokenizer.chat_parts()
+        header, tail = before + header, tail + after
+    if THINK_OPEN not in tail:
+        tail += THINK_OPEN + ("" if config.template == "minimal" else "\n")
+    for mark in (THINK_OPEN, THINK_CLOSE + "\\boxed{}"):
+        spelled = tokenizer.decode(tokenizer.encode(mark)).lstrip(" ")
+        if spelled != mark:
+            raise ConfigError(
+                f"the tokenizer spells {mark!r} as {spelled!r}; thinking and answers are read by these marks. "
+                "Use a tokenizer that can write them (add them as non-special tokens)."
+            )
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    template = Template(
+        header=np.asarray(bos + (tokenizer.encode(header) if header else []), np.int32),
+        tail=np.asarray(tokenizer.encode(tail), np.int32),
+    )
+    if len(template.header) >= config.trunk_length:
+        raise ConfigError(
+            f"template {config.template!r} takes {len(template.header)} of data.trunk_length={config.trunk_length} "
+            "tokens; at least one must be left for text. Raise --data.trunk-length."
+        )
+    return template
+
+
+def continuation(document: Document, index: int, token_bytes: list[bytes], num_tokens: int) -> tuple[bytes, list[int]]:
+    """True bytes from token `index` on, at most `num_tokens` tokens, and their boundary lengths.
+
+    Boundaries are those of the corpus's own tokens; a zero-byte token adds none (arXiv:2506.08007 eq. 3).
+    """
+    pieces = [token_bytes[t] for t in document.tokens[index : index + num_tokens]]
+    ends = np.cumsum([len(p) for p in pieces])
+    return b"".join(pieces), sorted({int(end) for end in ends if end > 0})
+
+
+def candidate_mask(document: Document, token_bytes: list[bytes], *, min_context_tokens: int, num_tokens: int):
+    """bool [length]: positions that can be asked for and answered.
+
+    Left out: too little context; a context that ends, or a target whose every boundary within `num_tokens` lies,
+    inside a UTF-8 character; targets without bytes (special tokens).
+    """
+    pieces = [token_bytes[t] for t in document.tokens]
+    lengths = np.array([len(p) for p in pieces])
+    text = np.frombuffer(b"".join(pieces), np.uint8)
+    ends = np.cumsum(lengths)
+    # A UTF-8 character starts at every byte that is not 10xxxxxx, and at the end of the text.
+    starts_character = np.append((text & 0xC0) != 0x80, True)
+    whole_at_end = starts_character[ends]
+    whole_at_start = np.append(True, whole_at_end[:-1]) if len(ends) else whole_at_end
+    length = len(pieces)
+    next_whole = np.full(length + 1, length + num_tokens)
+    for index in range(length - 1, -1, -1):
+        next_whole[index] = index if whole_at_end[index] else next_whole[index + 1]
+    reachable = next_whole[:length] - np.arange(length) < num_tokens
+    return (np.arange(length) >= min_context_tokens) & whole_at_start & (lengths > 0) & reachable

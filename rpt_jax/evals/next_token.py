@@ -1,0 +1,256 @@
+"""Next-token accuracy by difficulty, of one model thinking and predicting directly on the same held-out positions.
+
+Splits follow arXiv:2506.08007 §4.1: easy, medium and hard are nested, by the proxy's entropy. Every split is a uniform
+sample of its positions; every figure comes with its number of positions and standard error.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rpt_jax.config import Config
+from rpt_jax.data.documents import Document
+from rpt_jax.data.pipeline import TaskSource
+from rpt_jax.data.positions import PositionTable, score_documents
+from rpt_jax.models import decoder
+from rpt_jax.parallel.mesh import shard_batch
+from rpt_jax.rewards.answer import answer_tables, extract_predictions
+from rpt_jax.rewards.prefix import first_token_reward, prefix_match_reward
+from rpt_jax.rl.scoring import score
+from rpt_jax.rollout.engine import generate, rollout_key, to_sequences
+from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE, Tokenizer
+from rpt_jax.types import Rollouts, TaskBatch
+
+
+def difficulty_splits(
+    table: PositionTable, documents: list[Document], thresholds: tuple[float, float, float], limit: int, *, seed: int
+) -> dict[str, np.ndarray]:
+    """Name -> position ids, at most `limit` drawn uniformly from each split.
+
+    all · settled (entropy at most the easy threshold) · easy ⊇ medium ⊇ hard · each label and label family of the
+    documents ("determined/3" is also in "determined") · "hard determined" for a family's share of hard.
+    Draws follow one random order, so nested splits share positions.
+    """
+    easy, medium, hard = (table.entropy > t for t in thresholds)
+    masks = {"all": np.ones(len(table), bool), "settled": ~easy, "easy": easy, "medium": medium, "hard": hard}
+    rows = {(int(d), int(i)): row for row, (d, i) in enumerate(zip(table.document, table.index, strict=True))}
+    for number, document in enumerate(documents):
+        for index, label in document.labels:
+            row = rows.get((number, index))
+            for name in {label, label.split("/")[0]} if row is not None else ():
+                masks.setdefault(name, np.zeros(len(table), bool))[row] = True
+    for family in sorted({name for name in masks if "/" not in name} - {"all", "settled", "easy", "medium", "hard"}):
+        masks[f"hard {family}"] = masks[family] & hard
+    order = np.random.default_rng(seed).permutation(len(table))
+    splits = {name: np.sort(order[mask[order]][:limit]) for name, mask in sorted(masks.items())}
+    return {name: ids for name, ids in splits.items() if len(ids)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Evaluates parameters on fixed positions of held-out documents.
+
+    Attributes:
+        source: held-out tasks; splits: name -> position ids (`difficulty_splits`).
+    """
+
+    config: Config
+    mesh: Mesh
+    tokenizer: Tokenizer
+    source: TaskSource
+    splits: dict[str, np.ndarray]
+
+    def evaluate(self, params, *, thinking: bool = True) -> dict:
+        """Figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
+
+        sampled_*: mean over k sampled rollouts at the rollout temperature; greedy_*: temperature 0; direct_*: argmax
+        without thinking; pass@k and majority@k over the sampled ones; reasoned_logprob: log mean_i p(x_t | context,
+        thought_i), nats, beside direct_logprob; thought_tokens: mean completion length; no_prediction: share of
+        sampled rollouts without a closed box. prefix and first: the two readings of a correct token.
+
+        Args:
+            thinking: False leaves out everything but the direct figures.
+        """
+        ids = np.unique(np.concatenate(list(self.splits.values())))
+        columns = self._direct(params, ids)
+        if thinking:
+            columns |= self._thinking(params, ids)
+        row_of = {int(i): row for row, i in enumerate(ids)}
+        results = {}
+        for name, members in self.splits.items():
+            rows = [row_of[int(i)] for i in members]
+            results[name] = {metric: _mean_with_error(values[rows]) for metric, values in columns.items()}
+        return results
+
+    def _direct(self, params, ids) -> dict[str, np.ndarray]:
+        source, settings = self.source, self.config
+        needed = np.unique(source.table.document[ids])
+        table = score_documents(
+            settings.model,
+            params,
+            self.mesh,
+            [source.documents[d] for d in needed],
+            source.token_bytes,
+            bos_id=self.tokenizer.bos_id,
+            window=source.window,
+            stride=source.stride,
+            batch_trunks=settings.eval.batch_trunks,
+            settings=settings.positions,
+            continuation_tokens=source.continuation_tokens,
+        )
+        rows = {(int(needed[d]), int(i)): r for r, (d, i) in enumerate(zip(table.document, table.index, strict=True))}
+        take = [rows[int(source.table.document[i]), int(source.table.index[i])] for i in ids]
+        targets = np.array([source.documents[source.table.document[i]].tokens[source.table.index[i]] for i in ids])
+        predicted = table.direct_token[take]
+        batch = source.make([[int(i)] for i in ids], prompts_per_trunk=1, group_size=1)
+        table_bytes, lengths = self.tokenizer.byte_table()
+        known = predicted < self.tokenizer.vocab_size
+        safe = np.where(known, predicted, self.tokenizer.eos_id)
+        prefix = prefix_match_reward(
+            table_bytes[safe], lengths[safe], batch.continuation_bytes[:, 0], batch.boundary_mask[:, 0]
+        )
+        return {
+            "direct_prefix": np.asarray(prefix) * known,
+            "direct_first": (predicted == targets).astype(np.float32),
+            "direct_logprob": table.direct_logprob[take],
+        }
+
+    def _thinking(self, params, ids) -> dict[str, np.ndarray]:
+        settings, k = self.config, self.config.eval.num_samples
+        U, M = settings.eval.batch_trunks, settings.rollout.prompts_per_trunk
+        trunks = self.source.group(ids, M)
+        columns: dict[str, np.ndarray] = {}
+        for first in range(0, len(trunks), U):
+            group = trunks[first : first + U]
+            group = group + [[]] * (U - len(group))
+            parts = {}
+            for style, group_size, temperature in (("sampled", k, settings.rollout.temperature), ("greedy", 1, 0.0)):
+                batch = self.source.make(group, prompts_per_trunk=M, group_size=group_size)
+                parts |= self._rollout_figures(params, batch, style, temperature)
+            position_ids = batch.position_ids.reshape(-1)
+            real = position_ids >= 0
+            rows = np.searchsorted(ids, position_ids[real])
+            for metric, values in parts.items():
+                columns.setdefault(metric, np.zeros(len(ids), np.float32))[rows] = values.reshape(-1)[real]
+        return columns
+
+    def _rollout_figures(self, params, batch: TaskBatch, style: str, temperature: float) -> dict[str, np.ndarray]:
+        """Figures [U, M] of one batch of rollouts."""
+        settings = self.config
+        U, M, G = batch.row_ids.shape
+        device_batch = shard_batch(self.mesh, batch)
+        rollouts = generate(
+            settings.model,
+            params,
+            device_batch,
+            # Steps are below 2^31 - 1: evaluation noise is never a training step's.
+            rollout_key(settings.run.seed, 2**31 - 1),
+            max_completion_tokens=settings.rollout.max_completion_tokens,
+            temperature=temperature,
+            top_p=settings.rollout.top_p,
+            top_k=settings.rollout.top_k,
+            eos_id=self.tokenizer.eos_id,
+            vocab_size=self.tokenizer.vocab_size,
+        )
+        rewards, predictions = _judge(settings, self.tokenizer.byte_table(), rollouts, device_batch)
+        found, lengths = (np.asarray(a).reshape(U, M, G) for a in (predictions.found, predictions.lengths))
+        prefix, first = (np.asarray(r).reshape(U, M, G) for r in rewards)
+        figures = {
+            f"{style}_prefix": prefix.mean(-1),
+            f"{style}_first": first.mean(-1),
+            f"{style}_no_prediction": 1 - found.mean(-1),
+            f"{style}_thought_tokens": np.asarray(rollouts.mask).sum(-1).reshape(U, M, G).mean(-1),
+        }
+        if style == "sampled":
+            texts = np.asarray(predictions.bytes).reshape(U, M, G, -1)
+            figures["pass@k"] = prefix.max(-1)
+            figures["majority@k"] = _majority(texts, lengths, found, prefix)
+            logprobs = self._thought_logprobs(params, device_batch, rollouts, predictions.think_end_tokens)
+            # log mean_i p(x_t | context, thought_i)
+            figures["reasoned_logprob"] = np.asarray(jax.nn.logsumexp(logprobs, axis=-1) - np.log(G))
+            figures["forced_close"] = (np.asarray(predictions.think_end_tokens).reshape(U, M, G) == 0).mean(-1)
+        return figures
+
+    def _thought_logprobs(self, params, batch: TaskBatch, rollouts: Rollouts, think_end_tokens):
+        """log p(x_t | context, thought) f32 [U, M, G]: the thought, then the box's opening, then the true token.
+
+        A thought that never closed is closed by force (counted as forced_close).
+        """
+        box, close = self.tokenizer.encode(BOX_OPEN), self.tokenizer.encode(THINK_CLOSE)
+        stubs = (close + box, box)
+        width = max(len(s) for s in stubs)
+        stub_ids = np.array([s + [0] * (width - len(s)) for s in stubs], np.int32)
+        stub_lengths = np.array([len(s) for s in stubs], np.int32)
+        return _forced_target_logprobs(self.config.model, params, batch, rollouts, think_end_tokens, stub_ids, stub_lengths)
+
+
+def _judge(config: Config, byte_table, rollouts: Rollouts, batch: TaskBatch):
+    """((prefix f32 [B], first f32 [B]), Predictions)."""
+    table, lengths = byte_table
+    G, Y = batch.row_ids.shape[-1], batch.continuation_bytes.shape[-1]
+    tokens, mask = (a.reshape(-1, a.shape[-1]) for a in (rollouts.tokens, rollouts.mask))
+    predictions = extract_predictions(
+        tokens,
+        mask,
+        table,
+        lengths,
+        mode=config.reward.boxed_mode,
+        require_think_end=config.reward.require_think_end,
+        max_prediction_bytes=Y,
+        tables=answer_tables(table, lengths),
+    )
+    truth = tuple(jnp.repeat(a.reshape(-1, Y), G, axis=0) for a in (batch.continuation_bytes, batch.boundary_mask))
+    rewards = tuple(f(predictions.bytes, predictions.lengths, *truth) for f in (prefix_match_reward, first_token_reward))
+    return rewards, predictions
+
+
+@jax.jit
+def _append_target(tokens_URC, keep_UR, is_closed_UR, stub_ids, stub_lengths, target_UR):
+    """Kept thought tokens, then a stub, then the target: (tokens [U, R, C'], mask, index of the target).
+
+    Row 0 of the stubs closes the thought and opens the box; row 1 opens the box only.
+    """
+    columns = jnp.arange(tokens_URC.shape[-1] + stub_ids.shape[-1] + 1)
+    which = is_closed_UR.astype(jnp.int32)
+    keep = keep_UR[..., None]
+    size = stub_lengths[which][..., None]
+    padded = jnp.pad(tokens_URC, ((0, 0), (0, 0), (0, columns.size - tokens_URC.shape[-1])))
+    in_stub = jnp.clip(columns - keep, 0, stub_ids.shape[-1] - 1)
+    stub = jnp.take_along_axis(stub_ids[which], in_stub, axis=-1)
+    tokens = jnp.where(columns < keep, padded, jnp.where(columns < keep + size, stub, target_UR[..., None]))
+    return tokens, columns <= keep + size, (keep + size)[..., 0]
+
+
+def _forced_target_logprobs(config, params, batch: TaskBatch, rollouts: Rollouts, think_end_tokens, stub_ids, stub_lengths):
+    U, M, G = batch.row_ids.shape
+    think_end = think_end_tokens.reshape(U, M * G)
+    keep = jnp.where(think_end > 0, think_end, rollouts.mask.sum(-1))
+    target = jnp.repeat(batch.target_tokens, G, axis=1)
+    tokens, mask, last = _append_target(rollouts.tokens, keep, think_end > 0, stub_ids, stub_lengths, target)
+    sequences = to_sequences(batch, tokens, mask)
+    logprobs = score(config, params, sequences, num_completion=tokens.shape[-1], temperature=1.0)
+    return jnp.take_along_axis(logprobs, last[..., None], axis=-1)[..., 0].reshape(U, M, G)
+
+
+def _majority(texts, lengths, found, correct):
+    """f32 [U, M]: reward of the most frequent prediction; the first seen wins a tie, no prediction never wins."""
+    U, M, G = found.shape
+    result = np.zeros((U, M), np.float32)
+    for u in range(U):
+        for m in range(M):
+            votes = [(texts[u, m, g, : lengths[u, m, g]].tobytes(), g) for g in range(G) if found[u, m, g]]
+            if votes:
+                winner = Counter(text for text, _ in votes).most_common(1)[0][0]
+                result[u, m] = correct[u, m, next(g for text, g in votes if text == winner)]
+    return result
+
+
+def _mean_with_error(values: np.ndarray) -> dict:
+    """Mean over positions and its standard error (sample deviation / sqrt n; 0 of a single position)."""
+    n = len(values)
+    error = values.std(ddof=1) / np.sqrt(n) if n > 1 else 0.0
+    return {"value": float(values.mean()), "standard_error": float(error), "n": n}

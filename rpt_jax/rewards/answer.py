@@ -1,0 +1,250 @@
+"""Completion token ids to prediction bytes, on the device: the string in the last \\boxed{} after the last </think>.
+
+A mark may be split over tokens in any way, so marks are found by a finite automaton over bytes whose step for a whole
+token is tabulated once per vocabulary (`answer_tables`). Nothing but a static window of the answer is ever expanded
+to bytes. Nothing is stripped: spaces and newlines belong to the answer (arXiv:2506.08007 §3.3).
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE
+from rpt_jax.types import record
+
+_MODES = ("balanced", "tail", "balanced_then_tail")
+_DEFAULT_MAX_BYTES = 1024
+
+
+@record
+class Predictions:
+    """What completions predict. Of a row without a prediction: length 0, found False."""
+
+    bytes: Any  # u8 [B, X], zero-padded
+    lengths: Any  # i32 [B], bytes of the prediction; more than X where the window cut it
+    found: Any  # bool [B], a box was found and closed (it may be empty)
+    think_end_tokens: Any  # i32 [B], tokens up to and including the one that completes the last </think>; 0: none
+
+
+@record
+class AnswerTables:
+    """What each token does to the scan for marks and braces; from `answer_tables`."""
+
+    think_next: Any  # i32 [V, 8], automaton state after the token, by state before it
+    think_end: Any  # i32 [V, 8], bytes of the token up to the end of the last </think> it completes; 0: none
+    box_next: Any  # i32 [V, 7]
+    box_end: Any  # i32 [V, 7]
+    net: Any  # i32 [V], opening minus closing braces
+    low: Any  # i32 [V], lowest running brace count within the token; at most 0
+    last_close: Any  # i32 [V], bytes up to and including the last closing brace; 0: none
+
+
+def _automaton(mark: str, table_VW, lengths_V):
+    """Transitions of the automaton that looks for `mark`, for every token and state.
+
+    State s: the last s bytes are the mark's first s. No byte of either mark but the first equals its first, so a
+    failed match falls back to state 1 or 0, and matches cannot overlap.
+    """
+    pattern = jnp.frombuffer(mark.encode(), jnp.uint8)
+    size = len(mark)
+    V, W = table_VW.shape
+
+    def step(w, state, end):
+        byte = table_VW[:, w].reshape((V,) + (1,) * (state.ndim - 1))
+        active = (w < lengths_V).reshape(byte.shape)
+        advanced = jnp.where(byte == pattern[state], state + 1, (byte == pattern[0]).astype(jnp.int32))
+        end = jnp.where(active & (advanced == size), w + 1, end)
+        return jnp.where(active, advanced % size, state), end
+
+    state = jnp.broadcast_to(jnp.arange(size), (V, size))
+    end = jnp.zeros((V, size), jnp.int32)
+    head = min(size - 1, W)
+    state, end = jax.lax.fori_loop(0, head, lambda w, c: step(w, *c), (state, end))
+    # After size - 1 bytes of a token the state no longer depends on what came before the token.
+    inner = jax.lax.fori_loop(head, W, lambda w, c: step(w, *c), (state[:, 0], jnp.zeros((V,), jnp.int32)))
+    is_long = (lengths_V >= size - 1)[:, None]
+    return jnp.where(is_long, inner[0][:, None], state), jnp.maximum(end, inner[1][:, None])
+
+
+@jax.jit
+def answer_tables(byte_table_VW, byte_lengths_V) -> AnswerTables:
+    """Tabulate a vocabulary once; pass the result to every `extract_predictions`."""
+    byte_table_VW, byte_lengths_V = jnp.asarray(byte_table_VW), jnp.asarray(byte_lengths_V)
+    think_next, think_end = _automaton(THINK_CLOSE, byte_table_VW, byte_lengths_V)
+    box_next, box_end = _automaton(BOX_OPEN, byte_table_VW, byte_lengths_V)
+    W = byte_table_VW.shape[1]
+    braces_VW = _braces(byte_table_VW, jnp.arange(W) < byte_lengths_V[:, None])
+    is_close = braces_VW < 0
+    return AnswerTables(
+        think_next=think_next,
+        think_end=think_end,
+        box_next=box_next,
+        box_end=box_end,
+        net=braces_VW.sum(-1),
+        low=jnp.minimum(0, jnp.cumsum(braces_VW, axis=-1).min(-1)),
+        last_close=jnp.max(jnp.where(is_close, jnp.arange(1, W + 1), 0), axis=-1),
+    )
+
+
+def _braces(bytes_, mask):
+    """+1 at an opening brace, -1 at a closing one, 0 elsewhere."""
+    return jnp.where(mask, (bytes_ == ord("{")).astype(jnp.int32) - (bytes_ == ord("}")), 0)
+
+
+def _at(array_BC, index_B):
+    return jnp.take_along_axis(array_BC, index_B[:, None], axis=1)[:, 0]
+
+
+def _last(flags_BC):
+    """(index of the last True, any True) per row."""
+    C = flags_BC.shape[1]
+    return jnp.max(jnp.where(flags_BC, jnp.arange(C), 0), axis=1), jnp.any(flags_BC, axis=1)
+
+
+def _first(flags_BC):
+    return jnp.argmax(flags_BC, axis=1), jnp.any(flags_BC, axis=1)
+
+
+def _scan_marks(tables: AnswerTables, tokens_BC, mask_BC):
+    """Bytes of each token up to the end of the last mark it completes, for </think> and for the box; i32 [B, C]."""
+
+    def step(states, inputs):
+        think, box = states
+        token_B, mask_B = inputs
+        ends = (
+            jnp.where(mask_B, tables.think_end[token_B, think], 0),
+            jnp.where(mask_B, tables.box_end[token_B, box], 0),
+        )
+        think = jnp.where(mask_B, tables.think_next[token_B, think], think)
+        box = jnp.where(mask_B, tables.box_next[token_B, box], box)
+        return (think, box), ends
+
+    start = jnp.zeros(tokens_BC.shape[0], jnp.int32)
+    _, (think_end_CB, box_end_CB) = jax.lax.scan(step, (start, start), (tokens_BC.T, mask_BC.T))
+    return think_end_CB.T, box_end_CB.T
+
+
+def _balanced_close(tables, tokens_BC, mask_BC, byte_table_VW, byte_lengths_V, box_token_B, box_offset_B):
+    """Where the brace that balances the box lies: (token, byte offset in it, found), each [B].
+
+    The box's own token is read from its byte offset on; later tokens by their tabulated brace counts; only the token
+    that closes is read bytewise.
+    """
+    W = byte_table_VW.shape[1]
+
+    def depth_inside(token_index_B, depth_B, from_byte_B):
+        token = _at(tokens_BC, token_index_B)
+        in_token = (jnp.arange(W) >= from_byte_B[:, None]) & (jnp.arange(W) < byte_lengths_V[token][:, None])
+        return depth_B[:, None] + jnp.cumsum(_braces(byte_table_VW[token], in_token), axis=1)
+
+    depth_BW = depth_inside(box_token_B, jnp.ones_like(box_token_B), box_offset_B)
+    near_offset, near = _first(depth_BW == 0)
+
+    later = (jnp.arange(tokens_BC.shape[1]) > box_token_B[:, None]) & mask_BC
+    net_BC = jnp.where(later, tables.net[tokens_BC], 0)
+    before_BC = depth_BW[:, -1:] + jnp.cumsum(net_BC, axis=1) - net_BC
+    far_token, far = _first(later & (before_BC + tables.low[tokens_BC] <= 0))
+    far_offset, _ = _first(depth_inside(far_token, _at(before_BC, far_token), jnp.zeros_like(far_token)) == 0)
+    return jnp.where(near, box_token_B, far_token), jnp.where(near, near_offset, far_offset), near | far
+
+
+def _unescape_newlines(bytes_BX, lengths_B):
+    """Replace each backslash-n by a newline and close the gaps."""
+    B, X = bytes_BX.shape
+    inside = jnp.arange(X) < lengths_B[:, None]
+    following = jnp.pad(bytes_BX[:, 1:], ((0, 0), (0, 1)))
+    starts = inside & (bytes_BX == ord("\\")) & (following == ord("n")) & (jnp.arange(X) + 1 < lengths_B[:, None])
+    dropped = jnp.pad(starts[:, :-1], ((0, 0), (1, 0)))
+    target = jnp.where(dropped | ~inside, X, jnp.arange(X) - jnp.cumsum(dropped, axis=1))
+    replaced = jnp.where(starts, jnp.uint8(ord("\n")), bytes_BX)
+    out = jnp.zeros((B, X), jnp.uint8).at[jnp.arange(B)[:, None], target].set(replaced, mode="drop")
+    return out, lengths_B - dropped.sum(1)
+
+
+@partial(jax.jit, static_argnames=("mode", "require_think_end", "unescape_newline", "max_prediction_bytes"))
+def extract_predictions(
+    tokens_BC,
+    mask_BC,
+    byte_table_VW,
+    byte_lengths_V,
+    *,
+    mode: str,
+    require_think_end: bool = True,
+    unescape_newline: bool = False,
+    max_prediction_bytes: int | None = None,
+    tables: AnswerTables | None = None,
+) -> Predictions:
+    """The whole string inside the last \\boxed{} that follows the last </think>. Source: arXiv:2506.08007 §3.3.
+
+    Args:
+        tokens_BC: i32 completion tokens; ids outside [0, V) are not allowed where the mask is True.
+        mask_BC: bool, real tokens.
+        byte_table_VW: u8, byte_lengths_V: i32; `Tokenizer.byte_table()`. Special tokens have no bytes.
+        mode: balanced (up to the brace that balances the box), tail (up to the completion's last brace),
+            balanced_then_tail (tail where balanced finds no end, or finds an empty box while braces remain).
+        require_think_end: without </think> there is no prediction; False searches the whole completion for the last
+            box, whatever marks it holds.
+        unescape_newline: read backslash-n as a newline.
+        max_prediction_bytes: X; None: all bytes there can be, at most 1024.
+        tables: `answer_tables(byte_table_VW, byte_lengths_V)`; None: made here, at every call.
+    Returns:
+        Predictions.
+    Raises:
+        ValueError: unknown mode.
+    """
+    if mode not in _MODES:
+        raise ValueError(f"mode {mode!r}; it must be one of {_MODES}")
+    byte_table_VW, byte_lengths_V = jnp.asarray(byte_table_VW), jnp.asarray(byte_lengths_V)
+    tables = answer_tables(byte_table_VW, byte_lengths_V) if tables is None else tables
+    B, C = tokens_BC.shape
+    W = byte_table_VW.shape[1]
+    X = max_prediction_bytes or min(C * W, _DEFAULT_MAX_BYTES)
+    tokens_BC = jnp.where(mask_BC, tokens_BC, 0)
+
+    ends_BC = jnp.cumsum(jnp.where(mask_BC, byte_lengths_V[tokens_BC], 0), axis=1)
+    starts_BC = jnp.pad(ends_BC[:, :-1], ((0, 0), (1, 0)))
+    think_BC, box_BC = _scan_marks(tables, tokens_BC, mask_BC)
+    think_token, has_think = _last(think_BC > 0)
+    box_token, has_box = _last(box_BC > 0)
+    think_position = _at(starts_BC, think_token) + _at(think_BC, think_token)
+    box_offset = _at(box_BC, box_token)
+    box_position = _at(starts_BC, box_token) + box_offset
+    # Marks cannot overlap, so the box follows the think end iff it ends after it.
+    allowed = has_box & (has_think & (box_position > think_position) if require_think_end else True)
+
+    close_token, close_offset, balanced = _balanced_close(
+        tables, tokens_BC, mask_BC, byte_table_VW, byte_lengths_V, box_token, box_offset
+    )
+    balanced_end = _at(starts_BC, close_token) + close_offset
+    close_BC = jnp.where(mask_BC, tables.last_close[tokens_BC], 0)
+    tail_token, _ = _last(close_BC > 0)
+    tail_end = _at(starts_BC, tail_token) + _at(close_BC, tail_token) - 1
+    has_tail = tail_end >= box_position
+    if mode == "balanced":
+        end, closed = balanced_end, balanced
+    elif mode == "tail":
+        end, closed = tail_end, has_tail
+    else:
+        use_tail = has_tail & (~balanced | (balanced_end == box_position))
+        end, closed = jnp.where(use_tail, tail_end, balanced_end), balanced | has_tail
+
+    found = allowed & closed
+    lengths = jnp.where(found, end - box_position, 0)
+    # Unescaping shortens a prediction to no less than half.
+    width = 2 * X if unescape_newline else X
+    positions_BX = box_position[:, None] + jnp.arange(width)
+    index_BX = jax.vmap(partial(jnp.searchsorted, side="right"))(ends_BC, positions_BX)
+    index_BX = jnp.minimum(index_BX, C - 1)
+    offset_BX = positions_BX - jnp.take_along_axis(starts_BC, index_BX, axis=1)
+    bytes_BX = byte_table_VW[jnp.take_along_axis(tokens_BC, index_BX, axis=1), jnp.clip(offset_BX, 0, W - 1)]
+    bytes_BX = jnp.where(jnp.arange(width) < lengths[:, None], bytes_BX, 0).astype(jnp.uint8)
+    if unescape_newline:
+        bytes_BX, lengths = _unescape_newlines(bytes_BX, lengths)
+    return Predictions(
+        bytes=bytes_BX[:, :X],
+        lengths=lengths,
+        found=found,
+        think_end_tokens=jnp.where(has_think, think_token + 1, 0),
+    )

@@ -1,0 +1,107 @@
+"""What a reward is, and the rewards of the paper: a pure function from rollouts and tasks to f32 [U, M, G].
+
+A reward names the scoring passes it needs; training runs them in the model's own graph and hands over the results.
+Adding a reward is one function here and one line in `make_reward`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from rpt_jax.config import RewardConfig
+from rpt_jax.errors import ConfigError
+from rpt_jax.rewards.answer import Predictions, answer_tables, extract_predictions
+from rpt_jax.rewards.prefix import first_token_reward, prefix_match_reward
+from rpt_jax.rewards.vocabulary import longest_prefix_tokens, vocabulary_index
+from rpt_jax.types import Rollouts, TaskBatch
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function and what it asks for.
+
+    Attributes:
+        requests: names of scoring passes; "direct_logprobs" is f32 [U, M, V], the policy's next-token law at each
+            position from document tokens alone.
+        fn: (rollouts, batch, {request: result}) -> (rewards f32 [U, M, G], predictions with leading [U, R]).
+    """
+
+    requests: tuple[str, ...]
+    fn: Callable[[Rollouts, TaskBatch, dict], tuple[jax.Array, Predictions]]
+
+
+def make_reward(config: RewardConfig, tokenizer) -> Reward:
+    """The reward called `config.name`.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    table, lengths = (jnp.asarray(a) for a in tokenizer.byte_table())
+    tables = answer_tables(table, lengths)
+    extract = partial(
+        extract_predictions,
+        byte_table_VW=table,
+        byte_lengths_V=lengths,
+        mode=config.boxed_mode,
+        require_think_end=config.require_think_end,
+        tables=tables,
+    )
+    if config.name in ("prefix", "first_token"):
+        match = prefix_match_reward if config.name == "prefix" else first_token_reward
+        return Reward((), jax.jit(partial(_match_reward, extract, match, config.unescape_newline)))
+    if config.name in ("dense", "conditional_dense"):
+        index = vocabulary_index(tokenizer.byte_table())
+        conditional = config.name == "conditional_dense"
+        return Reward(("direct_logprobs",), jax.jit(partial(_dense_reward, extract, index, config.unescape_newline, conditional)))
+    raise ConfigError(f"reward.name={config.name!r}; it must be prefix, first_token, dense or conditional_dense.")
+
+
+def _rows(batch: TaskBatch):
+    """Continuations and boundaries repeated to [B, Y]."""
+    G = batch.row_ids.shape[-1]
+    return tuple(
+        jnp.repeat(a.reshape(-1, a.shape[-1]), G, axis=0) for a in (batch.continuation_bytes, batch.boundary_mask)
+    )
+
+
+def _per_trunk(predictions: Predictions, batch: TaskBatch) -> Predictions:
+    U = batch.row_ids.shape[0]
+    return jax.tree.map(lambda a: a.reshape(U, -1, *a.shape[1:]), predictions)
+
+
+def _matched(extract, match, unescape: bool, rollouts: Rollouts, batch: TaskBatch):
+    """(rewards f32 [B], predictions as written): `match` of the prediction, tried again unescaped where it failed."""
+    tokens, mask = (a.reshape(-1, a.shape[-1]) for a in (rollouts.tokens, rollouts.mask))
+    continuation, boundary = _rows(batch)
+    Y = continuation.shape[1]
+    predictions = extract(tokens, mask, max_prediction_bytes=Y)
+    rewards = match(predictions.bytes, predictions.lengths, continuation, boundary)
+    if unescape:
+        again = extract(tokens, mask, max_prediction_bytes=Y, unescape_newline=True)
+        rewards = jnp.maximum(rewards, match(again.bytes, again.lengths, continuation, boundary))
+    return rewards, predictions
+
+
+def _match_reward(extract, match, unescape, rollouts, batch, requested):
+    rewards, predictions = _matched(extract, match, unescape, rollouts, batch)
+    return rewards.reshape(batch.row_ids.shape), _per_trunk(predictions, batch)
+
+
+def _dense_reward(extract, index, unescape, conditional, rollouts, batch, requested):
+    """1 if the first token is right, else the policy's direct probability of the token it chose.
+
+    Source: arXiv:2506.08007 appendix A. Differs: the chosen token is the longest vocabulary entry that begins the
+    prediction. conditional: groups without a correct rollout earn 0.
+    """
+    first, predictions = _matched(extract, first_token_reward, unescape, rollouts, batch)
+    first_UMG = first.reshape(batch.row_ids.shape)
+    chosen_UMG = longest_prefix_tokens(index, predictions.bytes, predictions.lengths).reshape(first_UMG.shape)
+    direct_UMV = requested["direct_logprobs"]
+    probability = jnp.exp(jnp.take_along_axis(direct_UMV, jnp.maximum(chosen_UMG, 0), axis=-1))
+    rewards = jnp.where(first_UMG > 0, 1.0, jnp.where(chosen_UMG >= 0, probability, 0.0))
+    if conditional:
+        rewards = rewards * (first_UMG.max(-1, keepdims=True) > 0)
+    return rewards, _per_trunk(predictions, batch)

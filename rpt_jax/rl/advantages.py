@@ -1,0 +1,74 @@
+"""Rewards to advantages, relative to the group of rollouts of one prompt. Arrays and scalars only."""
+
+import jax.numpy as jnp
+
+EPS = 1e-6
+
+
+def centered(rewards_UMG):
+    """r - mean of the group (Dr. GRPO, arXiv:2503.20783 §3). f32 [U, M, G]; sums to 0 over G."""
+    return rewards_UMG - rewards_UMG.mean(-1, keepdims=True)
+
+
+def grpo(rewards_UMG):
+    """(r - mean) / (population deviation + 1e-6) of the group; zero where all rewards are equal.
+
+    Source: GRPO, arXiv:2402.03300 §4.1. Differs: the deviation divides by G, and 1e-6 is added to it.
+    """
+    return centered(rewards_UMG) / (rewards_UMG.std(-1, keepdims=True) + EPS)
+
+
+def rloo(rewards_UMG):
+    """r - mean of the other rewards of the group (RLOO, arXiv:2402.14740): G / (G - 1) * (r - mean)."""
+    G = rewards_UMG.shape[-1]
+    return G / (G - 1) * centered(rewards_UMG)
+
+
+def batch_std(rewards_UMG, position_mask_UM):
+    """(r - mean of the group) / (deviation over the whole batch + 1e-6) (Lite PPO, arXiv:2508.08221)."""
+    mask = jnp.broadcast_to(position_mask_UM[..., None], rewards_UMG.shape)
+    mean = jnp.mean(rewards_UMG, where=mask)
+    deviation = jnp.sqrt(jnp.mean((rewards_UMG - mean) ** 2, where=mask))
+    return centered(rewards_UMG) / (deviation + EPS)
+
+
+def opo(rewards_UMG, lengths_UMG):
+    """r - length-weighted mean of the group, the variance-optimal baseline of arXiv:2505.23585 eq. 9.
+
+    lengths_UMG: completion tokens, any real type, at least 1 for rollouts that count.
+    """
+    weights = lengths_UMG.astype(rewards_UMG.dtype)
+    baseline = (weights * rewards_UMG).sum(-1, keepdims=True) / jnp.maximum(weights.sum(-1, keepdims=True), 1)
+    return rewards_UMG - baseline
+
+
+def compute_advantages(name: str, rewards_UMG, lengths_UMG, position_mask_UM):
+    """The advantage called `name` (config `loss.advantage`); 0 for padded positions.
+
+    Args:
+        rewards_UMG: f32, G >= 2. lengths_UMG: i32 completion tokens. position_mask_UM: bool.
+    Returns:
+        f32 [U, M, G].
+    Raises:
+        ValueError: rewards_UMG is not 3-D, G < 2, or the name is unknown.
+    """
+    if rewards_UMG.ndim != 3 or rewards_UMG.shape[-1] < 2:
+        raise ValueError(f"rewards have shape {rewards_UMG.shape}; groups need [U, M, G] with G >= 2")
+    if name == "grpo":
+        advantages = grpo(rewards_UMG)
+    elif name == "mean":
+        advantages = centered(rewards_UMG)
+    elif name == "rloo":
+        advantages = rloo(rewards_UMG)
+    elif name == "batch_std":
+        advantages = batch_std(rewards_UMG, position_mask_UM)
+    elif name == "opo":
+        advantages = opo(rewards_UMG, lengths_UMG)
+    else:
+        raise ValueError(f"unknown advantage {name!r}")
+    return jnp.where(position_mask_UM[..., None], advantages, 0.0)
+
+
+def degenerate_groups(rewards_UMG):
+    """bool [U, M]: all rewards of the group are equal, so it teaches nothing (DAPO, arXiv:2503.14476 §3.2)."""
+    return rewards_UMG.max(-1) == rewards_UMG.min(-1)

@@ -1,0 +1,117 @@
+"""One token per row: exact inverse-CDF sampling that returns the token's log-probability for free.
+
+Noise is keyed by (seed, step, row id, token index), never by device, slot or process: the same rows draw the same
+numbers on any mesh.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_BLOCK = 128
+
+
+def row_keys(key, row_ids):
+    """One key per row, [...] like `row_ids`."""
+    fold = jax.random.fold_in
+    for _ in range(row_ids.ndim):
+        fold = jax.vmap(fold, in_axes=(None, 0))
+    return fold(key, row_ids)
+
+
+def _uniform(keys, token_index, draw):
+    def one(key):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, token_index), draw))
+
+    for _ in range(keys.ndim):
+        one = jax.vmap(one)
+    return one(keys)
+
+
+def _invert_cdf(weights, uniform):
+    """Index drawn with probability weights / sum, from one uniform in [0, 1) a row.
+
+    Two levels: blocks of 128 are summed, the block is found in the cumulative block sums, the entry inside its block.
+    Entries of weight 0 are never returned.
+    """
+    *lead, V = weights.shape
+    num_blocks = -(-V // _BLOCK)
+    blocks = jnp.pad(weights, [(0, 0)] * len(lead) + [(0, num_blocks * _BLOCK - V)])
+    blocks = blocks.reshape(*lead, num_blocks, _BLOCK)
+    block_sums = blocks.sum(-1)
+    ends = jnp.cumsum(block_sums, axis=-1)
+    point = uniform * ends[..., -1]
+    block = _first_above(ends, point, block_sums)
+    before = jnp.take_along_axis(ends - block_sums, block[..., None], axis=-1)[..., 0]
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    entry = _first_above(jnp.cumsum(inside, axis=-1), point - before, inside)
+    return (block * _BLOCK + entry).astype(jnp.int32)
+
+
+def _first_above(ends, point, weights):
+    """First index whose cumulative end exceeds the point; rounding at the top end falls back to the last with weight."""
+    n = ends.shape[-1]
+    index = jnp.sum(ends <= point[..., None], axis=-1)
+    last = jnp.max(jnp.where(weights > 0, jnp.arange(n), 0), axis=-1)
+    return jnp.minimum(index, last)
+
+
+def greedy(logits):
+    """(argmax i32 [...], its log-probability at temperature 1 f32 [...]); the first index wins a tie."""
+    peak = logits.max(-1, keepdims=True)
+    V = logits.shape[-1]
+    token = jnp.min(jnp.where(logits == peak, jnp.arange(V), V), axis=-1).astype(jnp.int32)
+    # min(V - 1): rows of NaN have no peak; the loss guard reports them.
+    return jnp.minimum(token, V - 1), -jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1))
+
+
+def sample(logits, keys, token_index, *, temperature: float, top_p: float, top_k: int):
+    """Draw one token per row.
+
+    top-p and top-k are exact and sort nothing: a token drawn from the wider law is accepted iff it lies inside (the
+    mass strictly above it is below top_p, fewer than top_k tokens are strictly above it). After a rejection the next
+    draw is restricted to tokens above the rejected one, which still contains every token inside, so accepted tokens
+    follow exactly the truncated law and the support shrinks until one is accepted.
+
+    Args:
+        logits: f32 [..., V].
+        keys: typed keys [...], one per row (`row_keys`).
+        token_index: i32 scalar.
+        temperature: 0 is greedy.
+        top_p: in (0, 1]; top_k: 0 is no limit.
+    Returns:
+        token i32 [...]; log-probability f32 [...] under the untruncated law at `temperature` (at 1 when greedy);
+        rejected bool [...]: the first draw lay outside, an unbiased indicator of the excluded mass.
+    """
+    if temperature == 0:
+        token, logprob = greedy(logits)
+        return token, logprob, jnp.zeros(token.shape, bool)
+    scaled = logits / temperature
+    weights = jnp.exp(scaled - scaled.max(-1, keepdims=True))
+    total = weights.sum(-1)
+
+    def weight_of(token):
+        return jnp.take_along_axis(weights, token[..., None], axis=-1)[..., 0]
+
+    token = _invert_cdf(weights, _uniform(keys, token_index, 0))
+    if top_p >= 1 and top_k == 0:
+        return token, jnp.log(weight_of(token) / total), jnp.zeros(token.shape, bool)
+
+    def is_outside(token):
+        above = weights > weight_of(token)[..., None]
+        outside = jnp.zeros(token.shape, bool)
+        if top_p < 1:
+            outside |= jnp.sum(weights * above, axis=-1) >= top_p * total
+        if top_k:
+            outside |= jnp.sum(above, axis=-1) >= top_k
+        return outside
+
+    def redraw(carry):
+        token, outside, draw = carry
+        inner = jnp.where(weights > weight_of(token)[..., None], weights, 0.0)
+        again = _invert_cdf(inner, _uniform(keys, token_index, draw))
+        token = jnp.where(outside, again, token)
+        return token, outside & is_outside(token), draw + 1
+
+    rejected = is_outside(token)
+    token, _, _ = jax.lax.while_loop(lambda c: jnp.any(c[1]), redraw, (token, rejected, jnp.int32(1)))
+    return token, jnp.log(weight_of(token) / total), rejected

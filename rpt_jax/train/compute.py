@@ -1,0 +1,44 @@
+"""Compute counted as tokens actually run: 2N per token sampled or prefilled, 6N per token of the update.
+
+N is the number of parameters. A trunk counts once however many branches leave it; what prompts repeated for every
+rollout would have cost is counted beside it. Padding is not counted.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rpt_jax.types import Experience
+
+FORWARD_FLOPS_PER_PARAMETER = 2
+UPDATE_FLOPS_PER_PARAMETER = 6
+
+
+def num_parameters(params: Any) -> int:
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
+@jax.jit
+def count_tokens(experience: Experience) -> dict[str, jax.Array]:
+    """Tokens of one rollout batch: prefilled, sampled, in the update, and the same with prompts repeated."""
+    tasks, rollouts = experience.tasks, experience.rollouts
+    G = tasks.row_ids.shape[-1]
+    trunks = jnp.sum(jnp.where(tasks.position_mask.any(-1), tasks.trunk_lengths, 0))
+    tails = jnp.sum(jnp.where(tasks.position_mask, tasks.tail_lengths, 0))
+    prompts = jnp.sum(jnp.where(tasks.position_mask, tasks.cuts + tasks.tail_lengths, 0))
+    sampled = rollouts.mask.sum()
+    return {
+        "tokens_prefilled": trunks + tails,
+        "tokens_sampled": sampled,
+        "tokens_updated": trunks + G * tails + sampled,
+        "tokens_if_prompts_repeated": G * prompts + sampled,
+    }
+
+
+def rollout_flops(num_params: int, counts: dict[str, float]) -> float:
+    return FORWARD_FLOPS_PER_PARAMETER * num_params * (counts["tokens_prefilled"] + counts["tokens_sampled"])
+
+
+def update_flops(num_params: int, num_tokens: float) -> float:
+    return UPDATE_FLOPS_PER_PARAMETER * num_params * num_tokens

@@ -1,0 +1,161 @@
+"""Next-token and completion-only training through the same sequences, update and optimizer as RPT.
+
+It is the warm start (documents and worked thoughts) and the control (documents at matched compute).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from rpt_jax.config import Config
+from rpt_jax.data.documents import Document, decode_utf8, parse_json_line
+from rpt_jax.data.prompts import Template
+from rpt_jax.errors import DataError
+from rpt_jax.parallel.mesh import shard_batch
+from rpt_jax.rl.update import supervised_loss, update
+from rpt_jax.tokenizer import Tokenizer
+from rpt_jax.train.compute import num_parameters, update_flops
+from rpt_jax.train.metrics import progress_bar, to_host
+from rpt_jax.types import Sequences, TrainBatch, TrainState
+
+
+def read_sequences(path: str, tokenizer: Tokenizer, template: Template, config: Config) -> list[tuple]:
+    """(trunk tokens, first weighted trunk column, completion tokens or None) per line of a warm-start file.
+
+    A line is {"text": ..., "completion": ...}: the text becomes the prompt of the template and the completion, with the
+    end token, its answer; a line without completion is plain text.
+
+    Raises:
+        DataError: missing file, bad line, or a sequence that does not fit; names file and line.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"supervised.path {path!r} is no file; it must be a jsonl of texts. Set --supervised.path.")
+    L, C = config.data.trunk_length, config.rollout.max_completion_tokens
+    sequences = []
+    for number, raw in enumerate(file.read_bytes().split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        record = parse_json_line(decode_utf8(raw, file, number), file, number)
+        if not isinstance(record.get("text"), str):
+            raise DataError(f"{file} line {number} has fields {sorted(record)}; it needs a string 'text'. Add it.")
+        text, completion = tokenizer.encode(record["text"]), record.get("completion")
+        if completion is None:
+            trunk, ids = plain_trunk(text, tokenizer), None
+        else:
+            trunk, ids = [*template.header, *text], [*tokenizer.encode(completion), tokenizer.eos_id]
+        for name, size, limit, knob in (
+            ("text", len(trunk), L, "data.trunk_length"),
+            ("completion", len(ids or ()), C, "rollout.max_completion_tokens"),
+        ):
+            if size > limit:
+                raise DataError(
+                    f"{file} line {number}: the {name} takes {size} tokens; {knob}={limit} is the limit. "
+                    f"Shorten the {name} or raise --{knob.replace('_', '-')}."
+                )
+        sequences.append((trunk, 1 if ids is None else max(1, len(template.header)), ids))
+    if not sequences:
+        raise DataError(f"{file} holds no sequence; supervised.path needs at least one line. Check the file.")
+    return sequences
+
+
+def plain_trunk(tokens, tokenizer: Tokenizer) -> list[int]:
+    """BOS (where there is one) and document tokens."""
+    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + [int(t) for t in tokens]
+
+
+def document_sequences(documents: list[Document], tokenizer: Tokenizer, trunk_length: int) -> list[tuple]:
+    """Plain-text sequences of documents; long ones become consecutive windows, none of their tokens is lost."""
+    size = trunk_length - (tokenizer.bos_id is not None)
+    return [
+        (plain_trunk(d.tokens[first : first + size], tokenizer), 1, None)
+        for d in documents
+        for first in range(0, len(d.tokens), size)
+        if len(d.tokens) - first > 1
+    ]
+
+
+def make_batch(sequences: list[tuple], config: Config, tail, context_weight: float) -> TrainBatch:
+    """Dense numpy TrainBatch; R is 1 where any sequence has a completion, else 0."""
+    U, L = len(sequences), config.data.trunk_length
+    has_branches = any(ids is not None for *_, ids in sequences)
+    R, E, C = int(has_branches), len(tail), config.rollout.max_completion_tokens
+    trunk_tokens, trunk_weights = np.zeros((U, L), np.int32), np.zeros((U, L), np.float32)
+    cuts = np.ones((U, R), np.int32)
+    branch_tokens, branch_mask = np.zeros((U, R, E + C), np.int32), np.zeros((U, R, E + C), bool)
+    for u, (trunk, first, ids) in enumerate(sequences):
+        trunk_tokens[u, : len(trunk)] = trunk
+        trunk_weights[u, first : len(trunk)] = 1.0 if ids is None else context_weight
+        if ids is not None:
+            cuts[u, 0] = len(trunk)
+            branch_tokens[u, 0, : E + len(ids)] = [*tail, *ids]
+            branch_mask[u, 0, : E + len(ids)] = True
+    completion_mask = branch_mask[:, :, E:]
+    total = max(1e-9, trunk_weights.sum() + completion_mask.sum())
+    return TrainBatch(
+        sequences=Sequences(
+            trunk_tokens=trunk_tokens, cuts=cuts, branch_tokens=branch_tokens, branch_mask=branch_mask
+        ),
+        completion_mask=completion_mask,
+        token_weights=(completion_mask / total).astype(np.float32),
+        trunk_weights=(trunk_weights / total).astype(np.float32),
+        advantages=None,
+        sampler_logprobs=None,
+        old_logprobs=None,
+        ref_logprobs=None,
+    )
+
+
+def sequence_order(num_sequences: int, *, shuffle: bool, seed: int) -> grain.MapDataset:
+    """Endless indices: file order, or reshuffled each epoch."""
+    order = grain.MapDataset.range(num_sequences)
+    return (order.seed(seed).shuffle() if shuffle else order).repeat()
+
+
+def train_supervised(
+    stage: str,
+    config: Config,
+    state: TrainState,
+    optimizer,
+    mesh,
+    sequences: list[tuple],
+    *,
+    tail,
+    shuffle: bool,
+    num_steps: int | None,
+    max_flops: float | None,
+    log: Callable[[str, int, dict], None],
+    on_step: Callable[[int, TrainState, float], None] = lambda *_: None,
+) -> tuple[TrainState, float]:
+    """Run updates until `num_steps` or until `max_flops` are spent, whichever is given.
+
+    Args:
+        on_step: called with (steps done, state, FLOPs spent) after every update.
+    Returns:
+        (state, FLOPs spent).
+    """
+    loss_fn = partial(supervised_loss, config.model)
+    order = sequence_order(len(sequences), shuffle=shuffle, seed=config.run.seed)
+    size, num_params = config.supervised.batch_size, num_parameters(state.params)
+    flops, step = 0.0, 0
+    total = num_steps if num_steps is not None else 100
+    with progress_bar(stage, total) as progress:
+        while (step < num_steps) if num_steps is not None else (flops < max_flops):
+            rows = [sequences[order[step * size + i]] for i in range(size)]
+            batch = make_batch(rows, config, tail, config.supervised.context_weight)
+            num_tokens = sum(len(t) + (len(tail) + len(ids) if ids is not None else 0) for t, _, ids in rows)
+            state, metrics = update(
+                state, shard_batch(mesh, batch), loss_fn=loss_fn, optimizer=optimizer, num_microbatches=1
+            )
+            step += 1
+            flops += update_flops(num_params, num_tokens)
+            if step % 10 == 0 or step == num_steps:
+                record = to_host(metrics)
+                log(stage, step, record | {"flops": flops})
+                done = step if num_steps is not None else min(total, round(100 * flops / max_flops))
+                progress(done, f"loss {record['loss']:.3f}")
+            on_step(step, state, flops)
+    return state, flops

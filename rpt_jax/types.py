@@ -1,0 +1,93 @@
+"""The records that flow between the stages, and the letters that name their dimensions.
+
+    U trunks · L trunk tokens · M cuts (prompts) per trunk · G rollouts per prompt · R branches per trunk = M·G
+    B branches = U·R, trunk-major · E tail tokens · C completion tokens · T branch tokens = E + C
+    X prediction bytes · Y continuation bytes · V vocabulary · W bytes of the longest token
+    N layers · D width · F MLP width · H query heads · K key/value heads · J query heads per key/value head
+    Q head size · S cache slots
+
+Arrays carry these as a suffix (`logprobs_URC`); record fields state their shape in a comment.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+
+def record(cls):
+    """Class decorator: a frozen, keyword-only dataclass that is a JAX pytree."""
+    return jax.tree_util.register_dataclass(dataclass(frozen=True, kw_only=True)(cls))
+
+
+@record
+class TaskBatch:
+    """Prompts to predict from, grouped by the trunk they share. Padding of ids is 0, of masks False."""
+
+    trunk_tokens: Any  # i32 [U, L], template header + document window, right-padded
+    trunk_lengths: Any  # i32 [U], tokens of the trunk that are real
+    cuts: Any  # i32 [U, M], trunk tokens that prompt m sees; at least 1
+    position_mask: Any  # bool [U, M], False for the padding of a trunk with fewer than M positions
+    tail_tokens: Any  # i32 [U, M, E], prompt tokens after the cut, right-aligned (padding comes first)
+    tail_lengths: Any  # i32 [U, M], at least 1
+    continuation_bytes: Any  # u8 [U, M, Y], true bytes from the position on
+    boundary_mask: Any  # bool [U, M, Y], True at j iff j + 1 bytes end at a token boundary; padding False
+    target_tokens: Any  # i32 [U, M], the corpus's own next token
+    row_ids: Any  # i32 [U, M, G], unique per rollout; keys the sampling noise
+    position_ids: Any  # i32 [U, M], index into the position table; -1 for padding
+
+
+@record
+class Rollouts:
+    """Sampled completions of a TaskBatch, branch r = m·G + g of each trunk."""
+
+    tokens: Any  # i32 [U, R, C], padding 0
+    mask: Any  # bool [U, R, C], True up to and including the stop token
+    sampler_logprobs: Any  # f32 [U, R, C], of the temperature-scaled, untruncated law; padding 0
+    truncated: Any  # bool [U, R], no stop token within C
+    num_rejected: Any  # i32 [U, R], tokens whose first draw top-p / top-k refused: their share estimates the cut-off mass
+
+
+@record
+class Experience:
+    """Rollouts with what they earned: all that an update, the logs and dynamic sampling need of one batch."""
+
+    tasks: TaskBatch
+    rollouts: Rollouts
+    rewards: Any  # f32 [U, M, G]
+    predictions: Any  # rewards.answer.Predictions, leading dimensions [U, R]
+    group_mask: Any  # bool [U, M], groups that take part in the update
+
+
+@record
+class Sequences:
+    """What the model runs: trunks and the branches that leave them. R may be 0."""
+
+    trunk_tokens: Any  # i32 [U, L]
+    cuts: Any  # i32 [U, R], trunk tokens that branch r sees; its positions run on from there
+    branch_tokens: Any  # i32 [U, R, T], tail (E, right-aligned) then completion (C)
+    branch_mask: Any  # bool [U, R, T]
+
+
+@record
+class TrainBatch:
+    """One update's worth of sequences, and what the losses need to know of them. Weights sum to 1 over the batch."""
+
+    sequences: Sequences
+    completion_mask: Any  # bool [U, R, C], tokens up to and including the stop token; the last C of T
+    token_weights: Any  # f32 [U, R, C], weight of each completion token's term
+    trunk_weights: Any  # f32 [U, L], weight of predicting trunk token l from those before it; column 0 is 0
+    advantages: Any  # f32 [U, R]; None in supervised training
+    sampler_logprobs: Any  # f32 [U, R, C]; None in supervised training
+    old_logprobs: Any  # f32 [U, R, C], the policy's own before the first of several updates; None: ratio is 1
+    ref_logprobs: Any  # f32 [U, R, C] of the reference policy; None: no KL term
+
+
+@record
+class TrainState:
+    """Everything that an update changes."""
+
+    step: Any  # i32 [], updates attempted
+    params: Any  # tree of f32
+    opt_state: Any
+    skipped: Any  # i32 [], updates skipped in a row for a non-finite loss or gradient
