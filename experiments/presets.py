@@ -31,6 +31,8 @@ TINY_WORKED = Config(
     rollout=RolloutConfig(
         num_trunks=48, prompts_per_trunk=1, group_size=8, max_completion_tokens=32, temperature=1.0
     ),
+    # Six trunks at a time: the activations of a pass then stay in the cache of a small CPU.
+    loss=LossConfig(microbatch_trunks=6),
     optimizer=OptimizerConfig(learning_rate=4e-4, max_grad_norm=1.0, weight_decay=0.0),
     checkpoint=CheckpointConfig(every_steps=50),
     eval=EvalConfig(every_steps=50),

@@ -1,0 +1,28 @@
+# Every target makes what it needs in .venv at the project's root, once.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: quickstart test trials lint benchmark
+
+$(VENV)/.installed: requirements.txt setup.py
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+quickstart: $(VENV)/.installed
+	$(RUN) -m experiments.quickstart --run.directory runs/quickstart
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest
+
+trials: $(VENV)/.installed
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+benchmark: $(VENV)/.installed
+	$(RUN) -m experiments.benchmarks.reward
+	$(RUN) -m experiments.benchmarks.sharing

@@ -1,0 +1,66 @@
+"""Command lines: preset, then flags, to a Config. Shared by every experiment script."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import tyro
+
+from experiments.presets import PRESETS
+from rpt_jax.config import Config
+from rpt_jax.errors import CheckpointError, ConfigError, DataError
+from rpt_jax.train.metrics import console
+
+
+def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple[Config, bool]:
+    """(config, dry run?) of a command line: default < preset < flag.
+
+    Raises:
+        ConfigError: unknown preset or flag, no preset, or settings that cannot run.
+    """
+    flags, preset, dry_run = list(argv), default_preset, False
+    if "--dry-run" in flags:
+        flags.remove("--dry-run")
+        dry_run = True
+    for i, flag in enumerate(flags):
+        if flag == "--preset" or flag.startswith("--preset="):
+            words = flags[i : i + 2] if flag == "--preset" else flag.split("=", 1)
+            preset = words[1] if len(words) == 2 else None
+            del flags[i : i + (2 if flag == "--preset" else 1)]
+            break
+    if preset not in PRESETS and not {"-h", "--help"} & set(flags):
+        raise ConfigError(f"--preset {preset}; it must be one of {', '.join(PRESETS)}. Choose one.")
+    config, unknown = tyro.cli(
+        Config, default=PRESETS.get(preset, Config()), args=flags, return_unknown_args=True, prog="experiment"
+    )
+    if unknown:
+        raise ConfigError(
+            f"unknown argument(s) {' '.join(unknown)}; flags are --section.field VALUE. See --help for all of them."
+        )
+    if not config.run.directory:
+        config = replace(config, run=replace(config.run, directory=f"runs/{preset}"))
+    config.validate()
+    return config, dry_run
+
+
+def describe(config: Config) -> str:
+    """The resolved run in a page: config, batch arithmetic, mesh."""
+    r, mesh = config.rollout, config.mesh
+    prompts = r.num_trunks * r.prompts_per_trunk
+    updates = config.loss.num_minibatches
+    return (
+        f"{config.to_json()}\n"
+        f"batch: {r.num_trunks} trunks x {r.prompts_per_trunk} positions x {r.group_size} rollouts = "
+        f"{prompts * r.group_size} rollouts of at most {r.max_completion_tokens} tokens, {updates} update(s) a batch\n"
+        f"mesh: data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor} = {mesh.num_devices} device(s), "
+        f"{r.num_trunks // mesh.trunk_shards} trunks on each data shard"
+    )
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Run `main(arguments)`; the project's own errors end it with their message and status 2, others with a traceback."""
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, DataError, CheckpointError) as error:
+        console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, markup=True)
+        sys.exit(2)

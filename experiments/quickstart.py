@@ -1,0 +1,52 @@
+"""The main job in minutes on two CPU cores: make the worked-puzzle corpus, then train, control, evaluate and report.
+
+python -m experiments.quickstart [--run.seed N] [--run.directory DIR] [--section.field VALUE ...]
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.cli import describe, parse_config, run_script
+from experiments.train import run
+from rpt_jax.config import Config
+from rpt_jax.data.synthetic import write_corpus
+
+NUM_TRAIN, NUM_HELDOUT = 12_000, 800
+# Warm-start updates with puzzles of one or two steps, of supervised.num_steps.
+NUM_SHORT_STEPS = 250
+
+
+def with_corpus(config: Config) -> Config:
+    """The config reading the corpus files that `write_corpus` leaves in the run directory."""
+    corpus = Path(config.run.directory) / "corpus"
+    data = replace(
+        config.data,
+        path=str(corpus / "train.jsonl"),
+        heldout_path=str(corpus / "heldout.jsonl"),
+        tokenizer=str(corpus / "tokenizer"),
+    )
+    supervised = replace(config.supervised, path=str(corpus / "warm_start.jsonl"))
+    return replace(config, data=data, supervised=supervised)
+
+
+def main(argv: list[str]) -> None:
+    config, dry_run = parse_config(argv, default_preset="tiny_worked")
+    if not config.data.path:
+        config = with_corpus(config)
+    if dry_run:
+        print(describe(config))
+        return
+    size, short = config.supervised.batch_size, min(NUM_SHORT_STEPS, config.supervised.num_steps)
+    write_corpus(
+        Path(config.run.directory) / "corpus",
+        seed=config.run.seed,
+        num_train=NUM_TRAIN,
+        num_heldout=NUM_HELDOUT,
+        short_sequences=short * size,
+        long_sequences=(config.supervised.num_steps - short) * size,
+    )
+    run(config)
+
+
+if __name__ == "__main__":
+    run_script(main)

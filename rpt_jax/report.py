@@ -1,0 +1,360 @@
+"""A run directory becomes plots and one self-contained report.html that needs no knowledge of the code."""
+
+import base64
+import html
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow.parquet
+
+from rpt_jax.errors import CheckpointError, DataError
+from rpt_jax.scaling import fit_power_law
+
+_EXPLAIN = {
+    "all": "every position of the held-out documents",
+    "settled": "positions the warm model is sure of (entropy at most the easy threshold)",
+    "easy": "entropy above the easy threshold; contains medium",
+    "medium": "entropy above the medium threshold; contains hard",
+    "hard": "entropy above the hard threshold",
+}
+_COLORS = {"before": "#9aa5b1", "after": "#1f6feb", "control": "#d1731a"}
+
+
+def collect_results(directory: Path) -> dict:
+    """Every figure of the report, each with n and standard error, from the run's own records.
+
+    Raises:
+        CheckpointError: the directory holds no finished run.
+    """
+    metrics = directory / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    evaluations = [r for r in records if r["stage"] == "evaluation"]
+    if len(evaluations) < 2:
+        raise CheckpointError(
+            f"{directory} holds {len(evaluations)} evaluation(s) of RPT; a report compares at least two. "
+            "Finish the run first."
+        )
+    control = [r for r in records if r["stage"] == "control_evaluation"]
+    results = {
+        "config": json.loads((directory / "config.json").read_text()),
+        "versions": json.loads((directory / "versions.json").read_text()),
+        "corpus": json.loads((directory / "corpus.json").read_text()),
+        "steps": [r["step"] for r in evaluations],
+        "flops": [r["flops"] for r in evaluations],
+        "before": evaluations[0]["splits"],
+        "after": evaluations[-1]["splits"],
+        "curve": [r["splits"] for r in evaluations],
+        "control": control[-1]["splits"] if control and control[-1].get("final") else None,
+        "control_flops": [r["flops"] for r in control],
+        "control_curve": [r["splits"] for r in control],
+        "scaling": {},
+    }
+    for split in results["after"]:
+        points = [(r["flops"], r["splits"][split]["sampled_prefix"]["value"]) for r in evaluations if r["flops"] > 0]
+        try:
+            fit = fit_power_law(*zip(*points, strict=True)) if points else None
+        except DataError as error:
+            results["scaling"][split] = {"refused": str(error)}
+            continue
+        if fit:
+            results["scaling"][split] = {
+                "A": fit.A, "alpha": fit.alpha, "p_star": fit.p_star, "r2": fit.r2, "num_points": len(points)
+            }  # fmt: skip
+    return results
+
+
+def write_report(directory: Path) -> Path:
+    """Write results.json, plots/*.png and report.html into `directory`; the path of the page.
+
+    Raises:
+        CheckpointError: the directory holds no finished run.
+    """
+    results = collect_results(directory)
+    (directory / "results.json").write_text(json.dumps(results, indent=2))
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if r["stage"] == "rpt"]
+    plots = directory / "plots"
+    plots.mkdir(exist_ok=True)
+    pictures = {
+        "learning": _plot_learning(results),
+        "scaling": _plot_scaling(results),
+        "training": _plot_training(steps),
+        "thought_length": _plot_thoughts(results, steps),
+    }
+    if any("/" in split for split in results["after"]):
+        pictures["labels"] = _plot_labels(results)
+    for name, figure in pictures.items():
+        figure.savefig(plots / f"{name}.png", dpi=110, bbox_inches="tight")
+        plt.close(figure)
+    page = directory / "report.html"
+    page.write_text(_page(directory, results, {name: plots / f"{name}.png" for name in pictures}))
+    return page
+
+
+def headline_split(results: dict) -> str:
+    """The split that the report leads with: the hard share of labelled positions, else hard, else all."""
+    families = [s for s in results["after"] if s.startswith("hard ")]
+    return families[0] if families else "hard" if "hard" in results["after"] else "all"
+
+
+def _series(curve: list[dict], split: str, metric: str):
+    figures = [c[split][metric] for c in curve if split in c and metric in c[split]]
+    return np.array([f["value"] for f in figures]), np.array([f["standard_error"] for f in figures])
+
+
+def _plot_learning(results: dict):
+    splits = [headline_split(results), *(s for s in ("hard", "medium", "easy", "settled", "all") if s in results["after"])]
+    splits = list(dict.fromkeys(splits))
+    figure, axes = plt.subplots(2, -(-len(splits) // 2), figsize=(4.2 * -(-len(splits) // 2), 6.6), sharex=True)
+    for axis, split in zip(axes.flat, splits):
+        for metric, style, label in (
+            ("sampled_prefix", "-o", "thinking, sampled"),
+            ("greedy_prefix", "--s", "thinking, greedy"),
+            ("direct_prefix", ":", "direct"),
+        ):
+            value, error = _series(results["curve"], split, metric)
+            axis.errorbar(results["steps"][: len(value)], value, 2 * error, fmt=style, capsize=2, label=label, ms=4)
+        if results["control"]:
+            value = results["control"][split]["direct_prefix"]["value"]
+            axis.axhline(value, color=_COLORS["control"], lw=1.5, label="control, direct (end)")
+        axis.set_title(f"{split} (n={results['after'][split]['sampled_prefix']['n']})", fontsize=10)
+        axis.set_ylim(0, 1.02)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(splits) :]:
+        axis.axis("off")
+    for axis in axes[-1]:
+        axis.set_xlabel("RPT step")
+    axes.flat[0].legend(fontsize=8)
+    figure.suptitle("Next-token accuracy on held-out documents (bars: two standard errors)")
+    figure.tight_layout()
+    return figure
+
+
+def _plot_scaling(results: dict):
+    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    points = [(f, c) for f, c in zip(results["flops"], results["curve"], strict=True) if f > 0]
+    names = dict.fromkeys([headline_split(results), "hard", "medium", "easy", "all"])
+    for number, split in enumerate(s for s in names if "A" in results["scaling"].get(s, {})):
+        C = np.array([f for f, _ in points])
+        P, error = _series([c for _, c in points], split, "sampled_prefix")
+        fit = fit_power_law(C, P)
+        grid = np.geomspace(C.min(), C.max() * 1.5, 100)
+        color = f"C{number}"
+        axis.errorbar(C, P, 2 * error, fmt="o", color=color, capsize=2, ms=4)
+        axis.plot(grid, fit.predict(grid), color=color, label=f"{split}: α={fit.alpha:.2f}, P*={fit.p_star:.2f}, R²={fit.r2:.3f}")
+        axis.fill_between(grid, *fit.band(grid), color=color, alpha=0.15)
+    axis.set_xscale("log")
+    axis.set_xlabel("RPT compute, FLOPs (tokens actually run)")
+    axis.set_ylabel("accuracy, thinking (sampled)")
+    axis.set_title("P(C) = A / C^α + P*, with 90% bootstrap bands")
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _plot_training(steps: list[dict]):
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    x = [r["step"] for r in steps]
+    for axis, names in zip(
+        axes,
+        (("reward", "reward_any_in_group"), ("degenerate_group_fraction", "no_prediction_fraction", "truncated_fraction"), ("entropy", "grad_norm")),
+        strict=True,
+    ):
+        for name in names:
+            axis.plot(x, [r.get(name, np.nan) for r in steps], label=name, lw=1.2)
+        axis.set_xlabel("RPT step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle("Training rollouts")
+    figure.tight_layout()
+    return figure
+
+
+def _plot_thoughts(results: dict, steps: list[dict]):
+    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    axis.plot([r["step"] for r in steps], [r["completion_tokens"] for r in steps], lw=1, label="training rollouts")
+    for split in dict.fromkeys([headline_split(results), "settled"]):
+        if split in results["after"]:
+            value, _ = _series(results["curve"], split, "sampled_thought_tokens")
+            axis.plot(results["steps"], value, "o-", ms=4, label=f"held out, {split}")
+    axis.set_xlabel("RPT step")
+    axis.set_ylabel("tokens per completion")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _plot_labels(results: dict):
+    names = sorted(s for s in results["after"] if "/" in s)
+    figure, axis = plt.subplots(figsize=(6.8, 3.4))
+    x = np.arange(len(names))
+    bars = [("before", results["before"], "sampled_prefix", "before RPT, thinking"), ("after", results["after"], "sampled_prefix", "after RPT, thinking")]
+    if results["control"]:
+        bars.append(("control", results["control"], "direct_prefix", "control, direct"))
+    for offset, (kind, figures, metric, label) in enumerate(bars):
+        cells = [figures[s][metric] for s in names]
+        axis.bar(
+            x + 0.27 * (offset - 1), [c["value"] for c in cells], 0.25,
+            yerr=[2 * c["standard_error"] for c in cells], color=_COLORS[kind], label=label, capsize=2,
+        )  # fmt: skip
+    axis.set_xticks(x, names)
+    axis.set_ylim(0, 1.02)
+    axis.set_ylabel("accuracy")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3, axis="y")
+    return figure
+
+
+def _cell(figures: dict | None, split: str, metric: str) -> str:
+    if figures is None or metric not in figures.get(split, {}):
+        return "<td>–</td>"
+    f = figures[split][metric]
+    return f"<td>{f['value']:.3f} <small>± {f['standard_error']:.3f}</small></td>"
+
+
+def _table(results: dict) -> str:
+    columns = (
+        ("before: thinking, sampled", "before", "sampled_prefix"),
+        ("after: thinking, sampled", "after", "sampled_prefix"),
+        ("before: greedy", "before", "greedy_prefix"),
+        ("after: greedy", "after", "greedy_prefix"),
+        ("after: pass@k", "after", "pass@k"),
+        ("after: majority@k", "after", "majority@k"),
+        ("after: direct", "after", "direct_prefix"),
+        ("control: direct", "control", "direct_prefix"),
+    )
+    head = "".join(f"<th>{title}</th>" for title, *_ in columns)
+    rows = []
+    for split in results["after"]:
+        n = results["after"][split]["sampled_prefix"]["n"]
+        cells = "".join(_cell(results[source], split, metric) for _, source, metric in columns)
+        rows.append(f"<tr><th>{html.escape(split)}</th><td>{n}</td>{cells}</tr>")
+    return f"<table><tr><th>split</th><th>n</th>{head}</tr>{''.join(rows)}</table>"
+
+
+def _verdict(results: dict) -> str:
+    split = headline_split(results)
+    before, after = (results[k][split]["sampled_prefix"] for k in ("before", "after"))
+    gain = after["value"] - before["value"]
+    error = (before["standard_error"] ** 2 + after["standard_error"] ** 2) ** 0.5
+    word = "rose" if gain > 2 * error else "fell" if gain < -2 * error else "did not change beyond noise"
+    text = (
+        f"On <b>{split}</b> positions of held-out documents (n={after['n']}), the accuracy of a sampled thought's "
+        f"prediction {word}: <b>{before['value']:.3f} → {after['value']:.3f}</b> (change {gain:+.3f} ± {error:.3f})."
+    )
+    if results["control"]:
+        control = results["control"][split]["direct_prefix"]
+        text += (
+            f" The control, the same start trained further on next tokens with the same compute, predicts "
+            f"<b>{control['value']:.3f} ± {control['standard_error']:.3f}</b> of them directly."
+        )
+        ahead = [
+            s
+            for s in ("all", "settled", "easy", "medium", "hard")
+            if s in results["after"]
+            and results["control"][s]["direct_prefix"]["value"] > results["after"][s]["sampled_prefix"]["value"]
+        ]
+        if ahead:
+            text += (
+                f" Direct prediction by the control stays ahead on: {', '.join(ahead)}. Thinking costs a little wherever "
+                "nothing needs it."
+            )
+    return text
+
+
+def _examples(directory: Path, count: int = 4) -> str:
+    files = sorted((directory / "completions").glob("*.parquet"))
+    if not files:
+        return "<p>No completions were written.</p>"
+    rows = pyarrow.parquet.read_table(files[-1]).to_pylist()
+    # Shortest contexts first: they are read at a glance.
+    won = sorted((r for r in rows if r["reward"] >= 1), key=lambda r: len(r["context"]))
+    lost = sorted((r for r in rows if r["reward"] == 0), key=lambda r: len(r["context"]))
+    spread = lambda group: group[:: max(1, len(group) // count)][:count]  # noqa: E731
+
+    def show(row: dict, mark: str) -> str:
+        prediction = "none" if row["prediction"] is None else repr(row["prediction"])
+        context = row["context"] if len(row["context"]) < 500 else "… " + row["context"][-500:]
+        completion = row["completion"] if len(row["completion"]) < 1500 else row["completion"][:1500] + " …"
+        return (
+            f"<div class='example {mark}'><p class='context'>{html.escape(context)}<b>▌</b></p>"
+            f"<p class='thought'>{html.escape(completion)}</p>"
+            f"<p>predicted <code>{html.escape(prediction)}</code> · the text goes on "
+            f"<code>{html.escape(repr(row['truth']))}</code> · reward {row['reward']:g}</p></div>"
+        )
+
+    return (
+        f"<h3>Won</h3>{''.join(show(r, 'won') for r in spread(won)) or '<p>none</p>'}"
+        f"<h3>Lost</h3>{''.join(show(r, 'lost') for r in spread(lost)) or '<p>none</p>'}"
+    )
+
+
+def _scaling_text(results: dict) -> str:
+    fits = results["scaling"]
+    items = []
+    for split, fit in fits.items():
+        if "refused" in fit:
+            items.append(f"<li>{html.escape(split)}: no fit ({html.escape(fit['refused'])})</li>")
+        else:
+            items.append(
+                f"<li>{html.escape(split)}: A={fit['A']:.3g}, α={fit['alpha']:.3f}, P*={fit['p_star']:.3f}, "
+                f"R²={fit['r2']:.3f} over {fit['num_points']} evaluations</li>"
+            )
+    return f"<ul>{''.join(items)}</ul><p>Three constants and few points: R² is weak evidence.</p>"
+
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1b1f24}
+img{max-width:100%} table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto} td,th{border:1px solid #d0d7de;padding:3px 7px;text-align:right}
+th{background:#f6f8fa} th:first-child{text-align:left} small{color:#656d76} .lead{font-size:17px;background:#eef5ff;border-left:4px solid #1f6feb;padding:.8em 1em}
+.example{border-left:4px solid #ccc;margin:1em 0;padding:.1em 1em;background:#fafbfc} .won{border-color:#2da44e} .lost{border-color:#cf222e}
+.context{color:#57606a;white-space:pre-wrap} .thought{white-space:pre-wrap;font-family:ui-monospace,monospace} dt{font-weight:600} pre{background:#f6f8fa;padding:1em;overflow-x:auto;font-size:12px}
+"""
+
+
+def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
+    config, corpus = results["config"], results["corpus"]
+    thresholds = config["positions"]["difficulty_thresholds"]
+
+    def picture(name: str) -> str:
+        if name not in pictures:
+            return ""
+        data = base64.b64encode(pictures[name].read_bytes()).decode()
+        return f"<img alt='{name}' src='data:image/png;base64,{data}'>"
+
+    explained = "".join(f"<dt>{s}</dt><dd>{_EXPLAIN[s]}</dd>" for s in results["after"] if s in _EXPLAIN)
+    labels = [s for s in results["after"] if s not in _EXPLAIN]
+    if labels:
+        explained += f"<dt>{', '.join(labels)}</dt><dd>positions that the corpus itself labels</dd>"
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>RPT run</title><style>{_STYLE}</style>
+<h1>Reinforcement pre-training: what this run did</h1>
+<p class="lead">{_verdict(results)}</p>
+<h2>What was trained</h2>
+<p>A decoder with {config["model"]["num_layers"]} layers of width {config["model"]["width"]} read
+{corpus["training"]["documents"]:,} documents ({corpus["training"]["tokens"]:,} tokens). After a warm start of
+{config["supervised"]["num_steps"]} supervised updates it went through {results["steps"][-1]} steps of reinforcement
+pre-training: at a chosen position of a document it sees the text so far, writes a thought, and boxes what comes next.
+It earns 1 if the boxed bytes are how the document really goes on, up to the end of a token, else 0.
+Each position was tried {config["rollout"]["group_size"]} times and the better tries were made likelier (GRPO).
+Everything below is measured on {corpus["held-out"]["documents"]:,} documents that it never saw.</p>
+<h2>Did it learn?</h2>{picture("learning")}
+{_table(results)}
+<p>± is one standard error over positions. <b>thinking</b>: the boxed prediction of a sampled thought (mean of
+{config["eval"]["num_samples"]}) or of the greedy one. <b>direct</b>: the most likely next token without thinking.</p>
+<dl>{explained}</dl><p>Entropy thresholds, nats: easy {thresholds[0]}, medium {thresholds[1]}, hard {thresholds[2]}.</p>
+{picture("labels")}
+<h2>The control</h2><p>The control starts from the same warm model and spends the same compute
+({results["flops"][-1]:.3g} FLOPs) on ordinary next-token training on the same documents.
+It is judged by direct prediction, which is what that training improves.</p>
+<h2>Compute and accuracy</h2>{picture("scaling")}{_scaling_text(results)}
+<h2>How training went</h2>{picture("training")}{picture("thought_length")}
+<h2>Thoughts from the last logged batch</h2>{_examples(directory)}
+<h2>The run</h2><p>seed {config["run"]["seed"]} · {html.escape(results["versions"]["devices"])} · code
+{html.escape(results["versions"]["commit"][:12])}</p><details><summary>configuration</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre></details></html>
+"""

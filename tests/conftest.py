@@ -1,0 +1,65 @@
+"""Tests run on the CPU with eight virtual devices; matrix products in full precision."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rpt_jax.config import DecoderConfig, MeshConfig
+from rpt_jax.models.decoder import init_params
+from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.tokenizer import load_tokenizer, word_level
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    return make_mesh(MeshConfig())
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return DecoderConfig(
+        vocab_size=61, num_layers=3, width=32, mlp_width=48, num_heads=4, num_kv_heads=2, head_size=8, qkv_bias=True
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config, mesh):
+    """Parameters with logits of order one: an initial model's would be too flat to tell tokens apart."""
+    params = init_params(tiny_config, mesh, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape).astype(np.float32), params) | {
+        "head": 4 * params["head"]
+    }
+
+
+@pytest.fixture(scope="session")
+def letters():
+    """A closed vocabulary of single letters and the response marks."""
+    return word_level(["<think>", "</think>", "\\boxed{", "}", *"abcdefghijklmnopqrstuvwxyz", " ", "."])
+
+
+def shared_path(*parts: str) -> Path:
+    """A file of the shared test data; skips the test where it is missing."""
+    path = SHARED_DATA.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"test data {'/'.join(parts)} is not on this machine")
+    return path
+
+
+TOKENIZERS = ("qwen3", "gpt2", "minimind", "mistral_v1")
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(request):
+    return load_tokenizer(shared_path("tokenizers", request.param))

@@ -1,0 +1,258 @@
+"""Answer extraction and rewards against their plain-Python oracles, and on worked vectors."""
+
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from conftest import TOKENIZERS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rpt_jax.rewards.answer import answer_tables, extract_predictions
+from rpt_jax.rewards.prefix import first_token_reward, prefix_match_reward
+from rpt_jax.rewards.vocabulary import longest_prefix_tokens, vocabulary_index
+
+MODES = ("balanced", "tail", "balanced_then_tail")
+
+# Marks whole and in every kind of piece, braces, half characters, special (zero-byte) tokens.
+PIECES = [
+    b"", b"</think>", b"</", b"think", b">", b"<", b"/think>", b"</thin", b"k>", b"\\boxed{", b"\\", b"boxed", b"{",
+    b"boxed{", b"\\box", b"ed{", b"}", b"}}", b"}{", b"{}", b"{ ", b" }", b"a", b" a", b"b", b" ", b"\n", b"\\n", b"n",
+    b"\xc3", b"\xa9", b"\xf0\x9f", b"\x98\x80", "é".encode(), b"x}y", b"</think>\\boxed{", b"</think>\\boxed{a} b", b"0",
+    b"\\boxed{\\boxed{", b"<think>", b".</think>\n\n", b"long piece of twenty", b"\\boxed{b}",
+]  # fmt: skip
+
+
+def table_of(pieces):
+    lengths = np.array([len(p) for p in pieces], np.int32)
+    table = np.zeros((len(pieces), max(1, lengths.max())), np.uint8)
+    for i, piece in enumerate(pieces):
+        table[i, : len(piece)] = np.frombuffer(piece, np.uint8)
+    return table, lengths
+
+
+def rows_of(predictions):
+    data, lengths, found = (np.asarray(a) for a in (predictions.bytes, predictions.lengths, predictions.found))
+    return [data[b, : lengths[b]].tobytes() if found[b] else None for b in range(len(found))]
+
+
+def pack_truth(continuations, width):
+    data = np.random.default_rng(0).integers(0, 256, (len(continuations), width)).astype(np.uint8)  # arbitrary padding
+    boundary = np.zeros((len(continuations), width), bool)
+    for b, tokens in enumerate(continuations):
+        text = b"".join(tokens)
+        data[b, : len(text)] = np.frombuffer(text, np.uint8)
+        ends = np.cumsum([len(t) for t in tokens]) if tokens else []
+        boundary[b, [e - 1 for e in ends if e]] = True
+    return data, boundary
+
+
+def likely_continuation(rng, text: bytes, answer: bytes | None, pieces) -> list[bytes]:
+    """Tokens that often, not always, begin with the answer: cut at random places, sometimes damaged."""
+    tail = [pieces[i] for i in rng.integers(0, len(pieces), rng.integers(0, 4))]
+    if not answer or rng.random() < 0.3:
+        return tail[:4] or [b"a"]
+    answer = answer[:30]
+    if rng.random() < 0.2:
+        answer = answer[:-1] + bytes([answer[-1] ^ 1])
+    cuts = sorted(set(rng.integers(1, len(answer) + 1, rng.integers(0, 4)).tolist()) | {len(answer)})
+    if rng.random() < 0.2:
+        cuts = cuts[:-1] + [len(answer)] if len(cuts) > 1 else cuts
+        tail = [b"", *tail]
+    return [answer[a:b] for a, b in zip([0, *cuts], cuts)] + tail
+
+
+def completion_rows(rng, count, width, vocab, weights):
+    tokens = rng.choice(vocab, (count, width), p=weights).astype(np.int32)
+    return tokens, np.arange(width) < rng.integers(0, width + 1, count)[:, None]
+
+
+def check_against_oracles(rng, pieces, table, lengths, tables, tokens, mask, mode, require):
+    """Extraction and both rewards of every row equal the oracles'; returns the number of rewarded rows."""
+    texts = [b"".join(pieces[i] for i in row[keep]) for row, keep in zip(tokens, mask)]
+    expected = [oracles.extract(t, mode, require) for t in texts]
+    predictions = extract_predictions(
+        tokens, mask, table, lengths, mode=mode, require_think_end=require, max_prediction_bytes=96, tables=tables
+    )
+    got_lengths, data, found = (np.asarray(a) for a in (predictions.lengths, predictions.bytes, predictions.found))
+    for b, answer in enumerate(expected):
+        assert found[b] == (answer is not None), (texts[b], mode)
+        if answer is not None:
+            assert got_lengths[b] == len(answer) and data[b, : len(answer)].tobytes() == answer[:96], (texts[b], mode)
+    continuations = [likely_continuation(rng, t, e, pieces) for t, e in zip(texts, expected)]
+    truth = pack_truth(continuations, 160)
+    rewards = np.asarray(prefix_match_reward(predictions.bytes, predictions.lengths, *truth))
+    wanted = [oracles.prefix_reward(e, c) for e, c in zip(expected, continuations)]
+    np.testing.assert_array_equal(rewards, wanted)
+    first = np.asarray(first_token_reward(predictions.bytes, predictions.lengths, *truth))
+    np.testing.assert_array_equal(first, [oracles.first_token_reward(e, c) for e, c in zip(expected, continuations)])
+    return int(sum(wanted))
+
+
+def test_a_million_adversarial_completions_equal_the_oracles():
+    rng = np.random.default_rng(0)
+    table, lengths = table_of(PIECES)
+    tables = answer_tables(table, lengths)
+    weights = np.full(len(PIECES), 1.0)
+    for i, piece in enumerate(PIECES):
+        if b"boxed{" in piece or b"</think>" in piece:
+            weights[i] = 3.0
+    weights /= weights.sum()
+    rewarded = total = 0
+    for number in range(48):
+        mode, require = MODES[number % 3], number % 4 != 3
+        tokens, mask = completion_rows(rng, 21_000, 14, len(PIECES), weights)
+        rewarded += check_against_oracles(rng, PIECES, table, lengths, tables, tokens, mask, mode, require)
+        total += len(tokens)
+    assert total >= 1_000_000
+    assert rewarded > total / 20  # the sweep must also reach the rewarded side
+
+
+@pytest.mark.parametrize("real_tokenizer", TOKENIZERS, indirect=True)
+def test_extraction_with_real_tokenizers(real_tokenizer):
+    """Completions encoded by real tokenizers, then disturbed by random tokens."""
+    rng = np.random.default_rng(1)
+    tokenizer = real_tokenizer
+    pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    table, lengths = tokenizer.byte_table()
+    tables = answer_tables(table, lengths)
+    parts = ["<think>", "</think>", "\\boxed{", "}", "{", " the", "é", "😀", "数", "\n", "\\frac{1}{2}", " x", "}}", "}{"]
+    rows = []
+    for _ in range(3000):
+        text = "".join(rng.choice(parts, rng.integers(1, 12)))
+        ids = tokenizer.encode(text)
+        if rng.random() < 0.5:
+            ids.insert(int(rng.integers(0, len(ids) + 1)), int(rng.integers(0, tokenizer.vocab_size)))
+        rows.append(ids[:32])
+    tokens = np.zeros((len(rows), 32), np.int32)
+    mask = np.zeros((len(rows), 32), bool)
+    for b, ids in enumerate(rows):
+        tokens[b, : len(ids)], mask[b, : len(ids)] = ids, True
+    rewarded = sum(
+        check_against_oracles(rng, pieces, table, lengths, tables, tokens, mask, mode, require)
+        for mode in MODES
+        for require in (True, False)
+    )
+    assert rewarded > 500
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(0, len(PIECES) - 1), max_size=10), min_size=8, max_size=8),
+    mode=st.sampled_from(MODES),
+    require=st.booleans(),
+)
+def test_hypothesis_searches_for_a_difference(rows, mode, require):
+    table, lengths = table_of(PIECES)
+    tokens, mask = np.zeros((8, 10), np.int32), np.zeros((8, 10), bool)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)], mask[b, : len(row)] = row, True
+    predictions = extract_predictions(tokens, mask, table, lengths, mode=mode, require_think_end=require)
+    texts = [b"".join(PIECES[i] for i in row) for row in rows]
+    assert rows_of(predictions) == [oracles.extract(t, mode, require) for t in texts]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prediction", "reward"),
+    [
+        ([b" the", b" cat", b"s"], b" the", 1),
+        ([b" the", b" cat", b"s"], b"the", 0),
+        ([b" the", b" cat", b"s"], b" the ", 0),
+        ([b" the", b" cat", b"s"], b" the cat", 1),
+        ([b" the", b" cat", b"s"], b" the ca", 0),
+        ([b" the", b" cat", b"s"], b" the cats", 1),
+        ([b" the", b" cat", b"s"], b" the cats!", 0),
+        ([b" the", b" cat", b"s"], b"", 0),
+        ([b"\xc3", b"\xa9", b" x"], "é".encode(), 1),
+        ([b"\xc3", b"\xa9", b" x"], "é x".encode(), 1),
+        ([b"\xc3", b"\xa9", b" x"], "Ã".encode(), 0),
+        ([b"\xf0\x9f", b"\x98", b"\x80"], "😀".encode(), 1),
+        ([b"}", b"{"], b"}", 1),
+        ([b""], b"", 0),
+        ([b""], b"a", 0),
+        ([b"\n", b"\n"], b"\n", 1),
+        ([b"\n", b"\n"], b"\\n", 0),
+        ([b"a", b"", b"b"], b"a", 1),
+        ([b"", b"a"], b"", 0),
+    ],
+)
+def test_prefix_reward_vectors(tokens, prediction, reward):
+    data = np.frombuffer(prediction.ljust(12, b"?"), np.uint8)[None]
+    truth = pack_truth([tokens], 12)
+    assert float(prefix_match_reward(data, np.array([len(prediction)]), *truth)[0]) == reward
+    assert oracles.prefix_reward(prediction, tokens) == reward
+
+
+@pytest.mark.parametrize("widths", [(4, 12), (12, 4), (3, 3)])
+def test_prediction_and_continuation_widths_are_independent(widths):
+    X, Y = widths
+    truth = pack_truth([[b"ab", b"c"]], Y)
+    for prediction, reward in ((b"ab", 1), (b"abc", 1), (b"a", 0)):
+        data = np.frombuffer(prediction.ljust(X, b"z"), np.uint8)[None]
+        assert float(prefix_match_reward(data, np.array([len(prediction)]), *truth)[0]) == reward
+    # Longer than the window: its bytes are unknown, so it is no match even where the rest agrees.
+    data = np.frombuffer(b"abc".ljust(X, b"z")[:X], np.uint8)[None]
+    assert float(prefix_match_reward(data, np.array([X + 1]), *truth)[0]) == 0
+
+
+def test_reward_refuses_shapes_that_disagree():
+    with pytest.raises(ValueError, match="must share B"):
+        prefix_match_reward(np.zeros((2, 4), np.uint8), np.zeros(2, int), np.zeros((3, 4), np.uint8), np.zeros((3, 4), bool))
+
+
+def extract_text(text: str, mode="balanced", **options):
+    pieces = [bytes([b]) for b in range(256)]
+    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32)[None]
+    return rows_of(extract_predictions(tokens, np.ones(tokens.shape, bool), *table_of(pieces), mode=mode, **options))[0]
+
+
+def test_box_that_needs_a_brace():
+    assert extract_text("</think>\\boxed{}}") == b""
+    assert extract_text("</think>\\boxed{}}", "tail") == b"}"
+    assert extract_text("</think>\\boxed{}}", "balanced_then_tail") == b"}"
+    assert extract_text("</think>\\boxed{ \\frac{}") is None
+    assert extract_text("</think>\\boxed{ \\frac{}", "balanced_then_tail") == b" \\frac{"
+
+
+def test_think_end_rules():
+    assert extract_text("\\boxed{a}</think>") is None
+    assert extract_text("</think>\\boxed{a}</think> b") is None
+    assert extract_text("\\boxed{a}") is None
+    assert extract_text("\\boxed{a}", require_think_end=False) == b"a"
+    assert extract_text("</think> \\boxed{a} \\boxed{ b }") == b" b "
+
+
+def test_unescaped_newline_is_a_fallback():
+    assert extract_text("</think>\\boxed{\\n}") == b"\\n"
+    assert extract_text("</think>\\boxed{a\\n\\nb\\neq}", unescape_newline=True) == b"a\n\nb\neq"
+    assert extract_text("</think>\\boxed{" + "\\n" * 20 + "}", unescape_newline=True, max_prediction_bytes=24) == b"\n" * 20
+
+
+def test_over_long_answer_keeps_its_true_length():
+    pieces = [bytes([b]) for b in range(256)]
+    tokens = np.frombuffer(b"</think>\\boxed{" + b"x" * 40 + b"}", np.uint8).astype(np.int32)[None]
+    got = extract_predictions(tokens, np.ones(tokens.shape, bool), *table_of(pieces), mode="balanced", max_prediction_bytes=8)
+    assert got.bytes.shape == (1, 8) and int(got.lengths[0]) == 40 and bool(got.found[0])
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="balanced_then_tail"):
+        extract_text("x", "boxed")
+
+
+@pytest.mark.parametrize("real_tokenizer", ["qwen3", "mistral_v1"], indirect=True)
+def test_longest_vocabulary_prefix(real_tokenizer):
+    """Against a search through every length in a dictionary."""
+    pieces = [real_tokenizer.token_bytes(i) for i in range(real_tokenizer.vocab_size)]
+    lowest = {}
+    for i, piece in enumerate(pieces):
+        lowest.setdefault(piece, i)
+    rng = np.random.default_rng(0)
+    texts = [b"".join(pieces[i] for i in rng.integers(0, len(pieces), 3))[:40] for _ in range(500)] + [b"", b"\xff"]
+    data = np.zeros((len(texts), 40), np.uint8)
+    for b, text in enumerate(texts):
+        data[b, : len(text)] = np.frombuffer(text, np.uint8)
+    index = vocabulary_index(real_tokenizer.byte_table())
+    got = longest_prefix_tokens(index, jnp.asarray(data), jnp.asarray([len(t) for t in texts]))
+    expected = [next((lowest[t[:n]] for n in range(len(t), 0, -1) if t[:n] in lowest), -1) for t in texts]
+    np.testing.assert_array_equal(got, expected)
