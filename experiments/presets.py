@@ -17,7 +17,7 @@ from rpt_jax.config import (
 
 # The quickstart: worked puzzles, 0.8 M parameters, 2 CPU cores, minutes.
 TINY_WORKED = Config(
-    run=RunConfig(num_steps=250),
+    run=RunConfig(num_steps=160),
     data=DataConfig(template="minimal", trunk_length=64, window_stride=32),
     positions=PositionsConfig(
         entropy_threshold=2.0,
@@ -27,15 +27,15 @@ TINY_WORKED = Config(
         difficulty_thresholds=(0.5, 1.0, 2.0),
     ),
     model=DecoderConfig(num_layers=4, width=128, mlp_width=384, num_heads=4, num_kv_heads=4, head_size=32),
-    supervised=SupervisedConfig(num_steps=470, batch_size=40),
+    supervised=SupervisedConfig(num_steps=380, batch_size=40),
     rollout=RolloutConfig(
         num_trunks=48, prompts_per_trunk=1, group_size=8, max_completion_tokens=32, temperature=1.0
     ),
     # Six trunks at a time: the activations of a pass then stay in the cache of a small CPU.
     loss=LossConfig(microbatch_trunks=6),
     optimizer=OptimizerConfig(learning_rate=4e-4, max_grad_norm=1.0, weight_decay=0.0),
-    checkpoint=CheckpointConfig(every_steps=50),
-    eval=EvalConfig(every_steps=50),
+    checkpoint=CheckpointConfig(every_steps=40),
+    eval=EvalConfig(every_steps=20),
 )
 
 PRESETS = {"tiny_worked": TINY_WORKED}

@@ -13,7 +13,7 @@ from rpt_jax.data.synthetic import write_corpus
 
 NUM_TRAIN, NUM_HELDOUT = 12_000, 800
 # Warm-start updates with puzzles of one or two steps, of supervised.num_steps.
-NUM_SHORT_STEPS = 250
+NUM_SHORT_STEPS = 200
 
 
 def with_corpus(config: Config) -> Config:

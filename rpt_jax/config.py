@@ -118,13 +118,13 @@ class OptimizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
     path: str = ""
-    """jsonl of {"text", "completion"?} in training order. Empty: the training documents themselves, shuffled."""
+    """jsonl of {"text", "completion"?, "text_weight"?} in training order. Empty: the training documents themselves, shuffled."""
     num_steps: int = 0
     """Warm-start updates before RPT. 0: none."""
     batch_size: int = 40
     """Sequences per update."""
     context_weight: float = 0.2
-    """Loss weight of a text that has a completion; completions, and texts without one, have weight 1."""
+    """Loss weight of a text that has a completion, where its line does not say; completions have weight 1."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             name="muon", learning_rate=3e-3, weight_decay=0.0, max_grad_norm=1.0, warmup_steps=10

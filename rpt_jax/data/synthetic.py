@@ -41,7 +41,7 @@ _CHAIN = {
     "-": (" {name} takes {last} minus {n}.", " {name} takes {n} from {last}."),
     "*": (" {name} takes twice {last}.", " {name} doubles {last}."),
 }
-_FREE_THOUGHTS = (" A guess.", " The text goes on.")
+_GUESS = " A guess."
 _PIECES = re.compile(r"</?think>|\\boxed\{| ?[A-Za-z]+| ?[0-9]|.")
 
 
@@ -110,39 +110,40 @@ def _exercise_sheet(rng: random.Random, num_facts: int = 12) -> str:
 def _worked_thought(rng: random.Random, puzzle: Puzzle) -> dict:
     """A document cut at a position, with a completion in the response format.
 
-    Three in four cuts are at the result, the others anywhere free. Two in five thoughts at the result, and all at
-    free positions, are no thoughts but a guess: a policy that always thinks well would leave nothing to learn.
+    Three in four cuts are at the result, the others anywhere free. More than half of the thoughts at the result, and
+    all at free positions, are no thoughts but a guess: to think, and to think right, is left for RPT to learn.
     """
     text = puzzle.text.encode()
     if rng.random() < 0.75:
         offset = puzzle.answer_offset
-        thought = puzzle.thought if rng.random() < 0.6 else rng.choice(_FREE_THOUGHTS)
+        thought = puzzle.thought if rng.random() < 0.45 else _GUESS
     else:
         starts = [m.start() for m in _PIECES.finditer(puzzle.text)]
-        offset, thought = rng.choice(starts[16:]), rng.choice(_FREE_THOUGHTS)
+        offset, thought = rng.choice(starts[16:]), _GUESS
     target = _PIECES.match(puzzle.text, offset)[0]
     return {"text": text[:offset].decode(), "completion": f"{thought}{THINK_CLOSE}{BOX_OPEN}{target}}}"}
 
 
 def _warm_start(rng: random.Random, draw, *, short_sequences: int, long_sequences: int) -> list[dict]:
     """Training order: puzzles of one or two steps first. Reading steps off a text is a sharp transition that did not
-    come within 300 steps of mixed lengths."""
+    come within 300 steps of mixed lengths. Sheets thin out in the second part, when their arithmetic is learned."""
     sequences = []
-    for max_steps, count in ((2, short_sequences), (4, long_sequences)):
+    for max_steps, count, kinds in ((2, short_sequences, "tttttttdss"), (4, long_sequences, "ttttttttds")):
         for number in range(count):
-            kind = number % 5
-            if kind == 3:
-                sequences.append({"text": _exercise_sheet(rng)})
-            elif kind == 4:
-                sequences.append({"text": draw(max_steps).text})
-            else:
+            kind = kinds[number % len(kinds)]
+            if kind == "t":
                 sequences.append(_worked_thought(rng, draw(max_steps)))
+            elif kind == "s":
+                sequences.append({"text": _exercise_sheet(rng)})
+            else:
+                # Weighted like the contexts of thoughts, or plain text would drown the few tokens of a thought.
+                sequences.append({"text": draw(max_steps).text, "text_weight": 0.2})
     return sequences
 
 
 def make_tokenizer() -> Tokenizer:
     """The corpus's closed vocabulary: words, digits and marks, the response marks as single entries."""
-    phrases = [*_OPENINGS, *_CLOSINGS, *_FREE_THOUGHTS, " The dial on the safe shows picks. Now the dial So ends on"]
+    phrases = [*_OPENINGS, *_CLOSINGS, _GUESS, " The dial on the safe shows picks. Now the dial So ends on"]
     phrases += [p for wording in (_DIAL, _CHAIN) for options in wording.values() for p in options]
     entries = {piece for p in phrases for piece in _PIECES.findall(re.sub(r" ?\{\w+\}", "", p))}
     entries |= {f" {name}" for name in _NAMES} | {f" {digit}" for digit in range(10)}

@@ -187,7 +187,7 @@ def update(state: TrainState, batch: TrainBatch, *, loss_fn, optimizer, num_micr
         (loss, grads), metrics = jax.lax.scan(accumulate, zero, jax.tree.map(split, batch))
         metrics = {name: v.max() if name.endswith("_max") else v.sum() for name, v in metrics.items()}
 
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

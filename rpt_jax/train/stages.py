@@ -28,7 +28,7 @@ from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
 from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.loop import Trainer, train
 from rpt_jax.train.metrics import RunDirectory, console, progress_bar
-from rpt_jax.train.supervised import document_sequences, read_sequences, train_supervised
+from rpt_jax.train.supervised import Sequence, document_sequences, read_sequences, train_supervised
 from rpt_jax.types import TrainState
 
 
@@ -43,7 +43,7 @@ class Prepared:
     template: Template
     train_documents: list[Document]
     heldout_documents: list[Document]
-    warm_sequences: list[tuple]
+    warm_sequences: list[Sequence]
 
     @cached_property
     def token_bytes(self) -> list[bytes]:

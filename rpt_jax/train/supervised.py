@@ -4,6 +4,7 @@ It is the warm start (documents and worked thoughts) and the control (documents 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +23,28 @@ from rpt_jax.train.metrics import progress_bar, to_host
 from rpt_jax.types import Sequences, TrainBatch, TrainState
 
 
-def read_sequences(path: str, tokenizer: Tokenizer, template: Template, config: Config) -> list[tuple]:
-    """(trunk tokens, first weighted trunk column, completion tokens or None) per line of a warm-start file.
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """One text, and what the loss sees of it."""
 
-    A line is {"text": ..., "completion": ...}: the text becomes the prompt of the template and the completion, with the
-    end token, its answer; a line without completion is plain text.
+    trunk: list[int]
+    first: int
+    """First trunk column with weight: header tokens, and the first token, are not predicted."""
+    weight: float
+    """Loss weight of trunk tokens."""
+    completion: list[int] | None
+    """With its end token; loss weight 1."""
+
+    def num_tokens(self, tail_length: int) -> int:
+        return len(self.trunk) + (tail_length + len(self.completion) if self.completion is not None else 0)
+
+
+def read_sequences(path: str, tokenizer: Tokenizer, template: Template, config: Config) -> list[Sequence]:
+    """A warm-start file, line by line.
+
+    A line is {"text", "completion"?, "text_weight"?}. With a completion the text becomes the template's prompt and the
+    completion, with the end token, its answer; without one it is plain text. Completion tokens have loss weight 1,
+    text tokens `text_weight`: by default 1 in plain text, supervised.context_weight in prompts.
 
     Raises:
         DataError: missing file, bad line, or a sequence that does not fit; names file and line.
@@ -56,7 +74,9 @@ def read_sequences(path: str, tokenizer: Tokenizer, template: Template, config: 
                     f"{file} line {number}: the {name} takes {size} tokens; {knob}={limit} is the limit. "
                     f"Shorten the {name} or raise --{knob.replace('_', '-')}."
                 )
-        sequences.append((trunk, 1 if ids is None else max(1, len(template.header)), ids))
+        weight = record.get("text_weight", 1.0 if ids is None else config.supervised.context_weight)
+        first = 1 if ids is None else max(1, len(template.header))
+        sequences.append(Sequence(trunk=trunk, first=first, weight=float(weight), completion=ids))
     if not sequences:
         raise DataError(f"{file} holds no sequence; supervised.path needs at least one line. Check the file.")
     return sequences
@@ -67,32 +87,32 @@ def plain_trunk(tokens, tokenizer: Tokenizer) -> list[int]:
     return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + [int(t) for t in tokens]
 
 
-def document_sequences(documents: list[Document], tokenizer: Tokenizer, trunk_length: int) -> list[tuple]:
+def document_sequences(documents: list[Document], tokenizer: Tokenizer, trunk_length: int) -> list[Sequence]:
     """Plain-text sequences of documents; long ones become consecutive windows, none of their tokens is lost."""
     size = trunk_length - (tokenizer.bos_id is not None)
     return [
-        (plain_trunk(d.tokens[first : first + size], tokenizer), 1, None)
+        Sequence(trunk=plain_trunk(d.tokens[first : first + size], tokenizer), first=1, weight=1.0, completion=None)
         for d in documents
         for first in range(0, len(d.tokens), size)
         if len(d.tokens) - first > 1
     ]
 
 
-def make_batch(sequences: list[tuple], config: Config, tail, context_weight: float) -> TrainBatch:
+def make_batch(sequences: list[Sequence], config: Config, tail) -> TrainBatch:
     """Dense numpy TrainBatch; R is 1 where any sequence has a completion, else 0."""
     U, L = len(sequences), config.data.trunk_length
-    has_branches = any(ids is not None for *_, ids in sequences)
+    has_branches = any(s.completion is not None for s in sequences)
     R, E, C = int(has_branches), len(tail), config.rollout.max_completion_tokens
     trunk_tokens, trunk_weights = np.zeros((U, L), np.int32), np.zeros((U, L), np.float32)
     cuts = np.ones((U, R), np.int32)
     branch_tokens, branch_mask = np.zeros((U, R, E + C), np.int32), np.zeros((U, R, E + C), bool)
-    for u, (trunk, first, ids) in enumerate(sequences):
-        trunk_tokens[u, : len(trunk)] = trunk
-        trunk_weights[u, first : len(trunk)] = 1.0 if ids is None else context_weight
-        if ids is not None:
-            cuts[u, 0] = len(trunk)
-            branch_tokens[u, 0, : E + len(ids)] = [*tail, *ids]
-            branch_mask[u, 0, : E + len(ids)] = True
+    for u, s in enumerate(sequences):
+        trunk_tokens[u, : len(s.trunk)] = s.trunk
+        trunk_weights[u, s.first : len(s.trunk)] = s.weight
+        if s.completion is not None:
+            cuts[u, 0] = len(s.trunk)
+            branch_tokens[u, 0, : E + len(s.completion)] = [*tail, *s.completion]
+            branch_mask[u, 0, : E + len(s.completion)] = True
     completion_mask = branch_mask[:, :, E:]
     total = max(1e-9, trunk_weights.sum() + completion_mask.sum())
     return TrainBatch(
@@ -121,7 +141,7 @@ def train_supervised(
     state: TrainState,
     optimizer,
     mesh,
-    sequences: list[tuple],
+    sequences: list[Sequence],
     *,
     tail,
     shuffle: bool,
@@ -145,8 +165,8 @@ def train_supervised(
     with progress_bar(stage, total) as progress:
         while (step < num_steps) if num_steps is not None else (flops < max_flops):
             rows = [sequences[order[step * size + i]] for i in range(size)]
-            batch = make_batch(rows, config, tail, config.supervised.context_weight)
-            num_tokens = sum(len(t) + (len(tail) + len(ids) if ids is not None else 0) for t, _, ids in rows)
+            batch = make_batch(rows, config, tail)
+            num_tokens = sum(s.num_tokens(len(tail)) for s in rows)
             state, metrics = update(
                 state, shard_batch(mesh, batch), loss_fn=loss_fn, optimizer=optimizer, num_microbatches=1
             )

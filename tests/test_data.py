@@ -1,0 +1,292 @@
+"""Documents, prompts, positions and batches: every index by hand or by a slow definition."""
+
+import json
+
+import grain
+import jax
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from rpt_jax.config import DataConfig, PositionsConfig
+from rpt_jax.data.documents import (
+    Document,
+    Text,
+    check_lengths,
+    fingerprint,
+    read_texts,
+    split_heldout,
+    tokenize,
+)
+from rpt_jax.data.pipeline import TrainIterator, make_source
+from rpt_jax.data.positions import PositionTable, direct_statistics, score_documents, select_positions, window_start
+from rpt_jax.data.prompts import Template, candidate_mask, continuation, make_template
+from rpt_jax.errors import ConfigError, DataError
+from rpt_jax.models import decoder
+from rpt_jax.tokenizer import train_byte_level
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def test_reads_txt_jsonl_parquet_and_globs(tmp_path):
+    write(tmp_path / "a.txt", "one\ntwo")
+    write(tmp_path / "b.jsonl", '{"q": "x\u2028y", "a": 1}\n\n{"q": "z", "a": 2, "labels": [[1, "n"]]}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["p", "q"]}), tmp_path / "c.parquet")
+    assert [t.text for t in read_texts(str(tmp_path / "a.txt"), text_template="{text}")] == ["one\ntwo"]
+    rows = read_texts(str(tmp_path / "b.jsonl"), text_template="{q}\n\n{a}")
+    assert [t.text for t in rows] == ["x\u2028y\n\n1", "z\n\n2"]
+    assert rows[1].labels == ((1, "n"),) and rows[1].id == "b.jsonl:2"
+    assert [t.text for t in read_texts(str(tmp_path / "*.parquet"), text_template="{text}")] == ["p", "q"]
+
+
+BAD_CORPORA = {
+    "missing file": (None, "matches no file"),
+    "empty.txt": (b"", "holds no text"),
+    "blank.jsonl": (b'{"text": "  "}\n', "holds no text"),
+    "latin.txt": (b"caf\xe9", "byte 0xe9 at offset 3 is not UTF-8"),
+    "cut.jsonl": (b'{"text": "a"}\n{"text": "\xc3"}\n', "line 2: byte 0xc3"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+    "list.jsonl": (b"[1]\n", "line 1 is a list"),
+    "field.jsonl": (b'{"body": "a"}\n', "needs 'text'"),
+    "deep.jsonl": (b"[" * 100_000, "line 1 is not JSON"),
+    "not.parquet": (b"PAR?", "not a readable parquet"),
+    "words.doc": (b"a", "'.doc'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CORPORA)
+def test_bad_corpora_are_refused_with_file_and_line(tmp_path, name):
+    data, message = BAD_CORPORA[name]
+    path = tmp_path / name
+    if data is not None:
+        write(path, data)
+    with pytest.raises(DataError, match=message):
+        read_texts(str(path), text_template="{text}")
+
+
+def test_labels_move_to_token_indices(letters):
+    (document,) = tokenize([Text(id="d", text="ab cd", labels=((3, "x"),))], letters)
+    assert document.labels == ((3, "x"),)
+    with pytest.raises(DataError, match="not the start of a token"):
+        tokenize([Text(id="d", text="\\boxed{}", labels=((2, "x"),))], letters)
+
+
+def test_heldout_split_takes_the_end():
+    texts = [Text(id=str(i), text="t") for i in range(10)]
+    train, heldout = split_heldout(texts, 0.2)
+    assert [t.id for t in heldout] == ["8", "9"] and len(train) == 8
+    train, heldout = split_heldout([Text(id="f", text="1\n2\n3\n4\n")], 0.25)
+    assert train[0].text + heldout[0].text == "1\n2\n3\n4\n" and heldout[0].text == "4\n"
+    with pytest.raises(DataError, match="too few to hold out"):
+        split_heldout([Text(id="f", text="one line")], 0.1)
+
+
+def test_short_documents_are_counted_and_refused_when_nothing_is_left():
+    documents = [Document(id=str(n), tokens=np.zeros(n, np.int32)) for n in (3, 5, 9)]
+    assert check_lengths(documents, 5, "training") == 2
+    with pytest.raises(DataError, match="longest: 9"):
+        check_lengths(documents, 9, "training")
+
+
+def test_fingerprint_sees_every_token():
+    a = [Document(id="a", tokens=np.array([1, 2], np.int32))]
+    b = [Document(id="a", tokens=np.array([1, 3], np.int32))]
+    assert fingerprint(a) != fingerprint(b) and fingerprint(a) == fingerprint(list(a))
+
+
+PIECES = [b"", b" the", b" cat", b"\xc3", b"\xa9", b"s", b"\xf0\x9f", b"\x98\x80"]
+
+
+def test_continuation_has_the_corpus_own_boundaries():
+    document = Document(id="d", tokens=np.array([5, 1, 2, 0, 5]))
+    assert continuation(document, 1, PIECES, 8) == (b" the cats", [4, 8, 9])
+    assert continuation(document, 1, PIECES, 2) == (b" the cat", [4, 8])
+
+
+def test_candidates_by_definition():
+    """Against the rule spelt out: whole characters before, some whole boundary within the horizon, a target with bytes."""
+    rng = np.random.default_rng(0)
+
+    def whole(data: bytes) -> bool:
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            return False
+        return True
+
+    checked = 0
+    for _ in range(200):
+        # Valid UTF-8: pairs are kept in order.
+        tokens = [t for unit in rng.integers(0, 5, 12) for t in ([1], [2], [3, 4], [6, 7], [0])[unit]]
+        document = Document(id="d", tokens=np.array(tokens))
+        got = candidate_mask(document, PIECES, min_context_tokens=2, num_tokens=1)
+        for i in range(len(tokens)):
+            before = b"".join(PIECES[t] for t in tokens[:i])
+            expected = i >= 2 and whole(before) and len(PIECES[tokens[i]]) > 0 and whole(before + PIECES[tokens[i]])
+            assert got[i] == expected
+            checked += expected
+    assert checked > 500
+
+
+def test_windows_give_a_position_most_context():
+    for index in range(60):
+        start = window_start(index, window=16, stride=5)
+        options = [s for s in range(0, 80, 5) if s <= index and index - s <= 16]
+        assert start == min(options)
+
+
+def test_templates_are_split_around_the_context(letters):
+    minimal = make_template(letters, DataConfig(template="minimal", trunk_length=8))
+    assert len(minimal.header) == 0 and letters.decode(minimal.tail) == "<think>"
+    tokenizer = train_byte_level(["some text about nothing in particular"], 320)
+    for name in ("v0", "v6"):
+        template = make_template(tokenizer, DataConfig(template=name, trunk_length=2048))
+        header, tail = tokenizer.decode(template.header), tokenizer.decode(template.tail)
+        assert "\\boxed{}" in header and "### Context" in header and tail.endswith("<think>\n")
+    assert "candidates" in tail and "```````" in tail
+    with pytest.raises(ConfigError, match="trunk_length=64"):
+        make_template(tokenizer, DataConfig(template="v6", trunk_length=64))
+    with pytest.raises(DataError, match="no chat template"):
+        make_template(tokenizer, DataConfig(chat=True))
+
+
+def test_a_tokenizer_that_cannot_write_the_marks_is_refused():
+    from rpt_jax.tokenizer import word_level
+
+    with pytest.raises(ConfigError, match="cannot|spells"):
+        make_template(word_level(["a", "b"]), DataConfig(template="minimal"))
+
+
+def table_of(rows):
+    document, index, entropy = zip(*rows, strict=True)
+    n = len(rows)
+    return PositionTable(
+        document=np.array(document), index=np.array(index), entropy=np.array(entropy, np.float32),
+        direct_token=np.zeros(n, int), direct_logprob=np.zeros(n),
+    )  # fmt: skip
+
+
+def small_source(**options):
+    documents = [
+        Document(id="a", tokens=np.array([5, 1, 2, 5, 1, 2, 5, 1, 2, 5])),
+        Document(id="b", tokens=np.array([1, 2, 5, 5])),
+    ]
+    table = table_of([(0, 3, 0.1), (0, 5, 2.0), (0, 9, 1.0), (1, 2, 3.0)])
+    template = Template(header=np.array([7], np.int32), tail=np.array([6, 4], np.int32))
+    options = dict(trunk_length=6, stride=3, continuation_tokens=2) | options
+    return make_source(documents, table, template, PIECES, **options)
+
+
+def test_tasks_by_hand():
+    source = small_source()
+    # Window of 5 document tokens behind the header; position 9 needs a window that starts at 6 (9 - 5 = 4 -> 6).
+    assert source.group(range(4), 2) == [[0, 1], [2], [3]]
+    batch = source.make([[0, 1], [2], []], prompts_per_trunk=2, group_size=3)
+    np.testing.assert_array_equal(batch.trunk_tokens[0], [7, 5, 1, 2, 5, 1])
+    np.testing.assert_array_equal(batch.trunk_tokens[1], [7, 5, 1, 2, 5, 0])
+    assert batch.cuts.tolist() == [[4, 6], [4, 1], [1, 1]]
+    assert batch.trunk_lengths.tolist() == [6, 5, 1]
+    assert batch.position_mask.tolist() == [[True, True], [True, False], [False, False]]
+    assert batch.target_tokens[0].tolist() == [5, 2]
+    assert batch.continuation_bytes[0, 1, :5].tobytes() == b" cats"
+    assert np.flatnonzero(batch.boundary_mask[0, 1]).tolist() == [3, 4]
+    assert batch.row_ids[0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    np.testing.assert_array_equal(batch.tail_tokens[0, 0], [6, 4])
+    assert source.num_bytes == 8
+
+
+def test_a_stride_that_leaves_gaps_is_refused():
+    with pytest.raises(ConfigError, match="window_stride=6"):
+        small_source(stride=6)
+
+
+def test_iterator_resumes_exactly_and_reshuffles(monkeypatch):
+    source = small_source()
+
+    def make():
+        return TrainIterator(source, range(4), num_trunks=2, prompts_per_trunk=1, group_size=2, seed=3)
+
+    straight, first = make(), make()
+    batches = [next(straight).position_ids.tolist() for _ in range(7)]
+    assert [next(first).position_ids.tolist() for _ in range(3)] == batches[:3]
+    resumed = make()
+    resumed.set_state(json.loads(json.dumps(first.get_state())))
+    assert [next(resumed).position_ids.tolist() for _ in range(4)] == batches[3:]
+    epochs = [sorted(i for b in batches[e : e + 2] for (i,) in b) for e in (0, 2, 4)]
+    assert epochs == [[0, 1, 2, 3]] * 3
+    assert batches[0:2] != batches[2:4] or batches[2:4] != batches[4:6]
+
+
+def test_two_hosts_share_a_batch_and_one_host_takes_over():
+    """The cursor is global: what two hosts leave after three batches, one host continues."""
+    order = grain.MapDataset.range(10).seed(0).shuffle().repeat()
+
+    def host(index, count):
+        shards = grain.sharding.ShardOptions(shard_index=index, shard_count=count)
+        return grain.experimental.ElasticIterator(order, 4, shards, read_options=grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+
+    one = host(0, 1)
+    straight = [sorted(next(one).tolist()) for _ in range(5)]
+    two = [host(0, 2), host(1, 2)]
+    split = [sorted(x for h in two for x in next(h).tolist()) for _ in range(3)]
+    assert split == straight[:3]
+    later = host(0, 1)
+    later.set_state(two[0].get_state())
+    assert [sorted(next(later).tolist()) for _ in range(2)] == straight[3:]
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_direct_statistics_by_definition(tiny_config, tiny_params, renormalize):
+    tokens = np.random.default_rng(0).integers(0, tiny_config.vocab_size, (2, 9)).astype(np.int32)
+    entropy, argmax, logprob = direct_statistics(tiny_config, tiny_params, tokens, renormalize=renormalize)
+    law = np.asarray(jax.nn.softmax(decoder.logits(tiny_config, tiny_params, tokens)), np.float64)
+    for u in range(2):
+        for t in range(1, 9):
+            p = np.sort(law[u, t - 1])[::-1][:16]
+            if renormalize:
+                p = p / p.sum()
+            np.testing.assert_allclose(entropy[u, t], -(p * np.log(p)).sum(), rtol=1e-4)
+            assert argmax[u, t] == law[u, t - 1].argmax()
+            np.testing.assert_allclose(logprob[u, t], np.log(law[u, t - 1, tokens[u, t]]), rtol=1e-4, atol=1e-5)
+
+
+def test_positions_of_long_documents_are_scored_in_their_own_window(tiny_config, tiny_params, mesh):
+    rng = np.random.default_rng(1)
+    pieces = [b"a"] * tiny_config.vocab_size
+    documents = [Document(id="d", tokens=rng.integers(0, tiny_config.vocab_size, n).astype(np.int32)) for n in (30, 5)]
+    settings = PositionsConfig(min_context_tokens=4)
+    table = score_documents(
+        tiny_config, tiny_params, mesh, documents, pieces, bos_id=2, window=12, stride=6, batch_trunks=3,
+        settings=settings, continuation_tokens=2,
+    )  # fmt: skip
+    assert len(table) == 26 + 1
+    for document, index in ((0, 4), (0, 12), (0, 13), (0, 29), (1, 4)):
+        row = np.flatnonzero((table.document == document) & (table.index == index))[0]
+        start = window_start(index, window=12, stride=6)
+        context = np.array([[2, *documents[document].tokens[start:index]]])
+        law = np.asarray(jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, context)))[0, -1]
+        np.testing.assert_allclose(table.direct_logprob[row], law[documents[document].tokens[index]], atol=1e-4)
+    with pytest.raises(DataError, match="none of the 1 documents"):
+        score_documents(
+            tiny_config, tiny_params, mesh, documents[1:], pieces, bos_id=None, window=12, stride=6, batch_trunks=3,
+            settings=PositionsConfig(min_context_tokens=5), continuation_tokens=2,
+        )  # fmt: skip
+
+
+def test_selection():
+    table = table_of([(d, i, 0.1 * i) for d in range(3) for i in range(20)])
+    kept = select_positions(table, PositionsConfig(entropy_threshold=1.45, max_positions_per_document=3), seed=0)
+    assert len(kept) == 9 and (table.entropy[kept] > 1.45).all()
+    mixed = select_positions(
+        table, PositionsConfig(entropy_threshold=1.45, max_positions_per_document=3, unfiltered_fraction=0.25), seed=0
+    )
+    # 9 kept + 9 / 3 others: a quarter of the whole.
+    assert len(mixed) == 12 and set(kept) < set(mixed) and len(set(mixed)) == 12
+    everything = select_positions(table, PositionsConfig(selector="random", max_positions_per_document=99), seed=0)
+    assert len(everything) == 60
+    with pytest.raises(DataError, match="highest: 1.900"):
+        select_positions(table, PositionsConfig(entropy_threshold=2.0), seed=0)

@@ -1,0 +1,360 @@
+"""Advantages, losses and the update: hand-worked numbers, properties, meshes."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rpt_jax.config import LossConfig, MeshConfig, OptimizerConfig
+from rpt_jax.models import decoder
+from rpt_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
+from rpt_jax.rl import advantages as adv
+from rpt_jax.rl import losses
+from rpt_jax.rl.scoring import score
+from rpt_jax.rl.update import (
+    init_state,
+    make_optimizer,
+    muon_dimensions,
+    policy_batch,
+    policy_loss,
+    split_minibatches,
+    supervised_loss,
+    update,
+)
+from rpt_jax.rollout.collect import collect
+from rpt_jax.rollout.engine import generate, rollout_key
+from rpt_jax.types import Experience, TrainBatch
+from test_rollout import EOS, make_tasks
+
+REWARDS = jnp.asarray([[[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]]])
+MASK = jnp.ones((1, 2), bool)
+
+
+def test_advantages_on_paper():
+    # Group 1: mean 1/2, deviation 1/2. Group 2: mean 1/4, deviation sqrt(3)/4 = 0.4330.
+    np.testing.assert_allclose(adv.grpo(REWARDS)[0, 0], [1, -1, -1, 1], rtol=1e-5)
+    np.testing.assert_allclose(adv.grpo(REWARDS)[0, 1], [1.7320, -0.5774, -0.5774, -0.5774], rtol=1e-4)
+    np.testing.assert_allclose(adv.centered(REWARDS)[0, 1], [0.75, -0.25, -0.25, -0.25])
+    # RLOO: 1 - 0/3 = 1, and 0 - 1/3.
+    np.testing.assert_allclose(adv.rloo(REWARDS)[0, 1], [1, -1 / 3, -1 / 3, -1 / 3], rtol=1e-6)
+    # Whole batch: mean 3/8, deviation sqrt(15)/8 = 0.4841.
+    np.testing.assert_allclose(adv.batch_std(REWARDS, MASK)[0, 1, 0], 0.75 / 0.48412, rtol=1e-4)
+    # OPO: lengths 1, 2, 3, 4; baseline of group 1 = (1 + 4) / 10, of group 2 = 1 / 10.
+    lengths = jnp.asarray([[[1, 2, 3, 4], [1, 2, 3, 4]]])
+    np.testing.assert_allclose(adv.opo(REWARDS, lengths)[0], [[0.5, -0.5, -0.5, 0.5], [0.9, -0.1, -0.1, -0.1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grpo", "mean", "rloo", "batch_std", "opo"])
+def test_equal_rewards_teach_nothing_and_order_does_not_matter(name):
+    rng = np.random.default_rng(0)
+    lengths = jnp.asarray(rng.integers(1, 9, (2, 3, 4)))
+    mask = jnp.ones((2, 3), bool).at[1, 2].set(False)
+    rewards = jnp.asarray(rng.random((2, 3, 4)), jnp.float32).at[0, 0].set(0.7)
+    got = adv.compute_advantages(name, rewards, lengths, mask)
+    np.testing.assert_allclose(got[0, 0], 0, atol=1e-6)
+    np.testing.assert_array_equal(got[1, 2], 0)
+    order = np.array([2, 0, 3, 1])
+    turned = adv.compute_advantages(name, rewards[..., order], lengths[..., order], mask)
+    np.testing.assert_allclose(turned, got[..., order], atol=1e-6)
+
+
+def test_advantages_refuse_what_they_cannot_mean():
+    with pytest.raises(ValueError, match="G >= 2"):
+        adv.compute_advantages("grpo", jnp.ones((1, 2, 1)), jnp.ones((1, 2, 1)), MASK)
+    with pytest.raises(ValueError, match="unknown advantage"):
+        adv.compute_advantages("ppo", REWARDS, REWARDS, MASK)
+
+
+def test_clipped_surrogate_on_paper():
+    ratio = jnp.asarray([[[0.5, 1.0, 1.5]]])
+    clip = partial(losses.clipped_surrogate, clip_eps_low=0.2, clip_eps_high=0.28)
+    # A = 2: min(1, 1.6), 2, min(3, 2.56).   A = -1: min(-.5, -.8), -1, min(-1.5, -1.28).
+    np.testing.assert_allclose(clip(ratio, jnp.asarray([[2.0]]))[0, 0], [1.0, 2.0, 2.56], rtol=1e-6)
+    np.testing.assert_allclose(clip(ratio, jnp.asarray([[-1.0]]))[0, 0], [-0.8, -1.0, -1.5], rtol=1e-6)
+
+
+def test_kl_estimators_on_paper_and_on_average():
+    # delta = ln 2: k1 = .6931, k2 = .2402, k3 = 1/2 - 1 + .6931.
+    for name, value in (("k1", 0.693147), ("k2", 0.240227), ("k3", 0.193147)):
+        np.testing.assert_allclose(losses.kl_term(name, jnp.log(2.0), jnp.log(1.0)), value, rtol=1e-5)
+    p, q = np.array([0.7, 0.2, 0.1]), np.array([0.5, 0.25, 0.25])
+    exact = (p * np.log(p / q)).sum()
+    for name in ("k1", "k3"):
+        np.testing.assert_allclose((p * np.asarray(losses.kl_term(name, jnp.log(p), jnp.log(q)))).sum(), exact, rtol=1e-5)
+
+
+def test_kl_gradients_are_what_they_are_said_to_be():
+    """Mean gradient over the policy's samples: k1 nothing, k2 of KL(p||q), k3 of KL(q||p)."""
+    theta, q = jnp.asarray([0.3, -0.2, 0.5]), jnp.asarray([0.5, 0.25, 0.25])
+    p = jax.nn.softmax(theta)
+
+    def mean_gradient(name):
+        terms = lambda t: losses.kl_term(name, jax.nn.log_softmax(t), jnp.log(q))  # noqa: E731
+        return p @ jax.jacobian(terms)(theta)
+
+    reverse = jax.grad(lambda t: jnp.sum(jax.nn.softmax(t) * (jax.nn.log_softmax(t) - jnp.log(q))))(theta)
+    forward = jax.grad(lambda t: jnp.sum(q * (jnp.log(q) - jax.nn.log_softmax(t))))(theta)
+    np.testing.assert_allclose(mean_gradient("k1"), 0, atol=1e-6)
+    np.testing.assert_allclose(mean_gradient("k2"), reverse, atol=1e-6)
+    np.testing.assert_allclose(mean_gradient("k3"), forward, atol=1e-6)
+
+
+def test_aggregations_on_paper():
+    # Rows of 1 and 3 tokens, C = 4, a third row that does not count.
+    mask = jnp.asarray([[[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]]], bool)
+    rows = jnp.asarray([[True, True, False]])
+    weights = {n: losses.aggregation_weights(n, mask, rows) for n in ("seq_mean", "token_mean", "constant")}
+    np.testing.assert_allclose(weights["seq_mean"][0, :, 0], [1 / 2, 1 / 6, 0], rtol=1e-6)
+    np.testing.assert_allclose(weights["token_mean"][0, :, 0], [1 / 4, 1 / 4, 0], rtol=1e-6)
+    np.testing.assert_allclose(weights["constant"][0, :, 0], [1 / 8, 1 / 8, 0], rtol=1e-6)
+    nothing = losses.aggregation_weights("token_mean", mask & False, rows)
+    assert float(jnp.abs(nothing).sum()) == 0
+
+
+@pytest.fixture(scope="module")
+def experience(tiny_config, tiny_params):
+    tasks = make_tasks(tiny_config, U=4)
+    rollouts = generate(
+        tiny_config, tiny_params, tasks, rollout_key(0, 0), max_completion_tokens=10, temperature=1.0, top_p=1.0, top_k=0,
+        eos_id=EOS, vocab_size=tiny_config.vocab_size,
+    )  # fmt: skip
+    rewards = jnp.asarray(np.random.default_rng(0).integers(0, 2, (4, 2, 4)), jnp.float32)
+    rewards = rewards.at[0, 0].set(1.0)  # a degenerate group
+    return Experience(tasks=tasks, rollouts=rollouts, rewards=rewards, predictions=None, group_mask=jnp.asarray(tasks.position_mask))
+
+
+LOSS = LossConfig()
+SGD = OptimizerConfig(learning_rate=1e-3, max_grad_norm=0.0, weight_decay=0.0)
+
+
+def gradient(config, params, batch, loss=LOSS):
+    return jax.jit(jax.grad(lambda p: policy_loss(config, loss, 1.0, p, batch)[0]))(params)
+
+
+def flat(tree):
+    return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)])
+
+
+def test_on_policy_gradient_is_the_plain_policy_gradient(tiny_config, tiny_params, experience):
+    """Ratio 1: the gradient of mean over tokens of A * log pi, clip or no clip."""
+    batch = policy_batch(experience, loss=LOSS, header_length=0)
+
+    def plain(params):
+        logprobs = score(tiny_config, params, batch.sequences, num_completion=10, temperature=1.0)
+        return -jnp.sum(batch.token_weights * batch.advantages[..., None] * logprobs)
+
+    expected = flat(jax.jit(jax.grad(plain))(tiny_params))
+    np.testing.assert_allclose(flat(gradient(tiny_config, tiny_params, batch)), expected, atol=1e-6)
+
+
+def test_zero_advantage_is_zero_gradient(tiny_config, tiny_params, experience):
+    level = dataclasses.replace(experience, rewards=jnp.ones((4, 2, 4)))
+    batch = policy_batch(level, loss=LOSS, header_length=0)
+    assert np.abs(flat(gradient(tiny_config, tiny_params, batch))).max() == 0
+
+
+def test_stop_token_is_in_the_loss(tiny_config, tiny_params):
+    """A rollout that is nothing but the stop token still has a gradient, and raises that token's probability."""
+    tasks = make_tasks(tiny_config, U=1, M=1, G=2)
+    tasks = dataclasses.replace(tasks, position_mask=np.ones((1, 1), bool))
+    tokens = jnp.asarray([[[EOS, 0], [5, 6]]])
+    from rpt_jax.types import Rollouts
+
+    rollouts = Rollouts(
+        tokens=tokens, mask=jnp.asarray([[[True, False], [True, True]]]), sampler_logprobs=jnp.zeros((1, 2, 2)),
+        truncated=jnp.asarray([[False, True]]), num_rejected=jnp.zeros((1, 2), jnp.int32),
+    )  # fmt: skip
+    experience = Experience(
+        tasks=tasks, rollouts=rollouts, rewards=jnp.asarray([[[1.0, 0.0]]]), predictions=None, group_mask=jnp.ones((1, 1), bool)
+    )
+    batch = policy_batch(experience, loss=LOSS, header_length=0)
+    # token_mean over 3 tokens.
+    np.testing.assert_allclose(batch.token_weights[0], [[1 / 3, 0], [1 / 3, 1 / 3]], rtol=1e-6)
+    stepped = jax.tree.map(lambda p, g: p - 0.01 * g, tiny_params, gradient(tiny_config, tiny_params, batch))
+    before, after = (
+        score(tiny_config, p, batch.sequences, num_completion=2, temperature=1.0)[0, 0, 0] for p in (tiny_params, stepped)
+    )
+    assert float(after) > float(before)
+
+
+def run_update(config, params, batch, mesh, *, optimizer_config=SGD, num_microbatches=1, loss=LOSS):
+    optimizer = make_optimizer(optimizer_config, 10)
+    state = init_state(jax.tree.map(jnp.copy, params), optimizer, mesh)
+    loss_fn = partial(policy_loss, config, loss, 1.0)
+    return update(state, batch, loss_fn=loss_fn, optimizer=optimizer, num_microbatches=num_microbatches)
+
+
+def test_microbatches_add_up(tiny_config, tiny_params, experience, mesh):
+    batch = policy_batch(experience, loss=LOSS, header_length=0)
+    sgd = OptimizerConfig(learning_rate=1e-3, max_grad_norm=1.0)
+    whole, m1 = run_update(tiny_config, tiny_params, batch, mesh, optimizer_config=sgd)
+    parts, m4 = run_update(tiny_config, tiny_params, batch, mesh, optimizer_config=sgd, num_microbatches=4)
+    for name in m1:
+        np.testing.assert_allclose(m1[name], m4[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(whole.opt_state[1][0].mu["head"], parts.opt_state[1][0].mu["head"], rtol=1e-3, atol=1e-7)
+
+
+def test_update_on_one_device_equals_a_2x2x2_mesh(tiny_config, experience):
+    """Gradients (Adam's first moment after one step is 0.1 g) within 1e-5 of the largest one, metrics within 1e-4."""
+    config = dataclasses.replace(tiny_config, vocab_size=64)
+    single, many = make_mesh(MeshConfig()), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    params = decoder.init_params(config, single, jax.random.key(3))
+    abstract = jax.eval_shape(decoder.Decoder(config).init, jax.random.key(0), decoder.empty_branches(np.zeros((1, 2), np.int32)))
+    sharded = jax.device_put(params, param_shardings(many, abstract)["params"])
+    results = []
+    for mesh, p in ((single, params), (many, sharded)):
+        batch = policy_batch(shard_batch(mesh, experience), loss=LOSS, header_length=0)
+        results.append(run_update(config, p, batch, mesh))
+    (a, ma), (b, mb) = results
+    for name in set(ma) - {"sampler_mismatch", "sampler_mismatch_max"}:
+        np.testing.assert_allclose(ma[name], mb[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    mu_a, mu_b = (flat(s.opt_state[1][0].mu) for s in (a, b))
+    assert np.abs(mu_a - mu_b).max() < 1e-5 * np.abs(mu_a).max()
+    assert b.params["layers"]["q_proj"].sharding.is_equivalent_to(sharded["layers"]["q_proj"].sharding, 4)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient only"])
+def test_non_finite_update_changes_nothing_and_is_counted(tiny_config, tiny_params, experience, mesh, where):
+    batch = policy_batch(experience, loss=LOSS, header_length=0)
+
+    def poisoned(params, batch):
+        value, metrics = policy_loss(tiny_config, LOSS, 1.0, params, batch)
+        if where == "loss":
+            return value + jnp.where(batch.advantages[0, 0] < 99, jnp.nan, 0), metrics
+        # sqrt has an infinite slope at 0: the loss stays finite, its gradient does not.
+        return value + jnp.sqrt(jnp.sum(params["head"]) * 0.0), metrics
+
+    optimizer = make_optimizer(SGD, 10)
+    state = init_state(jax.tree.map(jnp.copy, tiny_params), optimizer, mesh)
+    before = flat((state.params, state.opt_state))
+    for count in (1, 2):
+        state, metrics = update(state, batch, loss_fn=poisoned, optimizer=optimizer, num_microbatches=1)
+        assert int(metrics["skipped"]) == count
+    np.testing.assert_array_equal(flat((state.params, state.opt_state)), before)
+    loss_fn = partial(policy_loss, tiny_config, LOSS, 1.0)
+    state, metrics = update(state, batch, loss_fn=loss_fn, optimizer=optimizer, num_microbatches=1)
+    assert int(metrics["skipped"]) == 0 and int(state.step) == 3
+
+
+def test_muon_owns_the_layers_matrices_and_nothing_else(tiny_params, mesh):
+    dimensions = muon_dimensions(tiny_params)
+    owned = {k for k, v in dimensions["layers"].items() if v is not None}
+    assert owned == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert dimensions["embedding"] is None and dimensions["head"] is None
+    config = OptimizerConfig(name="muon", learning_rate=0.0, matrix_learning_rate=1.0, weight_decay=0.0, max_grad_norm=0.0)
+    optimizer = make_optimizer(config, 10)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), tiny_params)
+    updates, _ = optimizer.update(grads, optimizer.init(tiny_params), tiny_params)
+    np.testing.assert_array_equal(updates["head"], 0)
+    # Each layer's [D, H*Q] update is nearly orthogonal: five Newton-Schulz steps leave singular values in 0.5 .. 1.3.
+    for layer in range(3):
+        values = np.linalg.svd(np.asarray(updates["layers"]["q_proj"][layer]).reshape(32, 32), compute_uv=False)
+        assert values.max() < 1.4 and np.median(values) > 0.5
+
+
+def test_adamw_decays_matrices_only(tiny_params):
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, max_grad_norm=0.0)
+    optimizer = make_optimizer(config, 10)
+    zero = jax.tree.map(jnp.zeros_like, tiny_params)
+    updates, _ = optimizer.update(zero, optimizer.init(tiny_params), tiny_params)
+    np.testing.assert_allclose(updates["layers"]["q_proj"], -0.05 * tiny_params["layers"]["q_proj"], rtol=1e-5)
+    np.testing.assert_array_equal(updates["layers"]["attention_norm"], 0)
+    np.testing.assert_array_equal(updates["layers"]["q_bias"], 0)
+
+
+def test_schedules():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=3, schedule="linear", max_grad_norm=0.0, weight_decay=0.0, b1=0.0, b2=0.0)
+    optimizer = make_optimizer(config, 7)
+    params = {"w": jnp.ones(())}
+    state, rates = optimizer.init(params), []
+    for _ in range(8):
+        updates, state = optimizer.update({"w": jnp.ones(())}, state, params)
+        rates.append(-float(updates["w"]))
+    # Three rising steps from 1/4, then from 1 to 0 over the four that are left.
+    np.testing.assert_allclose(rates, [0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0], atol=1e-5)
+
+
+def test_minibatches_see_their_own_ratio(tiny_config, tiny_params, experience):
+    batch = policy_batch(experience, loss=LOSS, header_length=0)
+    parts = split_minibatches(batch, 2)
+    assert [p.advantages.shape[0] for p in parts] == [2, 2]
+    np.testing.assert_allclose([float(p.token_weights.sum()) for p in parts], 1, rtol=1e-5)
+    # Old log-probabilities that are lower by ln 2 make the ratio 2 and the clip bind on positive advantages.
+    logprobs = score(tiny_config, tiny_params, batch.sequences, num_completion=10, temperature=1.0)
+    shifted = dataclasses.replace(batch, old_logprobs=logprobs - jnp.log(2.0))
+    _, metrics = policy_loss(tiny_config, LOSS, 1.0, tiny_params, shifted)
+    np.testing.assert_allclose(metrics["clip_fraction"], 1.0, rtol=1e-5)
+
+
+def test_kl_term_pulls_towards_the_reference(tiny_config, tiny_params, experience):
+    batch = policy_batch(experience, loss=LOSS, header_length=0)
+    logprobs = score(tiny_config, tiny_params, batch.sequences, num_completion=10, temperature=1.0)
+    same = dataclasses.replace(batch, ref_logprobs=logprobs)
+    loss = LossConfig(kl_coef=0.5)
+    value, metrics = policy_loss(tiny_config, loss, 1.0, tiny_params, same)
+    np.testing.assert_allclose(metrics["kl"], 0, atol=1e-6)
+    apart = dataclasses.replace(batch, ref_logprobs=logprobs - 1.0)
+    value_apart, metrics = policy_loss(tiny_config, loss, 1.0, tiny_params, apart)
+    # k3 at delta 1 is exp(-1) on every token; the loss grows by half of it.
+    np.testing.assert_allclose(metrics["kl"], np.exp(-1), rtol=1e-4)
+    np.testing.assert_allclose(value_apart - value, 0.5 * np.exp(-1), rtol=1e-3)
+
+
+def test_supervised_loss_is_the_weighted_mean_of_both_parts(tiny_config, tiny_params, experience):
+    sequences = policy_batch(experience, loss=LOSS, header_length=0).sequences
+    U, R, C = 4, 8, 10
+    rng = np.random.default_rng(0)
+    trunk_weights = np.pad(rng.random((U, 12)), ((0, 0), (1, 0))).astype(np.float32)
+    token_weights = rng.random((U, R, C)).astype(np.float32)
+    batch = TrainBatch(
+        sequences=sequences, completion_mask=None, token_weights=token_weights, trunk_weights=trunk_weights,
+        advantages=None, sampler_logprobs=None, old_logprobs=None, ref_logprobs=None,
+    )  # fmt: skip
+    value, _ = supervised_loss(tiny_config, tiny_params, batch)
+    law = jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, jnp.asarray(sequences.trunk_tokens)))
+    trunk = np.take_along_axis(np.asarray(law)[:, :-1], np.asarray(sequences.trunk_tokens)[:, 1:, None], -1)[..., 0]
+    own = np.asarray(score(tiny_config, tiny_params, sequences, num_completion=C, temperature=1.0))
+    np.testing.assert_allclose(value, -(trunk_weights[:, 1:] * trunk).sum() - (token_weights * own).sum(), rtol=1e-4)
+
+
+def test_dynamic_sampling_keeps_informative_trunks():
+    """Rounds of two trunks with two groups each; rewards decide what is kept."""
+    tasks = make_tasks(dataclasses.replace(_config(), vocab_size=20), U=2, M=2, G=2)
+    tasks = dataclasses.replace(tasks, position_mask=np.ones((2, 2), bool))
+    good, bad = [1.0, 0.0], [1.0, 1.0]
+    rounds = [[[bad, bad], [good, bad]], [[good, good], [bad, bad]], [[good, good], [good, good]]]
+    asked = []
+
+    def roll_out(batch, number):
+        asked.append(number)
+        marked = dataclasses.replace(batch, position_ids=jnp.asarray(batch.position_ids) + 100 * number)
+        return Experience(
+            tasks=marked, rollouts=None, rewards=jnp.asarray(rounds[number]), predictions=None, group_mask=jnp.ones((2, 2), bool)
+        )
+
+    kept, spent = collect(lambda: tasks, roll_out, rounds=3)
+    # After two rounds two trunks have an informative group: the third round is not run.
+    assert asked == [0, 1] and len(spent) == 2
+    assert kept.tasks.position_ids.tolist() == [[100, 101], [2, 3]]
+    assert kept.group_mask.tolist() == [[True, True], [True, False]]
+    short, _ = collect(lambda: tasks, lambda b, n: dataclasses.replace(roll_out(b, 0)), rounds=1)
+    assert short.group_mask.all()
+
+
+def _config():
+    from rpt_jax.config import DecoderConfig
+
+    return DecoderConfig()
+
+
+def test_optax_clip_is_applied(tiny_config, tiny_params, experience, mesh):
+    batch = policy_batch(experience, loss=LOSS, header_length=0)
+    clipped = OptimizerConfig(learning_rate=1e-3, max_grad_norm=1e-3)
+    state, metrics = run_update(tiny_config, tiny_params, batch, mesh, optimizer_config=clipped)
+    assert float(metrics["grad_norm"]) > 1e-2
+    np.testing.assert_allclose(optax.tree.norm(state.opt_state[1][0].mu), 0.1 * 1e-3, rtol=1e-3)

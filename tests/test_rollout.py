@@ -1,0 +1,203 @@
+"""Sampling one token, and whole rollouts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpt_jax.config import MeshConfig
+from rpt_jax.models import decoder
+from rpt_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
+from rpt_jax.rl.scoring import score
+from rpt_jax.rollout.engine import generate, rollout_key, to_sequences
+from rpt_jax.rollout.sampling import greedy, row_keys, sample
+from rpt_jax.types import TaskBatch
+
+EOS = 1
+
+
+def draw(logits, num_draws, **options):
+    """Tokens, log-probabilities and rejections of many independent draws from one law."""
+    options = dict(temperature=1.0, top_p=1.0, top_k=0) | options
+    keys = row_keys(jax.random.key(7), jnp.arange(num_draws))
+    tiled = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (num_draws, len(logits)))
+    return tuple(np.asarray(a) for a in jax.jit(lambda: sample(tiled, keys, 0, **options))())
+
+
+def law_of(logits, temperature=1.0, top_p=1.0, top_k=0):
+    """The exact law by sorting: top-k keeps tokens with fewer than k above, top-p those with mass above < p."""
+    p = np.exp(np.asarray(logits, np.float64) / temperature)
+    p /= p.sum()
+    above_mass = np.array([p[p > x].sum() for x in p])
+    above_count = np.array([(p > x).sum() for x in p])
+    keep = np.ones(len(p), bool)
+    if top_p < 1:
+        keep &= above_mass < top_p
+    if top_k:
+        keep &= above_count < top_k
+    return np.where(keep, p, 0) / p[keep].sum(), p, 1 - p[keep].sum()
+
+
+@pytest.mark.parametrize("vocab", [5, 200])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.6}, {"top_p": 0.8}, {"top_k": 3}, {"temperature": 1.5, "top_p": 0.9, "top_k": 20}]
+)
+def test_sampled_frequencies_follow_the_exact_law(vocab, options):
+    logits = 2 * np.random.default_rng(vocab).standard_normal(vocab)
+    n = 10_000
+    tokens, logprobs, rejected = draw(logits, n, **options)
+    truncated, full, excluded = law_of(logits, **options)
+    counts = np.bincount(tokens, minlength=vocab)
+    assert counts[truncated == 0].sum() == 0
+    # Chi-square over the tokens that expect at least 5 draws; 5 standard deviations of slack.
+    big = truncated * n >= 5
+    chi2 = ((counts[big] - n * truncated[big]) ** 2 / (n * truncated[big])).sum()
+    assert chi2 < big.sum() + 5 * np.sqrt(2 * big.sum())
+    np.testing.assert_allclose(logprobs, np.log(full[tokens]), atol=1e-5)
+    assert abs(rejected.mean() - excluded) < 5 * np.sqrt(max(excluded, 1e-4) / n)
+
+
+def test_a_token_of_probability_zero_is_never_drawn():
+    logits = np.full(300, -np.inf)
+    logits[[3, 131, 257]] = 0.0
+    tokens, logprobs, _ = draw(logits, 5000)
+    assert set(tokens) == {3, 131, 257}
+    np.testing.assert_allclose(logprobs, np.log(1 / 3), rtol=1e-5)
+
+
+def test_greedy_takes_the_first_of_equal_maxima():
+    token, logprob = greedy(jnp.asarray([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0]]))
+    assert token.tolist() == [1, 0]
+    # exp(3) / (exp(1) + 2 exp(3)) and exp(2) / (exp(2) + e + 1)
+    np.testing.assert_allclose(np.exp(logprob), [20.0855 / 42.8893, 7.38906 / 11.10734], rtol=1e-5)
+
+
+def make_tasks(config, seed=0, U=3, M=2, G=4, L=13, E=3) -> TaskBatch:
+    rng = np.random.default_rng(seed)
+    position_mask = np.ones((U, M), bool)
+    position_mask[-1, -1] = False
+    ids = np.arange(U * M).reshape(U, M)
+    return TaskBatch(
+        trunk_tokens=rng.integers(2, config.vocab_size, (U, L)).astype(np.int32),
+        trunk_lengths=np.full(U, L, np.int32),
+        cuts=rng.integers(1, L + 1, (U, M)).astype(np.int32),
+        position_mask=position_mask,
+        tail_tokens=rng.integers(2, config.vocab_size, (U, M, E)).astype(np.int32),
+        tail_lengths=rng.integers(1, E + 1, (U, M)).astype(np.int32),
+        continuation_bytes=np.zeros((U, M, 4), np.uint8),
+        boundary_mask=np.zeros((U, M, 4), bool),
+        target_tokens=np.zeros((U, M), np.int32),
+        row_ids=(ids[..., None] * G + np.arange(G)).astype(np.int32),
+        position_ids=ids.astype(np.int32),
+    )
+
+
+def roll(config, params, tasks, key, **options):
+    options = dict(max_completion_tokens=12, temperature=0.9, top_p=1.0, top_k=0, eos_id=EOS) | options
+    return generate(config, params, tasks, key, vocab_size=config.vocab_size, **options)
+
+
+def test_greedy_tokens_equal_plain_decoding(tiny_config, tiny_params):
+    """Each row against argmax over whole logits of its repeated prompt, one token at a time.
+
+    An argmax within 1e-4 of the runner-up may fall either way in another summation order; such rows end the
+    comparison and are counted.
+    """
+    tasks = make_tasks(tiny_config)
+    rollouts = roll(tiny_config, tiny_params, tasks, rollout_key(0, 0), temperature=0.0)
+    tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
+    logits_fn = jax.jit(lambda t: decoder.logits(tiny_config, tiny_params, t))
+    compared = near_ties = 0
+    for u, m in zip(*np.nonzero(tasks.position_mask)):
+        prompt = [*tasks.trunk_tokens[u, : tasks.cuts[u, m]], *tasks.tail_tokens[u, m, 3 - tasks.tail_lengths[u, m] :]]
+        row = tokens[u, m * 4][mask[u, m * 4]]
+        for n, token in enumerate(row):
+            padded = np.zeros((1, 40), np.int32)
+            padded[0, : len(prompt) + n] = [*prompt, *row[:n]]
+            last = np.asarray(logits_fn(padded))[0, len(prompt) + n - 1]
+            top = np.sort(last)[-2:]
+            if top[1] - top[0] < 1e-4:
+                near_ties += 1
+                break
+            assert token == last.argmax()
+            compared += 1
+    assert compared > 20 and near_ties <= 1
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"temperature": 1.0, "top_k": 5}])
+def test_sampler_logprobs_equal_teacher_forced_logprobs(tiny_config, tiny_params, options):
+    tasks = make_tasks(tiny_config)
+    rollouts = roll(tiny_config, tiny_params, tasks, rollout_key(0, 3), **options)
+    sequences = to_sequences(tasks, rollouts.tokens, rollouts.mask)
+    forced = score(
+        tiny_config, tiny_params, sequences, num_completion=12, temperature=options.get("temperature", 0.9)
+    )
+    mask = np.asarray(rollouts.mask)
+    assert mask.sum() > 100
+    difference = np.abs(np.asarray(forced) - np.asarray(rollouts.sampler_logprobs))[mask]
+    assert difference.max() < 1e-5
+
+
+def test_noise_is_a_function_of_seed_step_and_row(tiny_config, tiny_params):
+    tasks = make_tasks(tiny_config)
+    first, again, next_step, other_seed, second_round = (
+        np.asarray(roll(tiny_config, tiny_params, tasks, key).tokens)
+        for key in (rollout_key(0, 5), rollout_key(0, 5), rollout_key(0, 6), rollout_key(1, 5), rollout_key(0, 5, 1))
+    )
+    np.testing.assert_array_equal(first, again)
+    for other in (next_step, other_seed, second_round):
+        assert (other != first).any(-1).mean() > 0.5
+    # Rollouts of one prompt differ from each other.
+    assert len({row.tobytes() for row in first[0, :4]}) > 1
+
+
+def test_rows_do_not_depend_on_their_place_in_the_batch(tiny_config, tiny_params):
+    tasks = make_tasks(tiny_config)
+    turned = jax.tree.map(lambda a: a[::-1], tasks)
+    a, b = (roll(tiny_config, tiny_params, t, rollout_key(0, 5)) for t in (tasks, turned))
+    np.testing.assert_array_equal(np.asarray(a.tokens), np.asarray(b.tokens)[::-1])
+
+
+def test_rows_stop_after_the_stop_token_and_padding_never_starts(tiny_config, tiny_params):
+    tasks = make_tasks(tiny_config)
+    rollouts = roll(tiny_config, tiny_params, tasks, rollout_key(0, 0), max_completion_tokens=30, temperature=5.0)
+    tokens, mask, truncated = (np.asarray(a) for a in (rollouts.tokens, rollouts.mask, rollouts.truncated))
+    assert not mask[-1, 4:].any() and not truncated[-1, 4:].any()
+    stopped = 0
+    for row, keep, cut in zip(tokens.reshape(-1, 30), mask.reshape(-1, 30), truncated.reshape(-1)):
+        length = keep.sum()
+        if not length:
+            continue
+        assert keep[:length].all() and EOS not in row[: length - 1]
+        assert cut == (row[length - 1] != EOS)
+        assert (row[length:] == 0).all()
+        stopped += not cut
+    assert stopped > 3
+
+
+def test_unused_vocabulary_entries_are_never_sampled(tiny_config, tiny_params):
+    rollouts = generate(
+        tiny_config, tiny_params, make_tasks(tiny_config, L=9), rollout_key(0, 0),
+        max_completion_tokens=12, temperature=2.0, top_p=1.0, top_k=0, eos_id=EOS, vocab_size=7,
+    )  # fmt: skip
+    assert np.asarray(rollouts.tokens).max() < 7
+
+
+def test_sampling_on_a_mesh_uses_the_same_noise(tiny_config, tiny_params):
+    """2x2x2 against one device: log-probabilities agree wherever the tokens before do; other tokens are near ties."""
+    config = dataclasses.replace(tiny_config, vocab_size=64)
+    single = make_mesh(MeshConfig())
+    params = decoder.init_params(config, single, jax.random.key(2))
+    tasks = make_tasks(config, U=4)
+    many = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    abstract = jax.eval_shape(decoder.Decoder(config).init, jax.random.key(0), decoder.empty_branches(np.zeros((1, 2), np.int32)))
+    sharded = jax.device_put(params, param_shardings(many, abstract)["params"])
+    a = roll(config, params, shard_batch(single, tasks), rollout_key(0, 0))
+    b = roll(config, sharded, shard_batch(many, tasks), rollout_key(0, 0))
+    same = (np.asarray(a.tokens) == np.asarray(b.tokens)).all(-1)
+    assert same.mean() > 0.9
+    np.testing.assert_allclose(
+        np.asarray(a.sampler_logprobs)[same], np.asarray(b.sampler_logprobs)[same], atol=1e-5
+    )
