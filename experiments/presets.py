@@ -7,7 +7,6 @@ from rpt_jax.config import (
     DecoderConfig,
     EvalConfig,
     LossConfig,
-    MeshConfig,
     OptimizerConfig,
     PositionsConfig,
     RolloutConfig,
@@ -35,7 +34,21 @@ TINY_WORKED = Config(
     loss=LossConfig(microbatch_trunks=6),
     optimizer=OptimizerConfig(learning_rate=4e-4, max_grad_norm=1.0, weight_decay=0.0),
     checkpoint=CheckpointConfig(every_steps=40),
-    eval=EvalConfig(every_steps=20),
+    eval=EvalConfig(every_steps=20, num_positions=100),
 )
 
-PRESETS = {"tiny_worked": TINY_WORKED}
+# Anybody's text on the same machine: a trained tokenizer, a cold start from drafts of the text itself.
+TINY_TEXT = Config(
+    run=RunConfig(num_steps=100),
+    data=DataConfig(template="minimal", trunk_length=128, window_stride=64),
+    positions=PositionsConfig(entropy_threshold=1.5, unfiltered_fraction=0.15, max_documents=400),
+    model=DecoderConfig(num_layers=4, width=128, mlp_width=384, num_heads=4, num_kv_heads=4, head_size=32),
+    supervised=SupervisedConfig(num_steps=400, batch_size=32, draft_fraction=0.5),
+    rollout=RolloutConfig(num_trunks=12, prompts_per_trunk=4, group_size=8, max_completion_tokens=16, temperature=1.0),
+    loss=LossConfig(microbatch_trunks=2),
+    optimizer=OptimizerConfig(learning_rate=4e-4, max_grad_norm=1.0, weight_decay=0.0),
+    checkpoint=CheckpointConfig(every_steps=50),
+    eval=EvalConfig(every_steps=15, num_positions=100, final_num_positions=400, batch_trunks=32),
+)
+
+PRESETS = {"tiny_worked": TINY_WORKED, "tiny_text": TINY_TEXT}

@@ -66,8 +66,8 @@ class PositionsConfig:
     """Document tokens that must precede a position: early positions look falsely uncertain."""
     unfiltered_fraction: float = 0.0
     """Share of training positions drawn from all positions instead of the selected ones; in [0, 1)."""
-    max_positions_per_document: int = 8
-    """At most so many training positions of one document, drawn at random."""
+    max_positions_per_window: int = 8
+    """At most so many training positions per data.window_stride tokens of a document, drawn at random."""
     max_documents: int = 0
     """Choose positions in the first so many training documents only. 0: in all of them."""
     difficulty_thresholds: tuple[float, float, float] = (0.5, 1.0, 1.5)
@@ -125,6 +125,11 @@ class SupervisedConfig:
     """Sequences per update."""
     context_weight: float = 0.2
     """Loss weight of a text that has a completion, where its line does not say; completions have weight 1."""
+    draft_fraction: float = 0.0
+    """With an empty path: share of sequences that teach the response format. They are cut at a random position; the
+    thought is a draft of the text's next `draft_tokens` tokens, the answer its first."""
+    draft_tokens: int = 4
+    """Tokens of a draft."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             name="muon", learning_rate=3e-3, weight_decay=0.0, max_grad_norm=1.0, warmup_steps=10
@@ -270,10 +275,18 @@ class Config:
                 raise ConfigError(f"{name}={value}; it must be at least {minimum}. Raise {name}.")
         for name, value in (
             ("data.heldout_fraction", self.data.heldout_fraction),
-            ("positions.unfiltered_fraction + 1e-9", self.positions.unfiltered_fraction + 1e-9),
+            ("positions.unfiltered_fraction", self.positions.unfiltered_fraction or 0.5),
+            ("supervised.draft_fraction", self.supervised.draft_fraction or 0.5),
         ):
             if not 0 < value < 1:
-                raise ConfigError(f"{name}={value}; it must lie in (0, 1). Choose a share between them.")
+                raise ConfigError(f"{name}={value}; it must lie between 0 and 1. Choose a share between them.")
+        draft = self.supervised.draft_tokens + 4
+        if self.supervised.draft_fraction and self.rollout.max_completion_tokens < draft:
+            raise ConfigError(
+                f"rollout.max_completion_tokens={self.rollout.max_completion_tokens}; drafts of "
+                f"supervised.draft_tokens={self.supervised.draft_tokens} tokens with their answer need at least {draft}. "
+                "Raise the limit or shorten the drafts."
+            )
         if not 0 < self.rollout.top_p <= 1:
             raise ConfigError(f"rollout.top_p={self.rollout.top_p}; it must lie in (0, 1]. Use 1 for no limit.")
         if list(self.positions.difficulty_thresholds) != sorted(self.positions.difficulty_thresholds):
@@ -296,6 +309,7 @@ class Config:
             ("run.completions_every_steps", self.run.completions_every_steps, 0),
             ("supervised.num_steps", self.supervised.num_steps, 0),
             ("supervised.batch_size", self.supervised.batch_size, 1),
+            ("supervised.draft_tokens", self.supervised.draft_tokens, 1),
             ("loss.num_minibatches", loss.num_minibatches, 1),
             ("loss.microbatch_trunks", loss.microbatch_trunks, 0),
             ("loss.kl_coef", loss.kl_coef, 0.0),
@@ -306,7 +320,7 @@ class Config:
             ("data.window_stride", self.data.window_stride, 1),
             ("data.continuation_tokens", self.data.continuation_tokens, 1),
             ("positions.min_context_tokens", self.positions.min_context_tokens, 1),
-            ("positions.max_positions_per_document", self.positions.max_positions_per_document, 1),
+            ("positions.max_positions_per_window", self.positions.max_positions_per_window, 1),
             ("positions.max_documents", self.positions.max_documents, 0),
             ("mesh.data", self.mesh.data, 1),
             ("mesh.fsdp", self.mesh.fsdp, 1),

@@ -279,14 +279,17 @@ def test_positions_of_long_documents_are_scored_in_their_own_window(tiny_config,
 
 def test_selection():
     table = table_of([(d, i, 0.1 * i) for d in range(3) for i in range(20)])
-    kept = select_positions(table, PositionsConfig(entropy_threshold=1.45, max_positions_per_document=3), seed=0)
+
+    def select(**options):
+        return select_positions(table, PositionsConfig(entropy_threshold=1.45, **options), stride=10, seed=0)
+
+    kept = select(max_positions_per_window=3)
+    # Tokens 15 to 19 of each document pass, all in its second window of ten: three of them are kept.
     assert len(kept) == 9 and (table.entropy[kept] > 1.45).all()
-    mixed = select_positions(
-        table, PositionsConfig(entropy_threshold=1.45, max_positions_per_document=3, unfiltered_fraction=0.25), seed=0
-    )
+    mixed = select(max_positions_per_window=3, unfiltered_fraction=0.25)
     # 9 kept + 9 / 3 others: a quarter of the whole.
     assert len(mixed) == 12 and set(kept) < set(mixed) and len(set(mixed)) == 12
-    everything = select_positions(table, PositionsConfig(selector="random", max_positions_per_document=99), seed=0)
-    assert len(everything) == 60
+    assert len(select(selector="random", max_positions_per_window=99)) == 60
+    assert len(select(selector="random", max_positions_per_window=4)) == 3 * 2 * 4
     with pytest.raises(DataError, match="highest: 1.900"):
-        select_positions(table, PositionsConfig(entropy_threshold=2.0), seed=0)
+        select_positions(table, PositionsConfig(entropy_threshold=2.0), stride=10, seed=0)

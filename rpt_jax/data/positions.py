@@ -144,8 +144,8 @@ def score_documents(
     return PositionTable(**dict(zip(PositionTable.__annotations__, columns, strict=True)))
 
 
-def select_positions(table: PositionTable, settings: PositionsConfig, *, seed: int) -> np.ndarray:
-    """Ids of the positions to train on.
+def select_positions(table: PositionTable, settings: PositionsConfig, *, stride: int, seed: int) -> np.ndarray:
+    """Ids of the positions to train on. `stride`: document tokens that share a limit of positions.
 
     Raises:
         DataError: the selector keeps nothing.
@@ -160,7 +160,7 @@ def select_positions(table: PositionTable, settings: PositionsConfig, *, seed: i
             f"no position has more than positions.entropy_threshold={settings.entropy_threshold} nats "
             f"(highest: {table.entropy.max():.3f}). Lower --positions.entropy-threshold."
         )
-    kept = _cap_per_document(rng.permutation(kept), table.document, settings.max_positions_per_document)
+    kept = _cap_per_window(rng.permutation(kept), table, stride, settings.max_positions_per_window)
     share = settings.unfiltered_fraction
     if share and settings.selector != "random":
         others = np.setdiff1d(np.arange(len(table)), kept)
@@ -169,12 +169,13 @@ def select_positions(table: PositionTable, settings: PositionsConfig, *, seed: i
     return np.sort(kept)
 
 
-def _cap_per_document(ids, documents, limit: int):
-    seen: dict[int, int] = {}
+def _cap_per_window(ids, table: PositionTable, stride: int, limit: int):
+    """The first `limit` of the ids in each run of `stride` document tokens."""
+    seen: dict[tuple[int, int], int] = {}
     kept = []
     for i in ids:
-        document = int(documents[i])
-        seen[document] = seen.get(document, 0) + 1
-        if seen[document] <= limit:
+        window = int(table.document[i]), int(table.index[i]) // stride
+        seen[window] = seen.get(window, 0) + 1
+        if seen[window] <= limit:
             kept.append(i)
     return np.asarray(kept)

@@ -28,7 +28,13 @@ from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
 from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.loop import Trainer, train
 from rpt_jax.train.metrics import RunDirectory, console, progress_bar
-from rpt_jax.train.supervised import Sequence, document_sequences, read_sequences, train_supervised
+from rpt_jax.train.supervised import (
+    Sequence,
+    document_sequences,
+    draft_sequences,
+    read_sequences,
+    train_supervised,
+)
 from rpt_jax.types import TrainState
 
 
@@ -85,6 +91,7 @@ def prepare(config: Config) -> Prepared:
             warm = read_sequences(config.supervised.path, tokenizer, template, config)
         else:
             warm = document_sequences(documents["training"], tokenizer, config.data.trunk_length)
+            warm += draft_sequences(documents["training"], tokenizer, template, config, len(warm))
     run = RunDirectory(config)
     tokenizer.save(run.path / "tokenizer")
     run.write_json(
@@ -193,7 +200,9 @@ def choose_positions(p: Prepared, params) -> tuple[TaskSource, np.ndarray, TaskS
                 continuation_tokens=config.data.continuation_tokens,
             )
         )
-    selected = select_positions(sources[0].table, config.positions, seed=config.run.seed)
+    selected = select_positions(
+        sources[0].table, config.positions, stride=config.data.window_stride, seed=config.run.seed
+    )
     return sources[0], selected, sources[1]
 
 

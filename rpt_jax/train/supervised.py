@@ -17,7 +17,7 @@ from rpt_jax.data.prompts import Template
 from rpt_jax.errors import DataError
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rl.update import supervised_loss, update
-from rpt_jax.tokenizer import Tokenizer
+from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE, Tokenizer
 from rpt_jax.train.compute import num_parameters, update_flops
 from rpt_jax.train.metrics import progress_bar, to_host
 from rpt_jax.types import Sequences, TrainBatch, TrainState
@@ -96,6 +96,51 @@ def document_sequences(documents: list[Document], tokenizer: Tokenizer, trunk_le
         for first in range(0, len(d.tokens), size)
         if len(d.tokens) - first > 1
     ]
+
+
+def draft_sequences(
+    documents: list[Document], tokenizer: Tokenizer, template: Template, config: Config, num_plain: int
+) -> list[Sequence]:
+    """Cold start for a corpus without worked thoughts: supervised.draft_fraction of all sequences, beside `num_plain`.
+
+    At a random position the completion is the true next tokens as a draft, then the first of them in the box, all in
+    the corpus's own tokens. It teaches the format, and to look ahead; what thoughts are good for is left to RPT.
+    Targets that a box cannot hold (braces, half characters) are left out.
+    """
+    share = config.supervised.draft_fraction
+    if not share:
+        return []
+    rng = np.random.default_rng(config.run.seed)
+    window = config.data.trunk_length - len(template.header)
+    opening, closing = tokenizer.encode(THINK_CLOSE + BOX_OPEN), tokenizer.encode("}")
+    size, minimum = config.supervised.draft_tokens, config.positions.min_context_tokens
+    usable = [d for d in documents if len(d.tokens) > minimum + size]
+    weights = np.array([len(d.tokens) for d in usable], float)
+    sequences: list[Sequence] = []
+    wanted = round(num_plain * share / (1 - share)) if usable else 0
+    for number in rng.choice(len(usable), wanted, p=weights / weights.sum()) if wanted else ():
+        tokens = usable[number].tokens
+        index = int(rng.integers(minimum, len(tokens) - size))
+        target = tokenizer.token_bytes(int(tokens[index]))
+        if not target or b"{" in target or b"}" in target or "\ufffd" in target.decode(errors="replace"):
+            continue
+        draft = [int(t) for t in tokens[index : index + size]]
+        completion = [*draft, *opening, draft[0], *closing, tokenizer.eos_id]
+        if len(completion) > config.rollout.max_completion_tokens:
+            raise DataError(
+                f"a draft completion takes {len(completion)} tokens; rollout.max_completion_tokens="
+                f"{config.rollout.max_completion_tokens} is the limit. Raise it or lower --supervised.draft-tokens."
+            )
+        trunk = [*template.header, *tokens[max(0, index - window) : index]]
+        sequences.append(
+            Sequence(
+                trunk=[int(t) for t in trunk],
+                first=max(1, len(template.header)),
+                weight=config.supervised.context_weight,
+                completion=completion,
+            )
+        )
+    return sequences
 
 
 def make_batch(sequences: list[Sequence], config: Config, tail) -> TrainBatch:

@@ -1,0 +1,45 @@
+"""The power law: recovers what generated the points, refuses what it cannot fit."""
+
+import numpy as np
+import pytest
+
+from rpt_jax.errors import DataError
+from rpt_jax.scaling import fit_power_law
+
+
+@pytest.mark.parametrize(("A", "alpha", "p_star"), [(-3e6, 0.35, 0.52), (-1.0e4, 0.2, 0.9), (-4.0e20, 1.0, 0.4)])
+def test_recovers_exact_curves(A, alpha, p_star):
+    compute = np.geomspace(1e20, 1e21, 6)
+    fit = fit_power_law(compute, A / compute**alpha + p_star)
+    np.testing.assert_allclose([fit.A, fit.alpha, fit.p_star], [A, alpha, p_star], rtol=2e-3)
+    assert fit.r2 > 1 - 1e-9
+
+
+def test_band_covers_the_truth_and_widens_with_noise():
+    compute = np.geomspace(1e12, 1e14, 8)
+    truth = 0.8 - 0.5 * (compute / 1e12) ** -0.5
+    rng = np.random.default_rng(0)
+    narrow, wide = (fit_power_law(compute, truth + s * rng.standard_normal(8)) for s in (0.002, 0.03))
+    low, high = narrow.band(compute)
+    assert ((low - 0.01 <= truth) & (truth <= high + 0.01)).all()
+    width = lambda fit: np.subtract(*fit.band(compute)[::-1]).mean()  # noqa: E731
+    assert width(wide) > 3 * width(narrow)
+    # R^2 by its definition.
+    residual = ((wide.accuracy - wide.predict(compute)) ** 2).sum()
+    np.testing.assert_allclose(wide.r2, 1 - residual / ((wide.accuracy - wide.accuracy.mean()) ** 2).sum())
+
+
+@pytest.mark.parametrize(
+    ("compute", "accuracy", "message"),
+    [
+        ([1, 2, 3], [0.1, 0.2, 0.3], "at least 4 points"),
+        ([1, 2, 3, 4], [0.1, 0.2, 0.3], "two equal series"),
+        ([1, 2, 3, 4], [0.5] * 4, "accuracy is constant"),
+        ([2] * 4, [0.1, 0.2, 0.3, 0.4], "compute is constant"),
+        ([0, 1, 2, 3], [0.1, 0.2, 0.3, 0.4], "compute positive"),
+        ([1, 2, 3, np.nan], [0.1, 0.2, 0.3, 0.4], "finite"),
+    ],
+)
+def test_refusals(compute, accuracy, message):
+    with pytest.raises(DataError, match=message):
+        fit_power_law(compute, accuracy)

@@ -1,0 +1,233 @@
+"""Whole runs, small: the corpus, every stage by its script, resuming, the report."""
+
+import dataclasses
+import hashlib
+import json
+import random
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet
+import pytest
+from experiments import quickstart, train
+from experiments.presets import TINY_WORKED
+
+from rpt_jax.config import LossConfig
+from rpt_jax.data import synthetic
+from rpt_jax.errors import CheckpointError, DataError
+from rpt_jax.report import collect_results
+from rpt_jax.train import stages
+from rpt_jax.train.supervised import document_sequences, make_batch, read_sequences
+
+DIGITS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("corpus")
+    synthetic.write_corpus(directory, seed=0, num_train=60, num_heldout=30, short_sequences=40, long_sequences=40)
+    return directory
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_thoughts_and_results_are_right(corpus):
+    """Every thought is recomputed from its own text; every label points at the result."""
+    rng = random.Random(1)
+    for _ in range(300):
+        puzzle = synthetic.make_puzzle(rng, max_steps=4)
+        first, *steps = puzzle.thought.strip(" ,").split(", ")
+        value = int(first)
+        for step in steps:
+            op, operand, result = re.fullmatch(r"\w+([+*-]) (\d) (\d)", step).groups()
+            value = DIGITS[op](value, int(operand)) % 10
+            assert value == int(result)
+        assert puzzle.text[puzzle.answer_offset :].startswith(f" {value}.") and len(steps) == puzzle.num_steps
+    for record in read(corpus / "heldout.jsonl"):
+        ((offset, label),) = record["labels"]
+        assert re.match(r" \d\.", record["text"][offset:]) and re.fullmatch(r"determined/[1-4]", label)
+
+
+def test_corpus_is_reproducible_closed_and_disjoint(corpus, tmp_path):
+    synthetic.write_corpus(tmp_path, seed=0, num_train=60, num_heldout=30, short_sequences=40, long_sequences=40)
+    for name in ("train.jsonl", "heldout.jsonl", "warm_start.jsonl"):
+        assert (tmp_path / name).read_bytes() == (corpus / name).read_bytes()
+    tokenizer = synthetic.make_tokenizer()
+    asked = {r["text"][: r["labels"][0][0]] for r in read(corpus / "heldout.jsonl")}
+    for name in ("train.jsonl", "warm_start.jsonl"):
+        for record in read(corpus / name):
+            for text in (record["text"], record.get("completion", "")):
+                assert tokenizer.decode(tokenizer.encode(text)) == text
+            assert not any(record["text"].startswith(question) for question in asked)
+
+
+def tiny_run(corpus, directory, **changes):
+    """The quickstart's config, shrunk until a run takes seconds."""
+    c = TINY_WORKED
+    small = dataclasses.replace
+    config = small(
+        c,
+        run=small(c.run, directory=str(directory), num_steps=4, completions_every_steps=2, tensorboard=False),
+        data=small(
+            c.data, path=str(corpus / "train.jsonl"), heldout_path=str(corpus / "heldout.jsonl"), tokenizer=str(corpus / "tokenizer")
+        ),
+        positions=small(c.positions, entropy_threshold=0.5),
+        model=small(c.model, num_layers=2, width=32, mlp_width=48, num_heads=2, num_kv_heads=2, head_size=16),
+        supervised=small(c.supervised, path=str(corpus / "warm_start.jsonl"), num_steps=4, batch_size=20),
+        rollout=small(c.rollout, num_trunks=8, group_size=4, max_completion_tokens=30),
+        loss=LossConfig(microbatch_trunks=4),
+        checkpoint=small(c.checkpoint, every_steps=2),
+        eval=small(c.eval, every_steps=1, num_positions=10, final_num_positions=12, num_samples=2, batch_trunks=16),
+    )  # fmt: skip
+    return small(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    config = tiny_run(corpus, tmp_path_factory.mktemp("runs") / "straight")
+    train.run(config)
+    return Path(config.run.directory)
+
+
+def test_a_run_leaves_everything_behind(finished):
+    for name in ("config.json", "versions.json", "corpus.json", "results.json", "report.html", "plots/learning.png", "plots/scaling.png"):
+        assert (finished / name).stat().st_size > 0, name
+    records = read(finished / "metrics.jsonl")
+    assert [r["step"] for r in records if r["stage"] == "rpt"] == [1, 2, 3, 4]
+    assert [r["step"] for r in records if r["stage"] == "evaluation"] == [0, 1, 2, 3, 4]
+    rows = pyarrow.parquet.read_table(finished / "completions" / "step_000002.parquet").to_pylist()
+    assert len(rows) == 8 * 4
+    for row in rows:
+        assert row["reward"] == float(row["prediction"] is not None and row["truth"].startswith(row["prediction"]) and row["reward"] > 0)
+    page = (finished / "report.html").read_text()
+    assert "http://" not in page and "https://" not in page and page.count("data:image/png") >= 4
+
+
+def test_results_carry_n_and_errors(finished):
+    results = json.loads((finished / "results.json").read_text())
+    for figures in (results["before"], results["after"], results["control"]):
+        for split, metrics in figures.items():
+            for metric, f in metrics.items():
+                assert set(f) == {"value", "standard_error", "n"} and f["n"] >= 1, (split, metric)
+    assert {"all", "easy", "determined"} <= set(results["after"])
+    assert results["flops"] == sorted(results["flops"]) and results["flops"][0] == 0
+    # The control stops within one update of the same compute.
+    control = results["control_flops"][-1]
+    assert results["flops"][-1] <= control < 1.5 * results["flops"][-1]
+
+
+def test_compute_is_counted_in_tokens_actually_run(finished):
+    """FLOPs of a step by hand from its logged token counts."""
+    records = [r for r in read(finished / "metrics.jsonl") if r["stage"] == "rpt"]
+    params = 99 * 32 * 2 + 32 + 2 * (32 * 2 + 2 * 16 + 4 * 32 * 32 + 3 * 32 * 48)
+    steps = np.diff([0.0] + [r["flops"] for r in records])
+    for flops, r in zip(steps, records, strict=True):
+        expected = 2 * params * (r["tokens_prefilled"] + r["tokens_sampled"]) + 6 * params * r["tokens_updated"]
+        np.testing.assert_allclose(flops, expected)
+        assert r["tokens_if_prompts_repeated"] > r["tokens_updated"]
+
+
+def run_hashes(prepared, state):
+    """Digests of parameters, optimizer state, and of every logged number but none of the clock."""
+    arrays = hashlib.sha256()
+    for leaf in jax.tree.leaves((state.step, state.params, state.opt_state)):
+        arrays.update(np.asarray(leaf).tobytes())
+    lines = [r for r in read(prepared.run.metrics_path) if r["stage"] in ("rpt", "evaluation")]
+    tokens = hashlib.sha256()
+    for path in sorted((prepared.run.path / "completions").glob("*.parquet")):
+        tokens.update(repr(pyarrow.parquet.read_table(path).to_pydict()).encode())
+    return arrays.hexdigest(), json.dumps(lines, sort_keys=True), tokens.hexdigest()
+
+
+def rpt_only(config, stop_at_step=None):
+    prepared = stages.prepare(config)
+    params = stages.warm_start(prepared)
+    source, selected, heldout = stages.choose_positions(prepared, params)
+    evaluations = stages.Evaluations(prepared=prepared, source=heldout)
+    state, _ = stages.run_rpt(prepared, params, source, selected, evaluations, stop_at_step=stop_at_step)
+    return prepared, state
+
+
+@pytest.mark.parametrize("dynamic_from", [-1, 1])
+def test_stopping_anywhere_and_going_on_equals_going_straight(corpus, tmp_path, dynamic_from):
+    """By hash of parameters, optimizer, completions and metrics; with dynamic sampling the data cursor runs ahead."""
+    loss = LossConfig(microbatch_trunks=4, dynamic_sampling_from_step=dynamic_from)
+
+    def config(name):
+        return tiny_run(corpus, tmp_path / name, loss=loss)
+
+    straight = run_hashes(*rpt_only(config("straight")))
+    for k in (1, 3):
+        rpt_only(config(f"stopped{k}"), stop_at_step=k)
+        assert run_hashes(*rpt_only(config(f"stopped{k}"))) == straight
+
+
+def test_two_consecutive_steps_sample_different_tokens(finished):
+    a, b = (pyarrow.parquet.read_table(finished / "completions" / f"step_{s:06d}.parquet")["completion"].to_pylist() for s in (0, 2))
+    assert a != b
+
+
+def test_a_run_directory_keeps_its_config(corpus, finished):
+    config = tiny_run(corpus, finished)
+    changed = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, temperature=0.5))
+    with pytest.raises(CheckpointError, match=r"rollout.temperature: 1.0 -> 0.5"):
+        stages.prepare(changed)
+    longer = dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=6))
+    stages.prepare(longer)
+    stages.prepare(config)
+
+
+def test_a_report_needs_a_run(tmp_path):
+    with pytest.raises(CheckpointError, match="0 evaluation"):
+        collect_results(tmp_path)
+
+
+def test_warm_start_lines_that_do_not_fit_are_named(corpus, tmp_path):
+    config = tiny_run(corpus, tmp_path / "run")
+    tokenizer = synthetic.make_tokenizer()
+    template = stages.make_template(tokenizer, config.data)
+    path = tmp_path / "warm.jsonl"
+    for line, message in (
+        ('{"text": "' + "a" * 200 + '"}', "line 1: the text takes"),
+        ('{"text": " Ana", "completion": "' + " 1" * 40 + '"}', "line 1: the completion takes 41"),
+        ('{"completion": " 1"}', "needs a string 'text'"),
+        ("", "holds no sequence"),
+    ):
+        path.write_text(line)
+        with pytest.raises(DataError, match=message):
+            read_sequences(str(path), tokenizer, template, config)
+
+
+def test_supervised_batches_by_hand(corpus, tmp_path):
+    config = tiny_run(corpus, tmp_path / "run")
+    tokenizer = synthetic.make_tokenizer()
+    template = stages.make_template(tokenizer, config.data)
+    path = tmp_path / "warm.jsonl"
+    path.write_text('{"text": " Ana 1", "completion": " 2"}\n{"text": " Ben 3 4", "text_weight": 0.5}\n')
+    batch = make_batch(read_sequences(str(path), tokenizer, template, config), config, template.tail)
+    # Weights: context 0.2 on one predicted token, the completion's digit and stop token 1 each, plain 0.5 on two.
+    total = 0.2 * 1 + 2 * 1 + 0.5 * 2
+    np.testing.assert_allclose(batch.trunk_weights[:, :4], np.array([[0, 0.2, 0, 0], [0, 0.5, 0.5, 0]]) / total, rtol=1e-6)
+    np.testing.assert_allclose(batch.token_weights.sum((1, 2)), [2 / total, 0], rtol=1e-6)
+    assert batch.sequences.cuts.tolist() == [[2], [1]]
+    own = batch.sequences.branch_tokens[0, 0][batch.sequences.branch_mask[0, 0]]
+    assert own.tolist() == [*tokenizer.encode("<think>"), *tokenizer.encode(" 2"), tokenizer.eos_id]
+
+
+def test_long_documents_become_windows_without_loss():
+    tokenizer = synthetic.make_tokenizer()
+    from rpt_jax.data.documents import Document
+
+    tokens = np.arange(2, 25, dtype=np.int32)
+    sequences = document_sequences([Document(id="d", tokens=tokens)], tokenizer, 10)
+    assert [t for s in sequences for t in s.trunk] == tokens.tolist()
+
+
+def test_quickstart_dry_run_prints_the_run(capsys, tmp_path):
+    quickstart.main(["--dry-run", "--run.directory", str(tmp_path / "q")])
+    out = capsys.readouterr().out
+    assert "384 rollouts" in out and '"num_steps"' in out and not (tmp_path / "q").exists()
