@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import tyro
 
@@ -43,6 +44,21 @@ def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple
     return config, dry_run
 
 
+def load_run(directory: Path) -> Config:
+    """The config of an existing run directory, wherever it lies now.
+
+    Raises:
+        CheckpointError: no run there.
+    """
+    path = directory / "config.json"
+    if not path.exists():
+        raise CheckpointError(
+            f"--run {directory} holds no config.json; it must be the directory of a run. Check the path."
+        )
+    config = Config.from_json(path.read_text())
+    return replace(config, run=replace(config.run, directory=str(directory)))
+
+
 def describe(config: Config) -> str:
     """The resolved run in a page: config, batch arithmetic, mesh."""
     r, mesh = config.rollout, config.mesh
@@ -58,7 +74,7 @@ def describe(config: Config) -> str:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run `main(arguments)`; the project's own errors end it with their message and status 2, others with a traceback."""
+    """Run `main(arguments)`; our own errors end it with their message and status 2, others with a traceback."""
     try:
         main(sys.argv[1:])
     except (ConfigError, DataError, CheckpointError) as error:

@@ -22,14 +22,12 @@ TINY_WORKED = Config(
         entropy_threshold=2.0,
         # The first free digit lies at token 15 at the latest: nothing determines it, so it is no task.
         min_context_tokens=17,
-        unfiltered_fraction=0.15,
+        unfiltered_fraction=0.3,
         difficulty_thresholds=(0.5, 1.0, 2.0),
     ),
     model=DecoderConfig(num_layers=4, width=128, mlp_width=384, num_heads=4, num_kv_heads=4, head_size=32),
     supervised=SupervisedConfig(num_steps=380, batch_size=40),
-    rollout=RolloutConfig(
-        num_trunks=48, prompts_per_trunk=1, group_size=8, max_completion_tokens=32, temperature=1.0
-    ),
+    rollout=RolloutConfig(num_trunks=48, prompts_per_trunk=1, group_size=8, max_completion_tokens=32, temperature=1.0),
     # Six trunks at a time: the activations of a pass then stay in the cache of a small CPU.
     loss=LossConfig(microbatch_trunks=6),
     optimizer=OptimizerConfig(learning_rate=4e-4, max_grad_norm=1.0, weight_decay=0.0),

@@ -1,6 +1,6 @@
 """Reinforcement pre-training on a corpus, from start to report.
 
-python -m experiments.train --preset tiny_text --data.path FILE [--run.directory DIR] [--dry-run] [--section.field VALUE ...]
+python -m experiments.train --preset tiny_text --data.path FILE [--run.directory DIR] [--dry-run] [--SECTION.FIELD X]
 
 The same command again goes on where an interrupted run stopped.
 """

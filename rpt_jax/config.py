@@ -57,7 +57,7 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class PositionsConfig:
     selector: Literal["entropy_threshold", "random"] = "entropy_threshold"
-    """entropy_threshold keeps positions above `entropy_threshold` (arXiv:2506.08007 §3.3); random keeps all, to be sampled."""
+    """entropy_threshold keeps positions above that threshold (arXiv:2506.08007 §3.3); random draws from all."""
     entropy_threshold: float = 1.0
     """Nats; the paper does not state its training threshold."""
     renormalize: bool = False
@@ -101,7 +101,7 @@ class DecoderConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised momentum on the layers' matrices, AdamW on everything else."""
+    """muon: orthogonalised momentum on the layers' matrices, Adam without decay on everything else."""
     learning_rate: float = 1e-6
     matrix_learning_rate: float = 0.02
     """Muon's own rate for the layers' matrices."""
@@ -118,7 +118,7 @@ class OptimizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
     path: str = ""
-    """jsonl of {"text", "completion"?, "text_weight"?} in training order. Empty: the training documents themselves, shuffled."""
+    """jsonl of {"text", "completion"?, "text_weight"?} in training order. Empty: the training documents."""
     num_steps: int = 0
     """Warm-start updates before RPT. 0: none."""
     batch_size: int = 40
@@ -284,8 +284,8 @@ class Config:
         if self.supervised.draft_fraction and self.rollout.max_completion_tokens < draft:
             raise ConfigError(
                 f"rollout.max_completion_tokens={self.rollout.max_completion_tokens}; drafts of "
-                f"supervised.draft_tokens={self.supervised.draft_tokens} tokens with their answer need at least {draft}. "
-                "Raise the limit or shorten the drafts."
+                f"supervised.draft_tokens={self.supervised.draft_tokens} tokens need at least {draft} with their "
+                "answer. Raise the limit or shorten the drafts."
             )
         if not 0 < self.rollout.top_p <= 1:
             raise ConfigError(f"rollout.top_p={self.rollout.top_p}; it must lie in (0, 1]. Use 1 for no limit.")

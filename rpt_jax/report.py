@@ -108,9 +108,16 @@ def _series(curve: list[dict], split: str, metric: str):
 
 
 def _plot_learning(results: dict):
-    splits = [headline_split(results), *(s for s in ("hard", "medium", "easy", "settled", "all") if s in results["after"])]
-    splits = list(dict.fromkeys(splits))
-    figure, axes = plt.subplots(2, -(-len(splits) // 2), figsize=(4.2 * -(-len(splits) // 2), 6.6), sharex=True)
+    splits = [
+        headline_split(results),
+        *(s for s in ("hard", "medium", "easy", "settled", "all") if s in results["after"]),
+    ]
+    first, *others = dict.fromkeys(splits)
+    # Where all hard positions are labelled, both splits are the same: one panel.
+    splits = [first, *(s for s in others if results["after"][s] != results["after"][first])]
+    figure, axes = plt.subplots(
+        2, -(-len(splits) // 2), figsize=(4.2 * -(-len(splits) // 2), 6.6), sharex=True, squeeze=False
+    )
     for axis, split in zip(axes.flat, splits):
         for metric, style, label in (
             ("sampled_prefix", "-o", "thinking, sampled"),
@@ -146,7 +153,12 @@ def _plot_scaling(results: dict):
         grid = np.geomspace(C.min(), C.max() * 1.5, 100)
         color = f"C{number}"
         axis.errorbar(C, P, 2 * error, fmt="o", color=color, capsize=2, ms=4)
-        axis.plot(grid, fit.predict(grid), color=color, label=f"{split}: α={fit.alpha:.2f}, P*={fit.p_star:.2f}, R²={fit.r2:.3f}")
+        axis.plot(
+            grid,
+            fit.predict(grid),
+            color=color,
+            label=f"{split}: α={fit.alpha:.2f}, P*={fit.p_star:.2f}, R²={fit.r2:.3f}",
+        )
         axis.fill_between(grid, *fit.band(grid), color=color, alpha=0.15)
     axis.set_xscale("log")
     axis.set_xlabel("RPT compute, FLOPs (tokens actually run)")
@@ -163,7 +175,11 @@ def _plot_training(steps: list[dict]):
     x = [r["step"] for r in steps]
     for axis, names in zip(
         axes,
-        (("reward", "reward_any_in_group"), ("degenerate_group_fraction", "no_prediction_fraction", "truncated_fraction"), ("entropy", "grad_norm")),
+        (
+            ("reward", "reward_any_in_group"),
+            ("degenerate_group_fraction", "no_prediction_fraction", "truncated_fraction"),
+            ("entropy", "grad_norm"),
+        ),
         strict=True,
     ):
         for name in names:
@@ -194,7 +210,10 @@ def _plot_labels(results: dict):
     names = sorted(s for s in results["after"] if "/" in s)
     figure, axis = plt.subplots(figsize=(6.8, 3.4))
     x = np.arange(len(names))
-    bars = [("before", results["before"], "sampled_prefix", "before RPT, thinking"), ("after", results["after"], "sampled_prefix", "after RPT, thinking")]
+    bars = [
+        ("before", results["before"], "sampled_prefix", "before RPT, thinking"),
+        ("after", results["after"], "sampled_prefix", "after RPT, thinking"),
+    ]
     if results["control"]:
         bars.append(("control", results["control"], "direct_prefix", "control, direct"))
     for offset, (kind, figures, metric, label) in enumerate(bars):
@@ -262,8 +281,8 @@ def _verdict(results: dict) -> str:
         ]
         if ahead:
             text += (
-                f" Direct prediction by the control stays ahead on: {', '.join(ahead)}. Thinking costs a little wherever "
-                "nothing needs it."
+                f" Direct prediction by the control stays ahead on: {', '.join(ahead)}. Thinking costs a little "
+                "wherever nothing needs it."
             )
     return text
 
@@ -310,11 +329,21 @@ def _scaling_text(results: dict) -> str:
 
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1b1f24}
-img{max-width:100%} table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto} td,th{border:1px solid #d0d7de;padding:3px 7px;text-align:right}
-th{background:#f6f8fa} th:first-child{text-align:left} small{color:#656d76} .lead{font-size:17px;background:#eef5ff;border-left:4px solid #1f6feb;padding:.8em 1em}
-.example{border-left:4px solid #ccc;margin:1em 0;padding:.1em 1em;background:#fafbfc} .won{border-color:#2da44e} .lost{border-color:#cf222e}
-.context{color:#57606a;white-space:pre-wrap} .thought{white-space:pre-wrap;font-family:ui-monospace,monospace} dt{font-weight:600} pre{background:#f6f8fa;padding:1em;overflow-x:auto;font-size:12px}
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #1b1f24 }
+img { max-width: 100% }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
+td, th { border: 1px solid #d0d7de; padding: 3px 7px; text-align: right }
+th { background: #f6f8fa }
+th:first-child { text-align: left }
+small { color: #656d76 }
+.lead { font-size: 17px; background: #eef5ff; border-left: 4px solid #1f6feb; padding: .8em 1em }
+.example { border-left: 4px solid #ccc; margin: 1em 0; padding: .1em 1em; background: #fafbfc }
+.won { border-color: #2da44e }
+.lost { border-color: #cf222e }
+.context { color: #57606a; white-space: pre-wrap }
+.thought { white-space: pre-wrap; font-family: ui-monospace, monospace }
+dt { font-weight: 600 }
+pre { background: #f6f8fa; padding: 1em; overflow-x: auto; font-size: 12px }
 """
 
 
@@ -356,5 +385,6 @@ It is judged by direct prediction, which is what that training improves.</p>
 <h2>How training went</h2>{picture("training")}{picture("thought_length")}
 <h2>Thoughts from the last logged batch</h2>{_examples(directory)}
 <h2>The run</h2><p>seed {config["run"]["seed"]} · {html.escape(results["versions"]["devices"])} · code
-{html.escape(results["versions"]["commit"][:12])}</p><details><summary>configuration</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre></details></html>
+{html.escape(results["versions"]["commit"][:12])}</p>
+<details><summary>configuration</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre></details></html>
 """

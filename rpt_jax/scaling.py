@@ -58,7 +58,9 @@ def fit_power_law(compute, accuracy, *, num_bootstrap: int = 200, seed: int = 0)
             f"{MIN_POINTS} points. Evaluate more often (--eval.every-steps)."
         )
     if not (np.isfinite(C).all() and np.isfinite(P).all() and (C > 0).all()):
-        raise DataError("compute and accuracy must be finite and compute positive. Leave out the point at zero compute.")
+        raise DataError(
+            "compute and accuracy must be finite and compute positive. Leave out the point at zero compute."
+        )
     if np.ptp(P) == 0 or np.ptp(C) == 0:
         raise DataError(
             f"{'accuracy' if np.ptp(P) == 0 else 'compute'} is constant over all {len(P)} points; a power law needs it "

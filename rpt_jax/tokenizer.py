@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that PyTorch is absent; none is needed
-import transformers  # noqa: E402
+import transformers
 
 from rpt_jax.errors import DataError
 
@@ -30,6 +31,7 @@ class Tokenizer:
         vocab_size: number of ids, added tokens included.
         bos_id: id that starts every sequence, or None where the tokenizer adds none.
         eos_id: id that ends a completion.
+        unk_id: id that stands for text outside the vocabulary, or None where every text can be spelt.
     """
 
     def __init__(self, backend: transformers.PreTrainedTokenizerFast, *, where: str, add_bos: bool | None = None):
@@ -43,6 +45,8 @@ class Tokenizer:
         if add_bos is None:
             add_bos = backend.bos_token_id in backend("", add_special_tokens=True)["input_ids"]
         self.vocab_size = len(backend)
+        unknown = getattr(backend.backend_tokenizer.model, "unk_token", None)
+        self.unk_id = None if unknown is None else backend.backend_tokenizer.token_to_id(unknown)
         self.eos_id = int(backend.eos_token_id)
         self.bos_id = int(backend.bos_token_id) if add_bos and backend.bos_token_id is not None else None
 

@@ -45,7 +45,9 @@ class Rollouts:
     mask: Any  # bool [U, R, C], True up to and including the stop token
     sampler_logprobs: Any  # f32 [U, R, C], of the temperature-scaled, untruncated law; padding 0
     truncated: Any  # bool [U, R], no stop token within C
-    num_rejected: Any  # i32 [U, R], tokens whose first draw top-p / top-k refused: their share estimates the cut-off mass
+    num_rejected: (
+        Any  # i32 [U, R], tokens whose first draw top-p / top-k refused: their share estimates the cut-off mass
+    )
 
 
 @record

@@ -1,6 +1,7 @@
 """Tests run on the CPU with eight virtual devices; matrix products in full precision."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -17,6 +18,10 @@ from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.tokenizer import load_tokenizer, word_level
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# Runs that a test starts anew compile the same programs again: keep them for the length of the session.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="rpt_jax_tests_"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

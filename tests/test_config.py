@@ -4,9 +4,9 @@ import dataclasses
 import json
 
 import pytest
+
 from experiments.cli import describe, parse_config
 from experiments.presets import PRESETS
-
 from rpt_jax.config import Config, MeshConfig
 from rpt_jax.errors import ConfigError
 from rpt_jax.parallel.mesh import make_mesh

@@ -71,6 +71,8 @@ def test_bad_corpora_are_refused_with_file_and_line(tmp_path, name):
 def test_labels_move_to_token_indices(letters):
     (document,) = tokenize([Text(id="d", text="ab cd", labels=((3, "x"),))], letters)
     assert document.labels == ((3, "x"),)
+    with pytest.raises(DataError, match="outside the tokenizer's vocabulary"):
+        tokenize([Text(id="d", text="ab 数 cd")], letters)
     with pytest.raises(DataError, match="not the start of a token"):
         tokenize([Text(id="d", text="\\boxed{}", labels=((2, "x"),))], letters)
 
@@ -108,7 +110,7 @@ def test_continuation_has_the_corpus_own_boundaries():
 
 
 def test_candidates_by_definition():
-    """Against the rule spelt out: whole characters before, some whole boundary within the horizon, a target with bytes."""
+    """Against the rule spelt out: whole characters before and at the target's end, a target with bytes."""
     rng = np.random.default_rng(0)
 
     def whole(data: bytes) -> bool:
@@ -227,7 +229,9 @@ def test_two_hosts_share_a_batch_and_one_host_takes_over():
 
     def host(index, count):
         shards = grain.sharding.ShardOptions(shard_index=index, shard_count=count)
-        return grain.experimental.ElasticIterator(order, 4, shards, read_options=grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        return grain.experimental.ElasticIterator(
+            order, 4, shards, read_options=grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        )
 
     one = host(0, 1)
     straight = [sorted(next(one).tolist()) for _ in range(5)]

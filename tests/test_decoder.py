@@ -98,7 +98,9 @@ def test_trunk_and_branch_gradients_equal_repeated_prompts(tiny_config, tiny_par
         return total
 
     a, b = jax.jit(jax.grad(shared))(tiny_params), jax.jit(jax.grad(repeated))(tiny_params)
-    difference = jnp.sqrt(sum(jnp.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)))
+    difference = jnp.sqrt(
+        sum(jnp.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    )
     size = jnp.sqrt(sum(jnp.sum(y**2) for y in jax.tree.leaves(b)))
     assert float(difference / size) < 1e-5
 

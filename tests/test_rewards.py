@@ -18,7 +18,7 @@ MODES = ("balanced", "tail", "balanced_then_tail")
 PIECES = [
     b"", b"</think>", b"</", b"think", b">", b"<", b"/think>", b"</thin", b"k>", b"\\boxed{", b"\\", b"boxed", b"{",
     b"boxed{", b"\\box", b"ed{", b"}", b"}}", b"}{", b"{}", b"{ ", b" }", b"a", b" a", b"b", b" ", b"\n", b"\\n", b"n",
-    b"\xc3", b"\xa9", b"\xf0\x9f", b"\x98\x80", "é".encode(), b"x}y", b"</think>\\boxed{", b"</think>\\boxed{a} b", b"0",
+    b"\xc3", b"\xa9", b"\xf0\x9f", b"\x98\x80", "é".encode(), b"x}y", b"</think>\\boxed{", b"</think>\\boxed{a} b",
     b"\\boxed{\\boxed{", b"<think>", b".</think>\n\n", b"long piece of twenty", b"\\boxed{b}",
 ]  # fmt: skip
 
@@ -57,7 +57,7 @@ def likely_continuation(rng, text: bytes, answer: bytes | None, pieces) -> list[
         answer = answer[:-1] + bytes([answer[-1] ^ 1])
     cuts = sorted(set(rng.integers(1, len(answer) + 1, rng.integers(0, 4)).tolist()) | {len(answer)})
     if rng.random() < 0.2:
-        cuts = cuts[:-1] + [len(answer)] if len(cuts) > 1 else cuts
+        cuts = [*cuts[:-1], len(answer)] if len(cuts) > 1 else cuts
         tail = [b"", *tail]
     return [answer[a:b] for a, b in zip([0, *cuts], cuts)] + tail
 
@@ -116,7 +116,22 @@ def test_extraction_with_real_tokenizers(real_tokenizer):
     pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     table, lengths = tokenizer.byte_table()
     tables = answer_tables(table, lengths)
-    parts = ["<think>", "</think>", "\\boxed{", "}", "{", " the", "é", "😀", "数", "\n", "\\frac{1}{2}", " x", "}}", "}{"]
+    parts = [
+        "<think>",
+        "</think>",
+        "\\boxed{",
+        "}",
+        "{",
+        " the",
+        "é",
+        "😀",
+        "数",
+        "\n",
+        "\\frac{1}{2}",
+        " x",
+        "}}",
+        "}{",
+    ]
     rows = []
     for _ in range(3000):
         text = "".join(rng.choice(parts, rng.integers(1, 12)))
@@ -197,7 +212,9 @@ def test_prediction_and_continuation_widths_are_independent(widths):
 
 def test_reward_refuses_shapes_that_disagree():
     with pytest.raises(ValueError, match="must share B"):
-        prefix_match_reward(np.zeros((2, 4), np.uint8), np.zeros(2, int), np.zeros((3, 4), np.uint8), np.zeros((3, 4), bool))
+        prefix_match_reward(
+            np.zeros((2, 4), np.uint8), np.zeros(2, int), np.zeros((3, 4), np.uint8), np.zeros((3, 4), bool)
+        )
 
 
 def extract_text(text: str, mode="balanced", **options):
@@ -225,13 +242,18 @@ def test_think_end_rules():
 def test_unescaped_newline_is_a_fallback():
     assert extract_text("</think>\\boxed{\\n}") == b"\\n"
     assert extract_text("</think>\\boxed{a\\n\\nb\\neq}", unescape_newline=True) == b"a\n\nb\neq"
-    assert extract_text("</think>\\boxed{" + "\\n" * 20 + "}", unescape_newline=True, max_prediction_bytes=24) == b"\n" * 20
+    assert (
+        extract_text("</think>\\boxed{" + "\\n" * 20 + "}", unescape_newline=True, max_prediction_bytes=24)
+        == b"\n" * 20
+    )
 
 
 def test_over_long_answer_keeps_its_true_length():
     pieces = [bytes([b]) for b in range(256)]
     tokens = np.frombuffer(b"</think>\\boxed{" + b"x" * 40 + b"}", np.uint8).astype(np.int32)[None]
-    got = extract_predictions(tokens, np.ones(tokens.shape, bool), *table_of(pieces), mode="balanced", max_prediction_bytes=8)
+    got = extract_predictions(
+        tokens, np.ones(tokens.shape, bool), *table_of(pieces), mode="balanced", max_prediction_bytes=8
+    )
     assert got.bytes.shape == (1, 8) and int(got.lengths[0]) == 40 and bool(got.found[0])
 
 

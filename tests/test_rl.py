@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_rollout import EOS, make_tasks
 
 from rpt_jax.config import LossConfig, MeshConfig, OptimizerConfig
 from rpt_jax.models import decoder
@@ -28,7 +29,6 @@ from rpt_jax.rl.update import (
 from rpt_jax.rollout.collect import collect
 from rpt_jax.rollout.engine import generate, rollout_key
 from rpt_jax.types import Experience, TrainBatch
-from test_rollout import EOS, make_tasks
 
 REWARDS = jnp.asarray([[[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]]])
 MASK = jnp.ones((1, 2), bool)
@@ -45,7 +45,9 @@ def test_advantages_on_paper():
     np.testing.assert_allclose(adv.batch_std(REWARDS, MASK)[0, 1, 0], 0.75 / 0.48412, rtol=1e-4)
     # OPO: lengths 1, 2, 3, 4; baseline of group 1 = (1 + 4) / 10, of group 2 = 1 / 10.
     lengths = jnp.asarray([[[1, 2, 3, 4], [1, 2, 3, 4]]])
-    np.testing.assert_allclose(adv.opo(REWARDS, lengths)[0], [[0.5, -0.5, -0.5, 0.5], [0.9, -0.1, -0.1, -0.1]], rtol=1e-6)
+    np.testing.assert_allclose(
+        adv.opo(REWARDS, lengths)[0], [[0.5, -0.5, -0.5, 0.5], [0.9, -0.1, -0.1, -0.1]], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["grpo", "mean", "rloo", "batch_std", "opo"])
@@ -84,7 +86,9 @@ def test_kl_estimators_on_paper_and_on_average():
     p, q = np.array([0.7, 0.2, 0.1]), np.array([0.5, 0.25, 0.25])
     exact = (p * np.log(p / q)).sum()
     for name in ("k1", "k3"):
-        np.testing.assert_allclose((p * np.asarray(losses.kl_term(name, jnp.log(p), jnp.log(q)))).sum(), exact, rtol=1e-5)
+        np.testing.assert_allclose(
+            (p * np.asarray(losses.kl_term(name, jnp.log(p), jnp.log(q)))).sum(), exact, rtol=1e-5
+        )
 
 
 def test_kl_gradients_are_what_they_are_said_to_be():
@@ -119,12 +123,14 @@ def test_aggregations_on_paper():
 def experience(tiny_config, tiny_params):
     tasks = make_tasks(tiny_config, U=4)
     rollouts = generate(
-        tiny_config, tiny_params, tasks, rollout_key(0, 0), max_completion_tokens=10, temperature=1.0, top_p=1.0, top_k=0,
-        eos_id=EOS, vocab_size=tiny_config.vocab_size,
+        tiny_config, tiny_params, tasks, rollout_key(0, 0), max_completion_tokens=10, temperature=1.0, top_p=1.0,
+        top_k=0, eos_id=EOS, vocab_size=tiny_config.vocab_size,
     )  # fmt: skip
     rewards = jnp.asarray(np.random.default_rng(0).integers(0, 2, (4, 2, 4)), jnp.float32)
     rewards = rewards.at[0, 0].set(1.0)  # a degenerate group
-    return Experience(tasks=tasks, rollouts=rollouts, rewards=rewards, predictions=None, group_mask=jnp.asarray(tasks.position_mask))
+    return Experience(
+        tasks=tasks, rollouts=rollouts, rewards=rewards, predictions=None, group_mask=jnp.asarray(tasks.position_mask)
+    )
 
 
 LOSS = LossConfig()
@@ -169,14 +175,19 @@ def test_stop_token_is_in_the_loss(tiny_config, tiny_params):
         truncated=jnp.asarray([[False, True]]), num_rejected=jnp.zeros((1, 2), jnp.int32),
     )  # fmt: skip
     experience = Experience(
-        tasks=tasks, rollouts=rollouts, rewards=jnp.asarray([[[1.0, 0.0]]]), predictions=None, group_mask=jnp.ones((1, 1), bool)
+        tasks=tasks,
+        rollouts=rollouts,
+        rewards=jnp.asarray([[[1.0, 0.0]]]),
+        predictions=None,
+        group_mask=jnp.ones((1, 1), bool),
     )
     batch = policy_batch(experience, loss=LOSS, header_length=0)
     # token_mean over 3 tokens.
     np.testing.assert_allclose(batch.token_weights[0], [[1 / 3, 0], [1 / 3, 1 / 3]], rtol=1e-6)
     stepped = jax.tree.map(lambda p, g: p - 0.01 * g, tiny_params, gradient(tiny_config, tiny_params, batch))
     before, after = (
-        score(tiny_config, p, batch.sequences, num_completion=2, temperature=1.0)[0, 0, 0] for p in (tiny_params, stepped)
+        score(tiny_config, p, batch.sequences, num_completion=2, temperature=1.0)[0, 0, 0]
+        for p in (tiny_params, stepped)
     )
     assert float(after) > float(before)
 
@@ -203,7 +214,9 @@ def test_update_on_one_device_equals_a_2x2x2_mesh(tiny_config, experience):
     config = dataclasses.replace(tiny_config, vocab_size=64)
     single, many = make_mesh(MeshConfig()), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = decoder.init_params(config, single, jax.random.key(3))
-    abstract = jax.eval_shape(decoder.Decoder(config).init, jax.random.key(0), decoder.empty_branches(np.zeros((1, 2), np.int32)))
+    abstract = jax.eval_shape(
+        decoder.Decoder(config).init, jax.random.key(0), decoder.empty_branches(np.zeros((1, 2), np.int32))
+    )
     sharded = jax.device_put(params, param_shardings(many, abstract)["params"])
     results = []
     for mesh, p in ((single, params), (many, sharded)):
@@ -245,7 +258,9 @@ def test_muon_owns_the_layers_matrices_and_nothing_else(tiny_params, mesh):
     owned = {k for k, v in dimensions["layers"].items() if v is not None}
     assert owned == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert dimensions["embedding"] is None and dimensions["head"] is None
-    config = OptimizerConfig(name="muon", learning_rate=0.0, matrix_learning_rate=1.0, weight_decay=0.0, max_grad_norm=0.0)
+    config = OptimizerConfig(
+        name="muon", learning_rate=0.0, matrix_learning_rate=1.0, weight_decay=0.0, max_grad_norm=0.0
+    )
     optimizer = make_optimizer(config, 10)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), tiny_params)
@@ -268,7 +283,9 @@ def test_adamw_decays_matrices_only(tiny_params):
 
 
 def test_schedules():
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=3, schedule="linear", max_grad_norm=0.0, weight_decay=0.0, b1=0.0, b2=0.0)
+    config = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=3, schedule="linear", max_grad_norm=0.0, weight_decay=0.0, b1=0.0, b2=0.0
+    )
     optimizer = make_optimizer(config, 7)
     params = {"w": jnp.ones(())}
     state, rates = optimizer.init(params), []
@@ -334,7 +351,11 @@ def test_dynamic_sampling_keeps_informative_trunks():
         asked.append(number)
         marked = dataclasses.replace(batch, position_ids=jnp.asarray(batch.position_ids) + 100 * number)
         return Experience(
-            tasks=marked, rollouts=None, rewards=jnp.asarray(rounds[number]), predictions=None, group_mask=jnp.ones((2, 2), bool)
+            tasks=marked,
+            rollouts=None,
+            rewards=jnp.asarray(rounds[number]),
+            predictions=None,
+            group_mask=jnp.ones((2, 2), bool),
         )
 
     kept, spent = collect(lambda: tasks, roll_out, rounds=3)

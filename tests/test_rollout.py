@@ -131,9 +131,7 @@ def test_sampler_logprobs_equal_teacher_forced_logprobs(tiny_config, tiny_params
     tasks = make_tasks(tiny_config)
     rollouts = roll(tiny_config, tiny_params, tasks, rollout_key(0, 3), **options)
     sequences = to_sequences(tasks, rollouts.tokens, rollouts.mask)
-    forced = score(
-        tiny_config, tiny_params, sequences, num_completion=12, temperature=options.get("temperature", 0.9)
-    )
+    forced = score(tiny_config, tiny_params, sequences, num_completion=12, temperature=options.get("temperature", 0.9))
     mask = np.asarray(rollouts.mask)
     assert mask.sum() > 100
     difference = np.abs(np.asarray(forced) - np.asarray(rollouts.sampler_logprobs))[mask]
@@ -192,12 +190,12 @@ def test_sampling_on_a_mesh_uses_the_same_noise(tiny_config, tiny_params):
     params = decoder.init_params(config, single, jax.random.key(2))
     tasks = make_tasks(config, U=4)
     many = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    abstract = jax.eval_shape(decoder.Decoder(config).init, jax.random.key(0), decoder.empty_branches(np.zeros((1, 2), np.int32)))
+    abstract = jax.eval_shape(
+        decoder.Decoder(config).init, jax.random.key(0), decoder.empty_branches(np.zeros((1, 2), np.int32))
+    )
     sharded = jax.device_put(params, param_shardings(many, abstract)["params"])
     a = roll(config, params, shard_batch(single, tasks), rollout_key(0, 0))
     b = roll(config, sharded, shard_batch(many, tasks), rollout_key(0, 0))
     same = (np.asarray(a.tokens) == np.asarray(b.tokens)).all(-1)
     assert same.mean() > 0.9
-    np.testing.assert_allclose(
-        np.asarray(a.sampler_logprobs)[same], np.asarray(b.sampler_logprobs)[same], atol=1e-5
-    )
+    np.testing.assert_allclose(np.asarray(a.sampler_logprobs)[same], np.asarray(b.sampler_logprobs)[same], atol=1e-5)

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
+
 from experiments import quickstart, train
 from experiments.presets import TINY_WORKED
-
 from rpt_jax.config import LossConfig
 from rpt_jax.data import synthetic
 from rpt_jax.errors import CheckpointError, DataError
@@ -73,7 +73,10 @@ def tiny_run(corpus, directory, **changes):
         c,
         run=small(c.run, directory=str(directory), num_steps=4, completions_every_steps=2, tensorboard=False),
         data=small(
-            c.data, path=str(corpus / "train.jsonl"), heldout_path=str(corpus / "heldout.jsonl"), tokenizer=str(corpus / "tokenizer")
+            c.data,
+            path=str(corpus / "train.jsonl"),
+            heldout_path=str(corpus / "heldout.jsonl"),
+            tokenizer=str(corpus / "tokenizer"),
         ),
         positions=small(c.positions, entropy_threshold=0.5),
         model=small(c.model, num_layers=2, width=32, mlp_width=48, num_heads=2, num_kv_heads=2, head_size=16),
@@ -94,7 +97,15 @@ def finished(corpus, tmp_path_factory):
 
 
 def test_a_run_leaves_everything_behind(finished):
-    for name in ("config.json", "versions.json", "corpus.json", "results.json", "report.html", "plots/learning.png", "plots/scaling.png"):
+    for name in (
+        "config.json",
+        "versions.json",
+        "corpus.json",
+        "results.json",
+        "report.html",
+        "plots/learning.png",
+        "plots/scaling.png",
+    ):
         assert (finished / name).stat().st_size > 0, name
     records = read(finished / "metrics.jsonl")
     assert [r["step"] for r in records if r["stage"] == "rpt"] == [1, 2, 3, 4]
@@ -102,7 +113,9 @@ def test_a_run_leaves_everything_behind(finished):
     rows = pyarrow.parquet.read_table(finished / "completions" / "step_000002.parquet").to_pylist()
     assert len(rows) == 8 * 4
     for row in rows:
-        assert row["reward"] == float(row["prediction"] is not None and row["truth"].startswith(row["prediction"]) and row["reward"] > 0)
+        assert row["reward"] == float(
+            row["prediction"] is not None and row["truth"].startswith(row["prediction"]) and row["reward"] > 0
+        )
     page = (finished / "report.html").read_text()
     assert "http://" not in page and "https://" not in page and page.count("data:image/png") >= 4
 
@@ -123,7 +136,7 @@ def test_results_carry_n_and_errors(finished):
 def test_compute_is_counted_in_tokens_actually_run(finished):
     """FLOPs of a step by hand from its logged token counts."""
     records = [r for r in read(finished / "metrics.jsonl") if r["stage"] == "rpt"]
-    params = 99 * 32 * 2 + 32 + 2 * (32 * 2 + 2 * 16 + 4 * 32 * 32 + 3 * 32 * 48)
+    params = synthetic.make_tokenizer().vocab_size * 32 * 2 + 32 + 2 * (32 * 2 + 2 * 16 + 4 * 32 * 32 + 3 * 32 * 48)
     steps = np.diff([0.0] + [r["flops"] for r in records])
     for flops, r in zip(steps, records, strict=True):
         expected = 2 * params * (r["tokens_prefilled"] + r["tokens_sampled"]) + 6 * params * r["tokens_updated"]
@@ -167,7 +180,10 @@ def test_stopping_anywhere_and_going_on_equals_going_straight(corpus, tmp_path, 
 
 
 def test_two_consecutive_steps_sample_different_tokens(finished):
-    a, b = (pyarrow.parquet.read_table(finished / "completions" / f"step_{s:06d}.parquet")["completion"].to_pylist() for s in (0, 2))
+    a, b = (
+        pyarrow.parquet.read_table(finished / "completions" / f"step_{s:06d}.parquet")["completion"].to_pylist()
+        for s in (0, 2)
+    )
     assert a != b
 
 
@@ -192,7 +208,7 @@ def test_warm_start_lines_that_do_not_fit_are_named(corpus, tmp_path):
     template = stages.make_template(tokenizer, config.data)
     path = tmp_path / "warm.jsonl"
     for line, message in (
-        ('{"text": "' + "a" * 200 + '"}', "line 1: the text takes"),
+        ('{"text": "' + " Ana" * 200 + '"}', "line 1: the text takes"),
         ('{"text": " Ana", "completion": "' + " 1" * 40 + '"}', "line 1: the completion takes 41"),
         ('{"completion": " 1"}', "needs a string 'text'"),
         ("", "holds no sequence"),
@@ -211,7 +227,9 @@ def test_supervised_batches_by_hand(corpus, tmp_path):
     batch = make_batch(read_sequences(str(path), tokenizer, template, config), config, template.tail)
     # Weights: context 0.2 on one predicted token, the completion's digit and stop token 1 each, plain 0.5 on two.
     total = 0.2 * 1 + 2 * 1 + 0.5 * 2
-    np.testing.assert_allclose(batch.trunk_weights[:, :4], np.array([[0, 0.2, 0, 0], [0, 0.5, 0.5, 0]]) / total, rtol=1e-6)
+    np.testing.assert_allclose(
+        batch.trunk_weights[:, :4], np.array([[0, 0.2, 0, 0], [0, 0.5, 0.5, 0]]) / total, rtol=1e-6
+    )
     np.testing.assert_allclose(batch.token_weights.sum((1, 2)), [2 / total, 0], rtol=1e-6)
     assert batch.sequences.cuts.tolist() == [[2], [1]]
     own = batch.sequences.branch_tokens[0, 0][batch.sequences.branch_mask[0, 0]]

@@ -115,10 +115,15 @@ def tokenize(texts: list[Text], tokenizer: Tokenizer) -> list[Document]:
     """Encode each document once, without special tokens, and move its labels to token indices.
 
     Raises:
-        DataError: a label's byte offset is not the start of a token.
+        DataError: a text holds what the tokenizer cannot spell, or a label's byte offset is not the start of a token.
     """
     documents = []
     for text, ids in zip(texts, tokenizer.encode_batch([t.text for t in texts]), strict=True):
+        if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
+            raise DataError(
+                f"document {text.id} holds {ids.count(tokenizer.unk_id)} piece(s) outside the tokenizer's vocabulary; "
+                "their bytes would be lost. Use a tokenizer with byte fallback, or leave data.tokenizer empty to train one."
+            )
         labels = _token_labels(text, ids, tokenizer) if text.labels else ()
         documents.append(Document(id=text.id, tokens=np.asarray(ids, np.int32), labels=labels))
     return documents

@@ -43,7 +43,8 @@ class TaskSource:
         if self.stride > self.window:
             raise ConfigError(
                 f"data.window_stride={self.stride} is longer than the {self.window} document tokens that a trunk of "
-                f"{self.trunk_length} holds beside its header; windows must overlap or touch. Lower --data.window-stride."
+                f"{self.trunk_length} holds beside its header; windows must touch or overlap. "
+                "Lower --data.window-stride."
             )
 
     @property
@@ -115,7 +116,9 @@ def make_source(documents, table, template, token_bytes, *, trunk_length, stride
 class TrainIterator:
     """Endless TaskBatches over the selected positions, reshuffled each epoch; its state is one global number."""
 
-    def __init__(self, source: TaskSource, position_ids, *, num_trunks: int, prompts_per_trunk: int, group_size: int, seed: int):
+    def __init__(
+        self, source: TaskSource, position_ids, *, num_trunks: int, prompts_per_trunk: int, group_size: int, seed: int
+    ):
         self._make = lambda trunks: source.make(trunks, prompts_per_trunk=prompts_per_trunk, group_size=group_size)
         self.trunks = source.group(position_ids, prompts_per_trunk)
         order = grain.MapDataset.range(len(self.trunks)).seed(seed).shuffle().repeat()

@@ -137,7 +137,13 @@ def score_documents(
         for row, (number, start, indices) in enumerate(batch):
             columns = len(bos) + np.asarray(indices) - start
             rows.append(
-                (np.full(len(indices), number), indices, entropy[row, columns], argmax[row, columns], logprob[row, columns])
+                (
+                    np.full(len(indices), number),
+                    indices,
+                    entropy[row, columns],
+                    argmax[row, columns],
+                    logprob[row, columns],
+                )
             )
     kinds = (np.int32, np.int32, np.float32, np.int32, np.float32)
     columns = (np.concatenate(c).astype(k) for c, k in zip(zip(*rows, strict=True), kinds, strict=True))

@@ -24,7 +24,8 @@ _TASK = (
     "the token inside the braces and do not wrap it in \\text{}.\n\n"
 )
 _CANDIDATES = (
-    "While you reason, list several tokens that could come next, weigh them against each other, and only then choose.\n\n"
+    "While you reason, list several tokens that could come next, weigh them against each other, and only then "
+    "choose.\n\n"
 )
 
 # name -> (header, tail), both around the raw context.

@@ -16,10 +16,9 @@ from rpt_jax.config import Config
 from rpt_jax.data.documents import Document
 from rpt_jax.data.pipeline import TaskSource
 from rpt_jax.data.positions import PositionTable, score_documents
-from rpt_jax.models import decoder
 from rpt_jax.parallel.mesh import shard_batch
-from rpt_jax.rewards.answer import answer_tables, extract_predictions
-from rpt_jax.rewards.prefix import first_token_reward, prefix_match_reward
+from rpt_jax.rewards.prefix import prefix_match_reward
+from rpt_jax.rewards.reward import Reward
 from rpt_jax.rl.scoring import score
 from rpt_jax.rollout.engine import generate, rollout_key, to_sequences
 from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE, Tokenizer
@@ -56,6 +55,7 @@ class Evaluator:
 
     Attributes:
         source: held-out tasks; splits: name -> position ids (`difficulty_splits`).
+        rewards: "prefix" and "first_token", the two readings of a correct token, with the run's rules of reading.
     """
 
     config: Config
@@ -63,6 +63,7 @@ class Evaluator:
     tokenizer: Tokenizer
     source: TaskSource
     splits: dict[str, np.ndarray]
+    rewards: dict[str, Reward]
 
     def evaluate(self, params, *, thinking: bool = True) -> dict:
         """Figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
@@ -156,9 +157,10 @@ class Evaluator:
             eos_id=self.tokenizer.eos_id,
             vocab_size=self.tokenizer.vocab_size,
         )
-        rewards, predictions = _judge(settings, self.tokenizer.byte_table(), rollouts, device_batch)
+        prefix, predictions = self.rewards["prefix"].fn(rollouts, device_batch, {})
+        first, _ = self.rewards["first_token"].fn(rollouts, device_batch, {})
+        prefix, first = np.asarray(prefix), np.asarray(first)
         found, lengths = (np.asarray(a).reshape(U, M, G) for a in (predictions.found, predictions.lengths))
-        prefix, first = (np.asarray(r).reshape(U, M, G) for r in rewards)
         figures = {
             f"{style}_prefix": prefix.mean(-1),
             f"{style}_first": first.mean(-1),
@@ -180,32 +182,19 @@ class Evaluator:
 
         A thought that never closed is closed by force (counted as forced_close).
         """
+        U, M, G = batch.row_ids.shape
         box, close = self.tokenizer.encode(BOX_OPEN), self.tokenizer.encode(THINK_CLOSE)
-        stubs = (close + box, box)
-        width = max(len(s) for s in stubs)
-        stub_ids = np.array([s + [0] * (width - len(s)) for s in stubs], np.int32)
-        stub_lengths = np.array([len(s) for s in stubs], np.int32)
-        return _forced_target_logprobs(self.config.model, params, batch, rollouts, think_end_tokens, stub_ids, stub_lengths)
-
-
-def _judge(config: Config, byte_table, rollouts: Rollouts, batch: TaskBatch):
-    """((prefix f32 [B], first f32 [B]), Predictions)."""
-    table, lengths = byte_table
-    G, Y = batch.row_ids.shape[-1], batch.continuation_bytes.shape[-1]
-    tokens, mask = (a.reshape(-1, a.shape[-1]) for a in (rollouts.tokens, rollouts.mask))
-    predictions = extract_predictions(
-        tokens,
-        mask,
-        table,
-        lengths,
-        mode=config.reward.boxed_mode,
-        require_think_end=config.reward.require_think_end,
-        max_prediction_bytes=Y,
-        tables=answer_tables(table, lengths),
-    )
-    truth = tuple(jnp.repeat(a.reshape(-1, Y), G, axis=0) for a in (batch.continuation_bytes, batch.boundary_mask))
-    rewards = tuple(f(predictions.bytes, predictions.lengths, *truth) for f in (prefix_match_reward, first_token_reward))
-    return rewards, predictions
+        # Row 0 for thoughts that are still open, row 1 for those that closed.
+        stub_ids = np.array([close + box, box + [0] * len(close)], np.int32)
+        stub_lengths = np.array([len(close) + len(box), len(box)], np.int32)
+        is_closed = think_end_tokens > 0
+        # An open thought keeps all its tokens but a stop token.
+        keep = jnp.where(is_closed, think_end_tokens, rollouts.mask.sum(-1) - ~rollouts.truncated)
+        target = jnp.repeat(batch.target_tokens, G, axis=1)
+        tokens, mask, last = _append_target(rollouts.tokens, keep, is_closed, stub_ids, stub_lengths, target)
+        sequences = to_sequences(batch, tokens, mask)
+        logprobs = score(self.config.model, params, sequences, num_completion=tokens.shape[-1], temperature=1.0)
+        return jnp.take_along_axis(logprobs, last[..., None], axis=-1)[..., 0].reshape(U, M, G)
 
 
 @jax.jit
@@ -223,17 +212,6 @@ def _append_target(tokens_URC, keep_UR, is_closed_UR, stub_ids, stub_lengths, ta
     stub = jnp.take_along_axis(stub_ids[which], in_stub, axis=-1)
     tokens = jnp.where(columns < keep, padded, jnp.where(columns < keep + size, stub, target_UR[..., None]))
     return tokens, columns <= keep + size, (keep + size)[..., 0]
-
-
-def _forced_target_logprobs(config, params, batch: TaskBatch, rollouts: Rollouts, think_end_tokens, stub_ids, stub_lengths):
-    U, M, G = batch.row_ids.shape
-    think_end = think_end_tokens.reshape(U, M * G)
-    keep = jnp.where(think_end > 0, think_end, rollouts.mask.sum(-1))
-    target = jnp.repeat(batch.target_tokens, G, axis=1)
-    tokens, mask, last = _append_target(rollouts.tokens, keep, think_end > 0, stub_ids, stub_lengths, target)
-    sequences = to_sequences(batch, tokens, mask)
-    logprobs = score(config, params, sequences, num_completion=tokens.shape[-1], temperature=1.0)
-    return jnp.take_along_axis(logprobs, last[..., None], axis=-1)[..., 0].reshape(U, M, G)
 
 
 def _majority(texts, lengths, found, correct):

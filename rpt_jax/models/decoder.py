@@ -273,7 +273,7 @@ def token_logprobs(head_VD, hidden_UND, targets_UN, *, temperature: float):
     Returns:
         (logprobs f32 [U, N], entropy f32 [U, N]), nats.
     """
-    U, n, D = hidden_UND.shape
+    U, n, _ = hidden_UND.shape
     chunk = max(1, min(n, _CHUNK_LOGITS // (U * head_VD.shape[0])))
     num_chunks = -(-n // chunk)
     pad = num_chunks * chunk - n

@@ -198,8 +198,7 @@ def extract_predictions(
         raise ValueError(f"mode {mode!r}; it must be one of {_MODES}")
     byte_table_VW, byte_lengths_V = jnp.asarray(byte_table_VW), jnp.asarray(byte_lengths_V)
     tables = answer_tables(byte_table_VW, byte_lengths_V) if tables is None else tables
-    B, C = tokens_BC.shape
-    W = byte_table_VW.shape[1]
+    C, W = tokens_BC.shape[1], byte_table_VW.shape[1]
     X = max_prediction_bytes or min(C * W, _DEFAULT_MAX_BYTES)
     tokens_BC = jnp.where(mask_BC, tokens_BC, 0)
 

@@ -55,7 +55,9 @@ def make_reward(config: RewardConfig, tokenizer) -> Reward:
     if config.name in ("dense", "conditional_dense"):
         index = vocabulary_index(tokenizer.byte_table())
         conditional = config.name == "conditional_dense"
-        return Reward(("direct_logprobs",), jax.jit(partial(_dense_reward, extract, index, config.unescape_newline, conditional)))
+        return Reward(
+            ("direct_logprobs",), jax.jit(partial(_dense_reward, extract, index, config.unescape_newline, conditional))
+        )
     raise ConfigError(f"reward.name={config.name!r}; it must be prefix, first_token, dense or conditional_dense.")
 
 

@@ -53,6 +53,9 @@ def direct_logprobs(config: DecoderConfig, params, batch: TaskBatch, *, header_l
     last_UM = jnp.clip(batch.cuts - header_length + num_bos - 1, 0, tokens_UL.shape[1] - 1)
     hidden_UMD = jnp.take_along_axis(hidden_ULD, last_UM[..., None], axis=1)
     logits = jnp.einsum(
-        "umd,vd->umv", hidden_UMD, decoder.output_head(params).astype(hidden_UMD.dtype), preferred_element_type=jnp.float32
+        "umd,vd->umv",
+        hidden_UMD,
+        decoder.output_head(params).astype(hidden_UMD.dtype),
+        preferred_element_type=jnp.float32,
     )
     return jax.nn.log_softmax(logits, axis=-1)

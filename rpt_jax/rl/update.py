@@ -128,16 +128,12 @@ def policy_loss(config: DecoderConfig, loss: LossConfig, temperature: float, par
     ratio is exactly 1.
     """
     mask = batch.completion_mask
-    logprobs, entropy, trunk_ULD = completion_logprobs(
-        config, params, batch.sequences, mask.shape[-1], temperature
-    )
+    logprobs, entropy, trunk_ULD = completion_logprobs(config, params, batch.sequences, mask.shape[-1], temperature)
     # Padding holds arbitrary tokens: their terms must not reach a product with weight 0 as inf or NaN.
     logprobs = jnp.where(mask, logprobs, 0.0)
     old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else jnp.where(mask, batch.old_logprobs, 0.0)
     ratio = jnp.exp(logprobs - old)
-    terms = clipped_surrogate(
-        ratio, batch.advantages, clip_eps_low=loss.clip_eps_low, clip_eps_high=loss.clip_eps_high
-    )
+    terms = clipped_surrogate(ratio, batch.advantages, clip_eps_low=loss.clip_eps_low, clip_eps_high=loss.clip_eps_high)
     metrics = {}
     if batch.ref_logprobs is not None:
         kl = kl_term(loss.kl_estimator, logprobs, jnp.where(mask, batch.ref_logprobs, 0.0))
@@ -220,7 +216,9 @@ def policy_batch(experience: Experience, *, loss: LossConfig, header_length: int
     return TrainBatch(
         sequences=to_sequences(tasks, rollouts.tokens, rollouts.mask),
         completion_mask=rollouts.mask,
-        token_weights=aggregation_weights(loss.aggregation, rollouts.mask, jnp.repeat(experience.group_mask, G, axis=1)),
+        token_weights=aggregation_weights(
+            loss.aggregation, rollouts.mask, jnp.repeat(experience.group_mask, G, axis=1)
+        ),
         trunk_weights=trunk_mask / jnp.maximum(1, trunk_mask.sum()),
         advantages=advantages_UMG.reshape(U, M * G),
         sampler_logprobs=rollouts.sampler_logprobs,
@@ -240,5 +238,6 @@ def split_minibatches(batch: TrainBatch, number: int) -> list[TrainBatch]:
         return weights / jnp.maximum(weights.sum(), 1e-9)
 
     return [
-        replace(p, token_weights=renormalize(p.token_weights), trunk_weights=renormalize(p.trunk_weights)) for p in parts
+        replace(p, token_weights=renormalize(p.token_weights), trunk_weights=renormalize(p.trunk_weights))
+        for p in parts
     ]

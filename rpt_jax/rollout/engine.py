@@ -22,7 +22,8 @@ def rollout_key(seed: int, step: int, round_number: int = 0):
 
 
 @partial(
-    jax.jit, static_argnames=("config", "max_completion_tokens", "temperature", "top_p", "top_k", "eos_id", "vocab_size")
+    jax.jit,
+    static_argnames=("config", "max_completion_tokens", "temperature", "top_p", "top_k", "eos_id", "vocab_size"),
 )
 def generate(
     config: DecoderConfig,

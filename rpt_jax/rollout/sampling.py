@@ -43,12 +43,12 @@ def _invert_cdf(weights, uniform):
     block = _first_above(ends, point, block_sums)
     before = jnp.take_along_axis(ends - block_sums, block[..., None], axis=-1)[..., 0]
     inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    entry = _first_above(jnp.cumsum(inside, axis=-1), point - before, inside)
+    entry = _first_above(jnp.cumsum(inside, axis=-1), jnp.maximum(point - before, 0.0), inside)
     return (block * _BLOCK + entry).astype(jnp.int32)
 
 
 def _first_above(ends, point, weights):
-    """First index whose cumulative end exceeds the point; rounding at the top end falls back to the last with weight."""
+    """First index whose cumulative end exceeds the point; rounding at the top falls back to the last with weight."""
     n = ends.shape[-1]
     index = jnp.sum(ends <= point[..., None], axis=-1)
     last = jnp.max(jnp.where(weights > 0, jnp.arange(n), 0), axis=-1)

@@ -1,6 +1,5 @@
 """What a step leaves behind: metrics read a step late, token and FLOP counts, sampled completions."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

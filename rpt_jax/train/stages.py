@@ -22,11 +22,11 @@ from rpt_jax.errors import ConfigError
 from rpt_jax.evals.next_token import Evaluator, difficulty_splits
 from rpt_jax.models.decoder import init_params
 from rpt_jax.parallel.mesh import make_mesh
-from rpt_jax.rewards.reward import make_reward
+from rpt_jax.rewards.reward import Reward, make_reward
 from rpt_jax.rl.update import init_state, make_optimizer
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
 from rpt_jax.train.checkpoint import Checkpoints
-from rpt_jax.train.loop import Trainer, train
+from rpt_jax.train.loop import train
 from rpt_jax.train.metrics import RunDirectory, console, progress_bar
 from rpt_jax.train.supervised import (
     Sequence,
@@ -35,6 +35,7 @@ from rpt_jax.train.supervised import (
     read_sequences,
     train_supervised,
 )
+from rpt_jax.train.trainer import Trainer
 from rpt_jax.types import TrainState
 
 
@@ -97,7 +98,11 @@ def prepare(config: Config) -> Prepared:
     run.write_json(
         "corpus.json",
         {
-            where: {"documents": len(d), "tokens": int(sum(len(x.tokens) for x in d)), "sha256": documents_lib.fingerprint(d)}
+            where: {
+                "documents": len(d),
+                "tokens": int(sum(len(x.tokens) for x in d)),
+                "sha256": documents_lib.fingerprint(d),
+            }
             for where, d in documents.items()
         }
         | {"tokenizer_sha256": tokenizer.fingerprint},
@@ -221,29 +226,39 @@ class Evaluations:
     prepared: Prepared
     source: TaskSource
 
-    def __call__(self, step: int, state: TrainState, flops: float) -> dict:
-        config = self.prepared.config
-        is_end = step in (0, config.run.num_steps)
-        figures = self._evaluator(is_end).evaluate(state.params)
+    def __call__(self, step: int, state: TrainState, flops: float) -> None:
+        is_end = step in (0, self.prepared.config.run.num_steps)
+        figures = self.evaluate(state.params, thinking=True, final=is_end)
         self.prepared.run.log("evaluation", step, {"flops": flops, "splits": figures})
-        return figures
 
-    def direct(self, params, *, final: bool) -> dict:
-        return self._evaluator(final).evaluate(params, thinking=False)
-
-    def full(self, params) -> dict:
-        return self._evaluator(True).evaluate(params)
-
-    def _evaluator(self, final: bool) -> Evaluator:
+    def evaluate(self, params, *, thinking: bool, final: bool) -> dict:
+        """Figures per split (`Evaluator.evaluate`); final: on eval.final_num_positions instead of num_positions."""
         p = self.prepared
         limit = p.config.eval.final_num_positions if final else p.config.eval.num_positions
-        splits = difficulty_splits(
-            self.source.table, p.heldout_documents, p.config.positions.difficulty_thresholds, limit, seed=p.config.run.seed
+        thresholds = p.config.positions.difficulty_thresholds
+        splits = difficulty_splits(self.source.table, p.heldout_documents, thresholds, limit, seed=p.config.run.seed)
+        evaluator = Evaluator(
+            config=p.config,
+            mesh=p.mesh,
+            tokenizer=p.tokenizer,
+            source=self.source,
+            splits=splits,
+            rewards=self._rewards,
         )
-        return Evaluator(config=p.config, mesh=p.mesh, tokenizer=p.tokenizer, source=self.source, splits=splits)
+        return evaluator.evaluate(params, thinking=thinking)
+
+    @cached_property
+    def _rewards(self) -> dict[str, Reward]:
+        """Made once: every new one would compile anew."""
+        p = self.prepared
+        return {
+            name: make_reward(replace(p.config.reward, name=name), p.tokenizer) for name in ("prefix", "first_token")
+        }
 
 
-def run_rpt(p: Prepared, params, source: TaskSource, selected, evaluations, *, stop_at_step=None) -> tuple[TrainState, float]:
+def run_rpt(
+    p: Prepared, params, source: TaskSource, selected, evaluations, *, stop_at_step=None
+) -> tuple[TrainState, float]:
     """Reinforcement pre-training from `params`; (state, FLOPs)."""
     config = p.config
     tasks = TrainIterator(
@@ -272,26 +287,15 @@ def run_rpt(p: Prepared, params, source: TaskSource, selected, evaluations, *, s
     return result
 
 
-def run_control(p: Prepared, params, max_flops: float, evaluations: Evaluations) -> dict:
-    """Next-token training on the training documents from `params` until `max_flops` are spent; its final figures."""
-    config = p.config
-    sequences = document_sequences(p.train_documents, p.tokenizer, config.data.trunk_length)
-    optimizer = make_optimizer(config.supervised.control_optimizer, config.run.num_steps)
+def continue_supervised(
+    p: Prepared, params, sequences, optimizer_config, max_flops: float, *, log, on_step
+) -> TrainState:
+    """Supervised training from a copy of `params` until `max_flops` are spent: what a control is."""
+    optimizer = make_optimizer(optimizer_config, p.config.run.num_steps)
     state = init_state(jax.tree.map(lambda x: x.copy(), params), optimizer, p.mesh)
-    p.run.cut_metrics("control", -1)
-    p.run.cut_metrics("control_evaluation", -1)
-    marks = iter(np.linspace(0, max_flops, 6)[1:-1])
-    next_mark = [next(marks)]
-
-    def on_step(step: int, state: TrainState, flops: float) -> None:
-        if next_mark[0] is not None and flops >= next_mark[0]:
-            next_mark[0] = next(marks, None)
-            figures = evaluations.direct(state.params, final=False)
-            p.run.log("control_evaluation", step, {"flops": flops, "splits": figures})
-
-    state, flops = train_supervised(
+    state, _ = train_supervised(
         "control",
-        config,
+        p.config,
         state,
         optimizer,
         p.mesh,
@@ -300,10 +304,29 @@ def run_control(p: Prepared, params, max_flops: float, evaluations: Evaluations)
         shuffle=True,
         num_steps=None,
         max_flops=max_flops,
-        log=p.run.log,
+        log=log,
         on_step=on_step,
     )
-    figures = evaluations.full(state.params)
-    p.run.log("control_evaluation", int(state.step), {"flops": flops, "splits": figures, "final": True})
-    return figures
+    return state
 
+
+def run_control(p: Prepared, params, max_flops: float, evaluations: Evaluations, *, num_evaluations: int = 5) -> None:
+    """Next-token training on the training documents at matched compute, evaluated on the way and at the end."""
+    sequences = document_sequences(p.train_documents, p.tokenizer, p.config.data.trunk_length)
+    p.run.cut_metrics("control", -1)
+    p.run.cut_metrics("control_evaluation", -1)
+    marks = list(np.linspace(0, max_flops, num_evaluations + 1)[1:-1])
+    spent = [0.0]
+
+    def on_step(step: int, state: TrainState, flops: float) -> None:
+        spent[0] = flops
+        if marks and flops >= marks[0]:
+            marks.pop(0)
+            figures = evaluations.evaluate(state.params, thinking=False, final=False)
+            p.run.log("control_evaluation", step, {"flops": flops, "splits": figures})
+
+    state = continue_supervised(
+        p, params, sequences, p.config.supervised.control_optimizer, max_flops, log=p.run.log, on_step=on_step
+    )
+    figures = evaluations.evaluate(state.params, thinking=True, final=True)
+    p.run.log("control_evaluation", int(state.step), {"flops": spent[0], "splits": figures, "final": True})

@@ -161,9 +161,7 @@ def make_batch(sequences: list[Sequence], config: Config, tail) -> TrainBatch:
     completion_mask = branch_mask[:, :, E:]
     total = max(1e-9, trunk_weights.sum() + completion_mask.sum())
     return TrainBatch(
-        sequences=Sequences(
-            trunk_tokens=trunk_tokens, cuts=cuts, branch_tokens=branch_tokens, branch_mask=branch_mask
-        ),
+        sequences=Sequences(trunk_tokens=trunk_tokens, cuts=cuts, branch_tokens=branch_tokens, branch_mask=branch_mask),
         completion_mask=completion_mask,
         token_weights=(completion_mask / total).astype(np.float32),
         trunk_weights=(trunk_weights / total).astype(np.float32),

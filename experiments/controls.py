@@ -1,0 +1,61 @@
+"""Controls for a finished run: other supervised training from its warm start, at its compute, over learning rates.
+
+python -m experiments.controls --run runs/quickstart [--learning-rates 3e-4 1e-3 3e-3]
+
+documents: next-token training on the training documents. cold_start: more of the warm start's own sequences.
+Writes controls.json into the run directory and prints a table.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.cli import load_run, run_script
+from rpt_jax.report import collect_results, headline_split
+from rpt_jax.train import stages
+from rpt_jax.train.supervised import document_sequences
+
+METRICS = ("direct_prefix", "sampled_prefix", "greedy_prefix")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="directory of a finished run")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    args = parser.parse_args(argv)
+    results = collect_results(args.run)
+    config = load_run(args.run)
+    prepared = stages.prepare(config)
+    params = stages.warm_start(prepared)
+    _, _, heldout = stages.choose_positions(prepared, params)
+    evaluations = stages.Evaluations(prepared=prepared, source=heldout)
+    # The second half of a warm start in training order is what it ended on.
+    half = len(prepared.warm_sequences) // 2
+    sources = {
+        "documents": document_sequences(prepared.train_documents, prepared.tokenizer, config.data.trunk_length),
+        "cold_start": prepared.warm_sequences[half:],
+    }
+    split, rows = headline_split(results), []
+    for name, sequences in sources.items():
+        for rate in args.learning_rates:
+            optimizer = replace(config.supervised.control_optimizer, learning_rate=rate)
+            state = stages.continue_supervised(
+                prepared,
+                params,
+                sequences,
+                optimizer,
+                results["flops"][-1],
+                log=lambda *_: None,
+                on_step=lambda *_: None,
+            )
+            figures = evaluations.evaluate(state.params, thinking=True, final=True)
+            rows.append({"control": name, "learning_rate": rate, "splits": figures})
+            cells = "  ".join(f"{m} {figures[split][m]['value']:.3f}" for m in METRICS)
+            print(f"{name:<10}  lr {rate:g}  {split}: {cells}  (n={figures[split][METRICS[0]]['n']})", flush=True)
+            (args.run / "controls.json").write_text(json.dumps(rows, indent=2))
+    prepared.run.close()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,74 @@
+"""The two halves of a step: completions with rewards from parameters, new parameters from completions with rewards."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+from jax.sharding import Mesh
+
+from rpt_jax.config import Config
+from rpt_jax.rewards.reward import Reward
+from rpt_jax.rl.scoring import direct_logprobs, score
+from rpt_jax.rl.update import policy_batch, policy_loss, split_minibatches, update
+from rpt_jax.rollout.engine import generate, rollout_key
+from rpt_jax.tokenizer import Tokenizer
+from rpt_jax.types import Experience, TaskBatch, TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What a step needs beside the state. `reference` is the policy that RPT started from; None without a KL term."""
+
+    config: Config
+    mesh: Mesh
+    tokenizer: Tokenizer
+    header_length: int
+    reward: Reward
+    optimizer: Any
+    reference: Any = None
+
+    def roll_out(self, params, step: int, tasks: TaskBatch, round_number: int) -> Experience:
+        """Sample G completions for each prompt, read their predictions and reward them."""
+        rollouts = generate(
+            self.config.model,
+            params,
+            tasks,
+            rollout_key(self.config.run.seed, step, round_number),
+            eos_id=self.tokenizer.eos_id,
+            vocab_size=self.tokenizer.vocab_size,
+            **self.config.rollout.sampling,
+        )
+        direct = partial(direct_logprobs, header_length=self.header_length, bos_id=self.tokenizer.bos_id)
+        passes = {"direct_logprobs": direct}
+        requested = {name: passes[name](self.config.model, params, tasks) for name in self.reward.requests}
+        rewards, predictions = self.reward.fn(rollouts, tasks, requested)
+        return Experience(
+            tasks=tasks, rollouts=rollouts, rewards=rewards, predictions=predictions, group_mask=tasks.position_mask
+        )
+
+    def learn(self, state: TrainState, experience: Experience) -> tuple[TrainState, list[dict]]:
+        """One update per minibatch; with a single minibatch the ratio is exactly 1."""
+        loss, temperature = self.config.loss, self.config.rollout.training_temperature
+        batch = policy_batch(experience, loss=loss, header_length=self.header_length)
+        score_fn = partial(score, num_completion=batch.completion_mask.shape[-1], temperature=temperature)
+        if self.reference is not None:
+            batch = replace(batch, ref_logprobs=score_fn(self.config.model, self.reference, batch.sequences))
+        if loss.num_minibatches > 1:
+            batch = replace(batch, old_logprobs=score_fn(self.config.model, state.params, batch.sequences))
+        metrics = []
+        for minibatch in split_minibatches(batch, loss.num_minibatches):
+            size = minibatch.advantages.shape[0]
+            state, step_metrics = update(
+                state,
+                minibatch,
+                loss_fn=self.loss_fn,
+                optimizer=self.optimizer,
+                num_microbatches=size // (loss.microbatch_trunks or size),
+            )
+            metrics.append(step_metrics)
+        return state, metrics
+
+    @cached_property
+    def loss_fn(self):
+        """(params, batch) -> loss; one object, so that the update compiles once."""
+        return partial(policy_loss, self.config.model, self.config.loss, self.config.rollout.training_temperature)
