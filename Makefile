@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test trials lint benchmark
+.PHONY: quickstart test trials lint
 
 $(VENV)/.installed: requirements.txt setup.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -22,7 +22,3 @@ trials: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-
-benchmark: $(VENV)/.installed
-	$(RUN) -m experiments.benchmarks.reward
-	$(RUN) -m experiments.benchmarks.sharing

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import tyro
+from rich.markup import escape
 
 from experiments.presets import PRESETS
 from rpt_jax.config import Config
@@ -45,7 +46,7 @@ def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple
 
 
 def load_run(directory: Path) -> Config:
-    """The config of an existing run directory, wherever it lies now.
+    """The config of an existing run directory; its corpus and tokenizer must still be where they were.
 
     Raises:
         CheckpointError: no run there.
@@ -78,5 +79,5 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (ConfigError, DataError, CheckpointError) as error:
-        console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, markup=True)
+        console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
         sys.exit(2)

@@ -30,12 +30,11 @@ def main(argv: list[str]) -> None:
     params = stages.warm_start(prepared)
     _, _, heldout = stages.choose_positions(prepared, params)
     evaluations = stages.Evaluations(prepared=prepared, source=heldout)
-    # The second half of a warm start in training order is what it ended on.
-    half = len(prepared.warm_sequences) // 2
-    sources = {
-        "documents": document_sequences(prepared.train_documents, prepared.tokenizer, config.data.trunk_length),
-        "cold_start": prepared.warm_sequences[half:],
-    }
+    sources = {"documents": document_sequences(prepared.train_documents, prepared.tokenizer, config.data.trunk_length)}
+    if prepared.warm_sequences:
+        # A warm-start file is in training order: its second half is what training ended on.
+        half = len(prepared.warm_sequences) // 2 if config.supervised.path else 0
+        sources["cold_start"] = prepared.warm_sequences[half:]
     split, rows = headline_split(results), []
     for name, sequences in sources.items():
         for rate in args.learning_rates:

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     config = prepared.config
     params = stages.warm_start(prepared)
     _, _, heldout = stages.choose_positions(prepared, params)
-    optimizer = make_optimizer(config.optimizer, config.run.num_steps)
+    optimizer = make_optimizer(config.optimizer, config.num_updates)
     like = init_state(jax.tree.map(lambda x: x.copy(), params), optimizer, prepared.mesh)
     state, record = prepared.checkpoints("rpt").restore(like)
     figures = stages.Evaluations(prepared=prepared, source=heldout).evaluate(state.params, thinking=True, final=True)

@@ -36,6 +36,13 @@ def main(argv: list[str]) -> None:
     if dry_run:
         print(describe(config))
         return
+    if not (Path(config.run.directory) / "corpus" / "tokenizer" / "tokenizer.json").exists():
+        make_corpus(config)
+    run(config)
+
+
+def make_corpus(config: Config) -> None:
+    """Write the run's own corpus; the tokenizer, written last, marks it complete."""
     size, short = config.supervised.batch_size, min(NUM_SHORT_STEPS, config.supervised.num_steps)
     write_corpus(
         Path(config.run.directory) / "corpus",
@@ -45,7 +52,6 @@ def main(argv: list[str]) -> None:
         short_sequences=short * size,
         long_sequences=(config.supervised.num_steps - short) * size,
     )
-    run(config)
 
 
 if __name__ == "__main__":

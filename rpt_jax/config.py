@@ -37,7 +37,7 @@ class DataConfig:
     heldout_fraction: float = 0.1
     """Share of documents kept for evaluation when `heldout_path` is empty; in (0, 1)."""
     text_template: str = "{text}"
-    """How a jsonl or parquet record becomes a document, e.g. '{problem}\\n\\n{solution}'."""
+    """How a jsonl or parquet record becomes a document, e.g. '{problem}\\n\\n{solution}'; backslash-n is a newline."""
     tokenizer: str = ""
     """Tokenizer directory. Empty: train a byte-level BPE on the training documents."""
     tokenizer_vocab_size: int = 1024
@@ -264,6 +264,11 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
 
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps of RPT."""
+        return self.run.num_steps * self.loss.num_minibatches
+
     def validate(self) -> None:
         """Check everything that can be checked without data or devices.
 
@@ -280,12 +285,15 @@ class Config:
         ):
             if not 0 < value < 1:
                 raise ConfigError(f"{name}={value}; it must lie between 0 and 1. Choose a share between them.")
-        draft = self.supervised.draft_tokens + 4
-        if self.supervised.draft_fraction and self.rollout.max_completion_tokens < draft:
+        if self.rollout.temperature == 0:
             raise ConfigError(
-                f"rollout.max_completion_tokens={self.rollout.max_completion_tokens}; drafts of "
-                f"supervised.draft_tokens={self.supervised.draft_tokens} tokens need at least {draft} with their "
-                "answer. Raise the limit or shorten the drafts."
+                "rollout.temperature=0.0; greedy rollouts of one prompt are all equal and teach nothing. Choose a "
+                "temperature above 0."
+            )
+        if self.supervised.control_optimizer.schedule == "linear":
+            raise ConfigError(
+                "supervised.control_optimizer.schedule='linear'; the control's length is set by compute, so it must be "
+                "'constant'. Change it."
             )
         if not 0 < self.rollout.top_p <= 1:
             raise ConfigError(f"rollout.top_p={self.rollout.top_p}; it must lie in (0, 1]. Use 1 for no limit.")
@@ -305,7 +313,7 @@ class Config:
             ("rollout.max_completion_tokens", rollout.max_completion_tokens, 1),
             ("rollout.temperature", rollout.temperature, 0.0),
             ("rollout.top_k", rollout.top_k, 0),
-            ("run.num_steps", self.run.num_steps, 0),
+            ("run.num_steps", self.run.num_steps, 1),
             ("run.completions_every_steps", self.run.completions_every_steps, 0),
             ("supervised.num_steps", self.supervised.num_steps, 0),
             ("supervised.batch_size", self.supervised.batch_size, 1),
@@ -332,10 +340,31 @@ class Config:
             ("eval.final_num_positions", self.eval.final_num_positions, 2),
             ("eval.num_samples", self.eval.num_samples, 1),
             ("eval.batch_trunks", self.eval.batch_trunks, 1),
+            ("data.tokenizer_vocab_size", self.data.tokenizer_vocab_size, 300),
+            ("supervised.context_weight", self.supervised.context_weight, 0.0),
+            ("loss.clip_eps_low", loss.clip_eps_low, 0.0),
+            ("loss.clip_eps_high", loss.clip_eps_high, 0.0),
+            ("model.num_heads", model.num_heads, 1),
+            ("model.head_size", model.head_size, 2),
+            ("model.mlp_width", model.mlp_width, 1),
             ("model.num_layers", model.num_layers, 1),
             ("model.num_kv_heads", model.num_kv_heads, 1),
             ("model.width", model.width, 1),
         )
+        supervised = self.supervised
+        for name, optimizer in (
+            ("optimizer", self.optimizer),
+            ("supervised.optimizer", supervised.optimizer),
+            ("supervised.control_optimizer", supervised.control_optimizer),
+        ):
+            for field_name in (
+                "learning_rate",
+                "matrix_learning_rate",
+                "weight_decay",
+                "max_grad_norm",
+                "warmup_steps",
+            ):
+                yield f"{name}.{field_name}", getattr(optimizer, field_name), 0
 
     def _validate_divisions(self) -> None:
         model, mesh, loss = self.model, self.mesh, self.loss

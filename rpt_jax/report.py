@@ -14,6 +14,7 @@ import pyarrow.parquet
 
 from rpt_jax.errors import CheckpointError, DataError
 from rpt_jax.scaling import fit_power_law
+from rpt_jax.train.metrics import read_records
 
 _EXPLAIN = {
     "all": "every position of the held-out documents",
@@ -29,10 +30,9 @@ def collect_results(directory: Path) -> dict:
     """Every figure of the report, each with n and standard error, from the run's own records.
 
     Raises:
-        CheckpointError: the directory holds no finished run.
+        CheckpointError: the directory holds fewer than two evaluations.
     """
-    metrics = directory / "metrics.jsonl"
-    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    records = read_records(directory)
     evaluations = [r for r in records if r["stage"] == "evaluation"]
     if len(evaluations) < 2:
         raise CheckpointError(
@@ -72,12 +72,11 @@ def write_report(directory: Path) -> Path:
     """Write results.json, plots/*.png and report.html into `directory`; the path of the page.
 
     Raises:
-        CheckpointError: the directory holds no finished run.
+        CheckpointError: the directory holds fewer than two evaluations.
     """
     results = collect_results(directory)
     (directory / "results.json").write_text(json.dumps(results, indent=2))
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    steps = [r for r in records if r["stage"] == "rpt"]
+    steps = [r for r in read_records(directory) if r["stage"] == "rpt"]
     plots = directory / "plots"
     plots.mkdir(exist_ok=True)
     pictures = {

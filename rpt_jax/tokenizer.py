@@ -54,6 +54,20 @@ class Tokenizer:
         """Ids of `text`, no special tokens added."""
         return self._backend.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of `text` where it follows other text: without the space that SentencePiece puts before a first word."""
+        ids, wanted = self.encode(text), text.encode()
+        if len(b"".join(self.token_bytes(i) for i in ids)) == len(wanted):
+            return ids
+        # Encode behind a newline, then drop the tokens that spell it and the space before it.
+        behind = self.encode("\n" + text)
+        surplus = sum(len(self.token_bytes(i)) for i in behind) - len(wanted)
+        for count, token_id in enumerate(behind):
+            if surplus == 0:
+                return behind[count:]
+            surplus -= len(self.token_bytes(token_id))
+        return ids
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._backend.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
 

@@ -73,7 +73,7 @@ class Sequences:
 
 @record
 class TrainBatch:
-    """One update's worth of sequences, and what the losses need to know of them. Weights sum to 1 over the batch."""
+    """One update's sequences, and what the losses need to know of them. Weights are of the whole global batch."""
 
     sequences: Sequences
     completion_mask: Any  # bool [U, R, C], tokens up to and including the stop token; the last C of T

@@ -2,7 +2,6 @@
 
 import json
 
-import grain
 import jax
 import numpy as np
 import pyarrow
@@ -34,11 +33,16 @@ def write(path, text):
 
 def test_reads_txt_jsonl_parquet_and_globs(tmp_path):
     write(tmp_path / "a.txt", "one\ntwo")
-    write(tmp_path / "b.jsonl", '{"q": "x\u2028y", "a": 1}\n\n{"q": "z", "a": 2, "labels": [[1, "n"]]}\n')
+    write(
+        tmp_path / "b.jsonl",
+        '{"q": "x\u2028y", "a": 1}\n\n{"q": "z", "a": 2, "labels": 3, "position_labels": [[1, "n"]]}\n',
+    )
     pyarrow.parquet.write_table(pyarrow.table({"text": ["p", "q"]}), tmp_path / "c.parquet")
     assert [t.text for t in read_texts(str(tmp_path / "a.txt"), text_template="{text}")] == ["one\ntwo"]
     rows = read_texts(str(tmp_path / "b.jsonl"), text_template="{q}\n\n{a}")
     assert [t.text for t in rows] == ["x\u2028y\n\n1", "z\n\n2"]
+    escaped = read_texts(str(tmp_path / "b.jsonl"), text_template="{q}\\n{a}")
+    assert escaped[1].text == "z\n2"
     assert rows[1].labels == ((1, "n"),) and rows[1].id == "b.jsonl:2"
     assert [t.text for t in read_texts(str(tmp_path / "*.parquet"), text_template="{text}")] == ["p", "q"]
 
@@ -52,6 +56,8 @@ BAD_CORPORA = {
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
     "list.jsonl": (b"[1]\n", "line 1 is a list"),
     "field.jsonl": (b'{"body": "a"}\n', "needs 'text'"),
+    "null.jsonl": (b'{"text": null}\n', "null"),
+    "labels.jsonl": (b'{"text": "a", "position_labels": 3}\n', "must be a list of"),
     "deep.jsonl": (b"[" * 100_000, "line 1 is not JSON"),
     "not.parquet": (b"PAR?", "not a readable parquet"),
     "words.doc": (b"a", "'.doc'"),
@@ -142,7 +148,7 @@ def test_windows_give_a_position_most_context():
 
 
 def test_templates_are_split_around_the_context(letters):
-    minimal = make_template(letters, DataConfig(template="minimal", trunk_length=8))
+    minimal = make_template(letters, DataConfig(template="minimal", trunk_length=8, window_stride=4))
     assert len(minimal.header) == 0 and letters.decode(minimal.tail) == "<think>"
     tokenizer = train_byte_level(["some text about nothing in particular"], 320)
     for name in ("v0", "v6"):
@@ -201,9 +207,17 @@ def test_tasks_by_hand():
     assert source.num_bytes == 8
 
 
-def test_a_stride_that_leaves_gaps_is_refused():
-    with pytest.raises(ConfigError, match="window_stride=6"):
-        small_source(stride=6)
+def test_a_stride_that_leaves_gaps_is_refused(letters):
+    with pytest.raises(ConfigError, match="window_stride=9 is longer than the 8 document tokens"):
+        make_template(letters, DataConfig(template="minimal", trunk_length=8, window_stride=9))
+
+
+def test_a_trunk_twice_in_a_batch_has_noise_of_its_own():
+    source = small_source()
+    batch = source.make([[0, 1], [2], [0, 1]], prompts_per_trunk=2, group_size=3)
+    real = batch.row_ids[batch.position_mask]
+    assert len(np.unique(real)) == real.size
+    np.testing.assert_array_equal(batch.position_ids[0], batch.position_ids[2])
 
 
 def test_iterator_resumes_exactly_and_reshuffles(monkeypatch):
@@ -221,26 +235,6 @@ def test_iterator_resumes_exactly_and_reshuffles(monkeypatch):
     epochs = [sorted(i for b in batches[e : e + 2] for (i,) in b) for e in (0, 2, 4)]
     assert epochs == [[0, 1, 2, 3]] * 3
     assert batches[0:2] != batches[2:4] or batches[2:4] != batches[4:6]
-
-
-def test_two_hosts_share_a_batch_and_one_host_takes_over():
-    """The cursor is global: what two hosts leave after three batches, one host continues."""
-    order = grain.MapDataset.range(10).seed(0).shuffle().repeat()
-
-    def host(index, count):
-        shards = grain.sharding.ShardOptions(shard_index=index, shard_count=count)
-        return grain.experimental.ElasticIterator(
-            order, 4, shards, read_options=grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        )
-
-    one = host(0, 1)
-    straight = [sorted(next(one).tolist()) for _ in range(5)]
-    two = [host(0, 2), host(1, 2)]
-    split = [sorted(x for h in two for x in next(h).tolist()) for _ in range(3)]
-    assert split == straight[:3]
-    later = host(0, 1)
-    later.set_state(two[0].get_state())
-    assert [sorted(next(later).tolist()) for _ in range(2)] == straight[3:]
 
 
 @pytest.mark.parametrize("renormalize", [False, True])

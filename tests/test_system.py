@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from experiments import quickstart, train
 from experiments.presets import TINY_WORKED
 from rpt_jax.config import LossConfig
 from rpt_jax.data import synthetic
+from rpt_jax.data.documents import Document
 from rpt_jax.errors import CheckpointError, DataError
 from rpt_jax.report import collect_results
 from rpt_jax.train import stages
@@ -48,7 +50,7 @@ def test_thoughts_and_results_are_right(corpus):
             assert value == int(result)
         assert puzzle.text[puzzle.answer_offset :].startswith(f" {value}.") and len(steps) == puzzle.num_steps
     for record in read(corpus / "heldout.jsonl"):
-        ((offset, label),) = record["labels"]
+        ((offset, label),) = record["position_labels"]
         assert re.match(r" \d\.", record["text"][offset:]) and re.fullmatch(r"determined/[1-4]", label)
 
 
@@ -57,7 +59,7 @@ def test_corpus_is_reproducible_closed_and_disjoint(corpus, tmp_path):
     for name in ("train.jsonl", "heldout.jsonl", "warm_start.jsonl"):
         assert (tmp_path / name).read_bytes() == (corpus / name).read_bytes()
     tokenizer = synthetic.make_tokenizer()
-    asked = {r["text"][: r["labels"][0][0]] for r in read(corpus / "heldout.jsonl")}
+    asked = {r["text"][: r["position_labels"][0][0]] for r in read(corpus / "heldout.jsonl")}
     for name in ("train.jsonl", "warm_start.jsonl"):
         for record in read(corpus / name):
             for text in (record["text"], record.get("completion", "")):
@@ -96,6 +98,10 @@ def finished(corpus, tmp_path_factory):
     return Path(config.run.directory)
 
 
+def prefixes(pieces):
+    return [pieces[: n + 1] for n in range(len(pieces))]
+
+
 def test_a_run_leaves_everything_behind(finished):
     for name in (
         "config.json",
@@ -110,12 +116,13 @@ def test_a_run_leaves_everything_behind(finished):
     records = read(finished / "metrics.jsonl")
     assert [r["step"] for r in records if r["stage"] == "rpt"] == [1, 2, 3, 4]
     assert [r["step"] for r in records if r["stage"] == "evaluation"] == [0, 1, 2, 3, 4]
-    rows = pyarrow.parquet.read_table(finished / "completions" / "step_000002.parquet").to_pylist()
+    rows = pyarrow.parquet.read_table(finished / "completions" / "step_000003.parquet").to_pylist()
     assert len(rows) == 8 * 4
     for row in rows:
-        assert row["reward"] == float(
-            row["prediction"] is not None and row["truth"].startswith(row["prediction"]) and row["reward"] > 0
-        )
+        # Tokens of this corpus are words: a prediction that reaches into the next one must take all of it.
+        ends = [len("".join(pieces)) for pieces in prefixes(synthetic._PIECES.findall(row["truth"]))]
+        right = row["prediction"] is not None and row["truth"].startswith(row["prediction"])
+        assert row["reward"] == float(right and len(row["prediction"]) in ends)
     page = (finished / "report.html").read_text()
     assert "http://" not in page and "https://" not in page and page.count("data:image/png") >= 4
 
@@ -149,7 +156,7 @@ def run_hashes(prepared, state):
     arrays = hashlib.sha256()
     for leaf in jax.tree.leaves((state.step, state.params, state.opt_state)):
         arrays.update(np.asarray(leaf).tobytes())
-    lines = [r for r in read(prepared.run.metrics_path) if r["stage"] in ("rpt", "evaluation")]
+    lines = [r for r in read(prepared.run.path / "metrics.jsonl") if r["stage"] in ("rpt", "evaluation")]
     tokens = hashlib.sha256()
     for path in sorted((prepared.run.path / "completions").glob("*.parquet")):
         tokens.update(repr(pyarrow.parquet.read_table(path).to_pydict()).encode())
@@ -177,14 +184,6 @@ def test_stopping_anywhere_and_going_on_equals_going_straight(corpus, tmp_path, 
     for k in (1, 3):
         rpt_only(config(f"stopped{k}"), stop_at_step=k)
         assert run_hashes(*rpt_only(config(f"stopped{k}"))) == straight
-
-
-def test_two_consecutive_steps_sample_different_tokens(finished):
-    a, b = (
-        pyarrow.parquet.read_table(finished / "completions" / f"step_{s:06d}.parquet")["completion"].to_pylist()
-        for s in (0, 2)
-    )
-    assert a != b
 
 
 def test_a_run_directory_keeps_its_config(corpus, finished):
@@ -236,13 +235,27 @@ def test_supervised_batches_by_hand(corpus, tmp_path):
     assert own.tolist() == [*tokenizer.encode("<think>"), *tokenizer.encode(" 2"), tokenizer.eos_id]
 
 
-def test_long_documents_become_windows_without_loss():
-    tokenizer = synthetic.make_tokenizer()
-    from rpt_jax.data.documents import Document
+@pytest.mark.parametrize("length", [2, 10, 19, 20, 21, 23])
+def test_long_documents_become_windows_that_predict_every_token_once(length):
+    tokens = np.arange(2, 2 + length, dtype=np.int32)
+    sequences = document_sequences([Document(id="d", tokens=tokens)], synthetic.make_tokenizer(), 10)
+    assert [t for s in sequences for t in s.trunk[s.first :]] == tokens[1:].tolist()
+    assert all(len(s.trunk) <= 10 for s in sequences)
 
-    tokens = np.arange(2, 25, dtype=np.int32)
-    sequences = document_sequences([Document(id="d", tokens=tokens)], tokenizer, 10)
-    assert [t for s in sequences for t in s.trunk] == tokens.tolist()
+
+def test_a_run_directory_keeps_its_corpus(corpus, finished, tmp_path):
+    config = tiny_run(corpus, finished)
+    lines = (corpus / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[:-1]))
+    original = json.loads((finished / "config.json").read_text())
+    original["data"]["path"] = str(tmp_path / "train.jsonl")
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    (moved / "config.json").write_text(json.dumps(original))
+    data = dataclasses.replace(config.data, path=str(tmp_path / "train.jsonl"))
+    run = dataclasses.replace(config.run, directory=str(moved))
+    with pytest.raises(CheckpointError, match="made from other data"):
+        stages.prepare(dataclasses.replace(config, data=data, run=run))
 
 
 def test_quickstart_dry_run_prints_the_run(capsys, tmp_path):

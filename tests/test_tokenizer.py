@@ -47,6 +47,13 @@ def test_qwen_facts(real_tokenizer):
     assert before.endswith("user\n") and after.endswith("assistant\n")
 
 
+@pytest.mark.parametrize("real_tokenizer", TOKENIZERS, indirect=True)
+@pytest.mark.parametrize("text", ["}", "</think>\\boxed{", " x", "<think>\n", "数", "\n"])
+def test_a_continuation_is_spelt_without_an_added_space(real_tokenizer, text):
+    ids = real_tokenizer.encode_continuation(text)
+    assert b"".join(real_tokenizer.token_bytes(i) for i in ids) == text.encode()
+
+
 def test_table_agrees_with_token_bytes(letters):
     table, lengths = letters.byte_table()
     for i in range(letters.vocab_size):

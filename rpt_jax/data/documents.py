@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def read_texts(path: str, *, text_template: str) -> list[Text]:
 
     Args:
         path: a file or a glob.
-        text_template: str.format template over a record's fields.
+        text_template: str.format template over a record's fields; backslash-n in it is a newline.
     Raises:
         DataError: no such file, unknown kind, empty, not UTF-8, not JSON, or a record without a needed field.
     """
@@ -55,7 +56,7 @@ def read_texts(path: str, *, text_template: str) -> list[Text]:
         for number, record in enumerate(_read_records(Path(name)), start=1):
             text = _fill(text_template, record, name, number)
             if text.strip():
-                labels = tuple((int(offset), str(label)) for offset, label in record.get("labels") or ())
+                labels = _read_labels(record.get("position_labels"), name, number)
                 texts.append(Text(id=f"{Path(name).name}:{number}", text=text, labels=labels))
     if not texts:
         raise DataError(f"data path {path!r} holds no text; at least one document must be non-empty. Check the file.")
@@ -101,10 +102,24 @@ def parse_json_line(line: str, path: Path, number: int) -> dict:
     return record
 
 
-def _fill(template: str, record: dict, path: str, number: int) -> str:
+def _read_labels(value, path: str, number: int) -> tuple[tuple[int, str], ...]:
     try:
-        return template.format(**record)
-    except (KeyError, IndexError, ValueError) as error:
+        return tuple((int(offset), str(label)) for offset, label in value or ())
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} record {number}: position_labels is {value!r}; it must be a list of [byte offset, name] pairs. "
+            "Correct or remove it."
+        ) from error
+
+
+def _fill(template: str, record: dict, path: str, number: int) -> str:
+    used = [field for _, field, _, _ in string.Formatter().parse(template) if field]
+    nulls = [field for field in used if field in record and record[field] is None]
+    if nulls:
+        raise DataError(f"{path} record {number}: {nulls} is null; data.text_template needs text in it. Fill it.")
+    try:
+        return template.replace("\\n", "\n").format(**record)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise DataError(
             f"{path} record {number} has fields {sorted(record)}; data.text_template={template!r} needs {error}. "
             "Set --data.text-template to the fields that are there."
@@ -122,7 +137,7 @@ def tokenize(texts: list[Text], tokenizer: Tokenizer) -> list[Document]:
         if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
             raise DataError(
                 f"document {text.id} holds {ids.count(tokenizer.unk_id)} piece(s) outside the tokenizer's vocabulary; "
-                "their bytes would be lost. Use a tokenizer with byte fallback, or leave data.tokenizer empty to train one."
+                "their bytes would be lost. Use a tokenizer with byte fallback, or none at all to have one trained."
             )
         labels = _token_labels(text, ids, tokenizer) if text.labels else ()
         documents.append(Document(id=text.id, tokens=np.asarray(ids, np.int32), labels=labels))

@@ -1,9 +1,10 @@
-"""Positions to batches of tasks: trunks with up to M cuts, shuffled, sharded by process, resumable anywhere.
+"""Positions to batches of tasks: trunks with up to M cuts, shuffled, resumable anywhere.
 
-The cursor is global (the number of trunks handed out to all processes together), so a run may go on with another
-number of processes. Row ids come from the position table, so sampling noise does not depend on who holds a row.
+The cursor is global (trunks handed out so far). Row ids come from the position table, so sampling noise does not depend
+on where a row lies.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,6 @@ import numpy as np
 from rpt_jax.data.documents import Document
 from rpt_jax.data.positions import PositionTable, window_start
 from rpt_jax.data.prompts import Template, continuation
-from rpt_jax.errors import ConfigError
 from rpt_jax.types import TaskBatch
 
 
@@ -39,14 +39,6 @@ class TaskSource:
     continuation_tokens: int
     num_bytes: int
 
-    def __post_init__(self):
-        if self.stride > self.window:
-            raise ConfigError(
-                f"data.window_stride={self.stride} is longer than the {self.window} document tokens that a trunk of "
-                f"{self.trunk_length} holds beside its header; windows must touch or overlap. "
-                "Lower --data.window-stride."
-            )
-
     @property
     def window(self) -> int:
         return self.trunk_length - len(self.template.header)
@@ -63,7 +55,7 @@ class TaskSource:
     def make(self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int) -> TaskBatch:
         """TaskBatch of numpy arrays from lists of position ids; an empty list is a padded trunk."""
         U, M, G, E = len(trunks), prompts_per_trunk, group_size, len(self.template.tail)
-        header = self.template.header
+        header, occurrence = self.template.header, np.zeros(U, np.int32)
         batch = dict(
             trunk_tokens=np.zeros((U, self.trunk_length), np.int32),
             trunk_lengths=np.ones((U,), np.int32),
@@ -76,7 +68,11 @@ class TaskSource:
             target_tokens=np.zeros((U, M), np.int32),
             position_ids=np.full((U, M), -1, np.int32),
         )
+        occurrences = Counter()
         for u, ids in enumerate(trunks):
+            # A trunk that stands in the batch again (at the seam of two epochs) gets noise of its own.
+            occurrence[u] = occurrences[tuple(ids)]
+            occurrences[tuple(ids)] += 1
             for m, i in enumerate(ids):
                 document, index = self.documents[self.table.document[i]], int(self.table.index[i])
                 start = window_start(index, window=self.window, stride=self.stride)
@@ -91,8 +87,8 @@ class TaskSource:
                 batch["boundary_mask"][u, m, np.asarray(ends) - 1] = True
                 batch["target_tokens"][u, m] = document.tokens[index]
                 batch["position_ids"][u, m] = i
-        row_ids = batch["position_ids"][..., None] * G + np.arange(G, dtype=np.int32)
-        return TaskBatch(**batch, row_ids=row_ids)
+        numbers = batch["position_ids"] + occurrence[:, None] * len(self.table)
+        return TaskBatch(**batch, row_ids=numbers[..., None] * G + np.arange(G, dtype=np.int32))
 
 
 def make_source(documents, table, template, token_bytes, *, trunk_length, stride, continuation_tokens) -> TaskSource:
@@ -132,12 +128,6 @@ class TrainIterator:
 
     def __next__(self) -> TaskBatch:
         return self._make([self.trunks[int(i)] for i in next(self._iterator)])
-
-    @property
-    def padded_share(self) -> float:
-        """Share of the batch's prompt slots that hold no position."""
-        slots = len(self.trunks) * max(len(t) for t in self.trunks)
-        return 1 - sum(len(t) for t in self.trunks) / slots
 
     def get_state(self) -> dict:
         return self._iterator.get_state()

@@ -56,8 +56,8 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
     """Tokenise the configured template.
 
     Raises:
-        ConfigError: the trunk has no room for text after the header, or the tokenizer cannot spell the marks
-            that answers are read by.
+        ConfigError: the trunk has no room for text after the header or less than the window stride, or the tokenizer
+            cannot spell the marks that answers are read by.
         DataError: data.chat without a usable chat template.
     """
     header, tail = _TEMPLATES[config.template]
@@ -67,7 +67,7 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
     if THINK_OPEN not in tail:
         tail += THINK_OPEN + ("" if config.template == "minimal" else "\n")
     for mark in (THINK_OPEN, THINK_CLOSE + "\\boxed{}"):
-        spelled = tokenizer.decode(tokenizer.encode(mark)).lstrip(" ")
+        spelled = tokenizer.decode(tokenizer.encode_continuation(mark))
         if spelled != mark:
             raise ConfigError(
                 f"the tokenizer spells {mark!r} as {spelled!r}; thinking and answers are read by these marks. "
@@ -76,12 +76,18 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     template = Template(
         header=np.asarray(bos + (tokenizer.encode(header) if header else []), np.int32),
-        tail=np.asarray(tokenizer.encode(tail), np.int32),
+        tail=np.asarray(tokenizer.encode_continuation(tail), np.int32),
     )
     if len(template.header) >= config.trunk_length:
         raise ConfigError(
             f"template {config.template!r} takes {len(template.header)} of data.trunk_length={config.trunk_length} "
             "tokens; at least one must be left for text. Raise --data.trunk-length."
+        )
+    window = config.trunk_length - len(template.header)
+    if config.window_stride > window:
+        raise ConfigError(
+            f"data.window_stride={config.window_stride} is longer than the {window} document tokens that a trunk of "
+            f"{config.trunk_length} holds beside its header; windows must touch or overlap. Lower --data.window-stride."
         )
     return template
 

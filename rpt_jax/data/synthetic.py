@@ -173,7 +173,7 @@ def write_corpus(
         return puzzle
 
     def record(puzzle: Puzzle) -> dict:
-        return {"text": puzzle.text, "labels": [[puzzle.answer_offset, f"determined/{puzzle.num_steps}"]]}
+        return {"text": puzzle.text, "position_labels": [[puzzle.answer_offset, f"determined/{puzzle.num_steps}"]]}
 
     files = {
         "heldout.jsonl": [record(p) for p in heldout],

@@ -183,7 +183,7 @@ class Evaluator:
         A thought that never closed is closed by force (counted as forced_close).
         """
         U, M, G = batch.row_ids.shape
-        box, close = self.tokenizer.encode(BOX_OPEN), self.tokenizer.encode(THINK_CLOSE)
+        box, close = (self.tokenizer.encode_continuation(mark) for mark in (BOX_OPEN, THINK_CLOSE))
         # Row 0 for thoughts that are still open, row 1 for those that closed.
         stub_ids = np.array([close + box, box + [0] * len(close)], np.int32)
         stub_lengths = np.array([len(close) + len(box), len(box)], np.int32)

@@ -149,8 +149,7 @@ class Decoder(nn.Module):
         return trunk_ULD, branch_URTD, trunk_kv
 
     def embed(self, tokens):
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.activation_dtype)
-        return nn.with_logical_constraint(x, ("trunk",) + (None,) * (x.ndim - 1))
+        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.activation_dtype)
 
     def normalize(self, x):
         return _rms_norm(x, self.final_norm, self.config.norm_eps)

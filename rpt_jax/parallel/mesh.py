@@ -16,9 +16,8 @@ from rpt_jax.errors import ConfigError
 
 TRUNK_AXES = ("data", "fsdp")
 
-# Logical axis of a parameter or activation -> mesh axis.
+# Logical axis of a parameter -> mesh axis. Batches carry TRUNK_AXES on their leading dimension.
 RULES = (
-    ("trunk", TRUNK_AXES),
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),

@@ -146,6 +146,7 @@ def policy_loss(config: DecoderConfig, loss: LossConfig, temperature: float, par
     mismatch = jnp.abs(jax.lax.stop_gradient(logprobs) - jnp.where(mask, batch.sampler_logprobs, 0.0))
     clipped = (ratio < 1 - loss.clip_eps_low) | (ratio > 1 + loss.clip_eps_high)
     return total, metrics | {
+        "token_weight": jnp.sum(batch.token_weights),
         "entropy": jnp.sum(batch.token_weights * entropy),
         "clip_fraction": jnp.sum(batch.token_weights * clipped),
         "sampler_mismatch": jnp.sum(batch.token_weights * mismatch),
@@ -170,7 +171,8 @@ def update(state: TrainState, batch: TrainBatch, *, loss_fn, optimizer, num_micr
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
     def split(x):
-        return x.reshape(num_microbatches, x.shape[0] // num_microbatches, *x.shape[1:])
+        # Every n-th trunk: each pass then has trunks of every device.
+        return jnp.swapaxes(x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]), 0, 1)
 
     def accumulate(total, microbatch):
         (loss, metrics), grads = value_and_grad(state.params, microbatch)
@@ -228,16 +230,8 @@ def policy_batch(experience: Experience, *, loss: LossConfig, header_length: int
 
 
 def split_minibatches(batch: TrainBatch, number: int) -> list[TrainBatch]:
-    """Equal runs of trunks; token weights are scaled back so that each minibatch's sum to 1."""
+    """Every `number`-th trunk each, so that all devices hold a part; weights times `number` keep the loss's size."""
     if number == 1:
         return [batch]
-    size = batch.advantages.shape[0] // number
-    parts = [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(number)]
-
-    def renormalize(weights):
-        return weights / jnp.maximum(weights.sum(), 1e-9)
-
-    return [
-        replace(p, token_weights=renormalize(p.token_weights), trunk_weights=renormalize(p.trunk_weights))
-        for p in parts
-    ]
+    parts = [jax.tree.map(lambda x, i=i: x[i::number], batch) for i in range(number)]
+    return [replace(p, token_weights=p.token_weights * number, trunk_weights=p.trunk_weights * number) for p in parts]

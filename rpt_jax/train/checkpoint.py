@@ -1,6 +1,6 @@
 """Checkpoints of one stage of a run: the train state, and a JSON record of everything else that a resume needs.
 
-Orbax writes asynchronously and commits by an atomic rename, so an interrupted save is never picked up.
+Orbax commits by an atomic rename, so an interrupted save is never picked up.
 """
 
 from pathlib import Path
@@ -33,9 +33,9 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state: TrainState, record: dict) -> None:
-        """Start writing; the arrays may be donated once this returns."""
+        """Write and wait: the next update donates these very buffers."""
         if self.latest_step != step:
-            self._checkpointer.save_checkpointables_async(step, {"state": state, "record": record})
+            self._checkpointer.save_checkpointables(step, {"state": state, "record": record})
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint, on the devices and in the shardings of `like`.
@@ -57,5 +57,4 @@ class Checkpoints:
         return restored["state"], restored["record"]
 
     def close(self) -> None:
-        """Wait for the last save."""
         self._checkpointer.close()

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rpt_jax.config import Config
 from rpt_jax.types import Experience
 
 FORWARD_FLOPS_PER_PARAMETER = 2
@@ -29,6 +30,7 @@ def count_tokens(experience: Experience) -> dict[str, jax.Array]:
     prompts = jnp.sum(jnp.where(tasks.position_mask, tasks.cuts + tasks.tail_lengths, 0))
     sampled = rollouts.mask.sum()
     return {
+        "tokens_trunks": trunks,
         "tokens_prefilled": trunks + tails,
         "tokens_sampled": sampled,
         "tokens_updated": trunks + G * tails + sampled,
@@ -36,9 +38,19 @@ def count_tokens(experience: Experience) -> dict[str, jax.Array]:
     }
 
 
-def rollout_flops(num_params: int, counts: dict[str, float]) -> float:
-    return FORWARD_FLOPS_PER_PARAMETER * num_params * (counts["tokens_prefilled"] + counts["tokens_sampled"])
-
-
 def update_flops(num_params: int, num_tokens: float) -> float:
     return UPDATE_FLOPS_PER_PARAMETER * num_params * num_tokens
+
+
+def step_flops(config: Config, num_params: int, rounds: list[dict], kept: dict) -> float:
+    """FLOPs of one step: every round's rollouts, the passes that score, the update.
+
+    Args:
+        rounds: `count_tokens` of every rollout round, as floats. kept: that of the batch the update saw.
+    """
+    forward = sum(r["tokens_prefilled"] + r["tokens_sampled"] for r in rounds)
+    # Reference and old log-probabilities each run the update's tokens forward; dense rewards run the trunks again.
+    forward += kept["tokens_updated"] * ((config.loss.kl_coef > 0) + (config.loss.num_minibatches > 1))
+    if "dense" in config.reward.name:
+        forward += sum(r["tokens_trunks"] for r in rounds)
+    return FORWARD_FLOPS_PER_PARAMETER * num_params * forward + update_flops(num_params, kept["tokens_updated"])

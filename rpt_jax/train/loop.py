@@ -60,13 +60,13 @@ def train(
             state, metrics = trainer.learn(state, experience)
             recorder.add(step, experience, spent, metrics)
             progress(step + 1, recorder.note)
+            if recorder.num_skipped >= config.loss.max_skipped_updates:
+                raise CheckpointError(
+                    f"{recorder.num_skipped} updates in a row had a non-finite loss or gradient; the last good "
+                    f"checkpoint is step {checkpoints.latest_step}. Lower the learning rate in a new run."
+                )
             if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == last:
                 flops = recorder.flush()
-                if recorder.num_skipped > config.loss.max_skipped_updates:
-                    raise CheckpointError(
-                        f"{recorder.num_skipped} updates in a row had a non-finite loss or gradient; the last good "
-                        f"checkpoint is step {checkpoints.latest_step}. Lower the learning rate and resume."
-                    )
                 checkpoints.save(step + 1, state, {"step": step + 1, "tasks": tasks.get_state(), "flops": flops})
         if last == config.run.num_steps:
             evaluate(last, state, recorder.flush())

@@ -1,10 +1,10 @@
 """The run directory: config.json, metrics.jsonl, TensorBoard events, sampled completions, and its progress bars.
 
-Only the first process writes. A resumed run cuts metrics.jsonl back to the step it resumes from, so every step stands
-there once.
+A resumed run cuts metrics.jsonl back to the step it resumes from, so every step stands there once.
 """
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -46,72 +46,83 @@ def progress_bar(description: str, total: int) -> Iterator:
         yield lambda completed, note="": progress.update(task, completed=completed, note=note)
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file as a whole: an interruption leaves the old one."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_records(directory: Path) -> list[dict]:
+    """Records of metrics.jsonl; a last line that an interruption cut off is left out."""
+    path = directory / "metrics.jsonl"
+    complete = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in complete]
+
+
 class RunDirectory:
     """Opens or creates a run directory and writes its records.
 
     Raises:
-        CheckpointError: the directory holds a run with another config, or files that are no run.
+        CheckpointError: the directory holds a run with another config or corpus, or files that are no run.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, corpus: dict):
+        """corpus: what identifies the data; a run goes on only with its own."""
         self.path = Path(config.run.directory)
-        self._is_writer = jax.process_index() == 0
-        existing = self.path / "config.json"
-        if existing.exists():
-            _check_same_run(Config.from_json(existing.read_text()), config, self.path)
+        saved = self.path / "config.json"
+        if saved.exists():
+            _check_same_run(Config.from_json(saved.read_text()), config, self.path)
+            _check_same_corpus(json.loads((self.path / "corpus.json").read_text()), corpus, self.path)
         elif self.path.exists() and (not self.path.is_dir() or (self.path / "checkpoints").exists()):
             raise CheckpointError(
                 f"run directory {self.path} exists and is not a run (no config.json); it must be new or hold a run of "
                 "this config. Choose another --run.directory."
             )
-        self._tensorboard = None
-        if self._is_writer:
+        else:
             self.path.mkdir(parents=True, exist_ok=True)
-            existing.write_text(config.to_json())
-            self.write_json("versions.json", _versions())
-            if config.run.tensorboard:
-                from tensorboardX import SummaryWriter  # slow to import
-
-                self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
-        self.metrics_path = self.path / "metrics.jsonl"
+            write_atomically(self.path / "versions.json", json.dumps(_versions(), indent=2))
+            write_atomically(self.path / "corpus.json", json.dumps(corpus, indent=2))
+        write_atomically(saved, config.to_json())
+        self._use_tensorboard, self._tensorboard = config.run.tensorboard, None
 
     def cut_metrics(self, stage: str, step: int) -> None:
         """Forget the stage's records after `step`: it is about to write them again."""
-        if self._is_writer and self.metrics_path.exists():
-            lines = self.metrics_path.read_text().splitlines()
-            kept = [s for s in lines if (r := json.loads(s))["stage"] != stage or r["step"] <= step]
-            self.metrics_path.write_text("".join(f"{s}\n" for s in kept))
+        kept = [r for r in read_records(self.path) if r["stage"] != stage or r["step"] <= step]
+        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
 
     def log(self, stage: str, step: int, record: dict) -> None:
         """Append one record: {"stage", "step", ...}; numbers also go to TensorBoard under the stage's name."""
-        if not self._is_writer:
-            return
-        with self.metrics_path.open("a") as file:
+        with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step} | record) + "\n")
-        if self._tensorboard is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float):
-                    self._tensorboard.add_scalar(f"{stage}/{name}", value, step)
+        if not self._use_tensorboard:
+            return
+        if self._tensorboard is None:
+            from tensorboardX import SummaryWriter  # slow to import
 
-    def records(self, stage: str) -> list[dict]:
-        if not self.metrics_path.exists():
-            return []
-        return [r for line in self.metrics_path.read_text().splitlines() if (r := json.loads(line))["stage"] == stage]
-
-    def write_json(self, name: str, value: dict) -> None:
-        if self._is_writer:
-            (self.path / name).write_text(json.dumps(value, indent=2))
+            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                self._tensorboard.add_scalar(f"{stage}/{name}", value, step)
 
     def write_completions(self, step: int, columns: dict[str, list]) -> None:
         """One rollout batch as completions/step_<n>.parquet."""
-        if self._is_writer:
-            directory = self.path / "completions"
-            directory.mkdir(exist_ok=True)
-            pyarrow.parquet.write_table(pyarrow.table(columns), directory / f"step_{step:06d}.parquet")
+        directory = self.path / "completions"
+        directory.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table(columns), directory / f"step_{step:06d}.parquet")
 
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def _check_same_corpus(old: dict, new: dict, path: Path) -> None:
+    differing = [f"{part}: {old.get(part)} -> {new[part]}" for part in new if old.get(part) != new[part]]
+    if differing:
+        raise CheckpointError(
+            f"run directory {path} was made from other data ({'; '.join(differing)}); a run goes on only with its own. "
+            "Restore the files, or choose another --run.directory."
+        )
 
 
 def _check_same_run(old: Config, new: Config, path: Path) -> None:
@@ -121,8 +132,8 @@ def _check_same_run(old: Config, new: Config, path: Path) -> None:
             for name in names:
                 values[section].pop(name)
         # A linear schedule ends at num_steps, so changing it changes what was already done.
-        if config.optimizer.schedule != "constant":
-            values["run"]["num_steps"] = config.run.num_steps
+        is_scheduled = config.optimizer.schedule != "constant"
+        values["run"]["num_steps"] = config.run.num_steps if is_scheduled else "free"
         return values
 
     a, b = comparable(old), comparable(new)

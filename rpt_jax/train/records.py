@@ -7,7 +7,7 @@ import numpy as np
 from rpt_jax.config import Config
 from rpt_jax.rl.advantages import degenerate_groups
 from rpt_jax.tokenizer import Tokenizer
-from rpt_jax.train.compute import count_tokens, num_parameters, rollout_flops, update_flops
+from rpt_jax.train.compute import count_tokens, num_parameters, step_flops
 from rpt_jax.train.metrics import RunDirectory, to_host
 from rpt_jax.types import Experience
 
@@ -29,7 +29,6 @@ def experience_metrics(experience: Experience) -> dict[str, jax.Array]:
         "reward": jnp.sum(experience.rewards * groups[..., None]) / num_rows,
         "reward_any_in_group": jnp.sum(groups & (experience.rewards.max(-1) > 0)) / num_groups,
         "degenerate_group_fraction": jnp.sum(groups & degenerate) / num_groups,
-        "masked_group_fraction": 1 - jnp.sum(experience.group_mask) / num_groups,
         "completion_tokens": jnp.sum(lengths) / num_rows,
         "truncated_fraction": fraction(rollouts.truncated),
         "no_think_end_fraction": fraction(predictions.think_end_tokens == 0),
@@ -39,6 +38,10 @@ def experience_metrics(experience: Experience) -> dict[str, jax.Array]:
         "excluded_mass": jnp.sum(rollouts.num_rejected) / jnp.maximum(1, jnp.sum(lengths)),
         "padded_prompt_fraction": 1 - jnp.mean(groups),
     }
+
+
+# Sums over tokens with the loss's own weights, which need not sum to 1.
+_WEIGHTED = ("kl", "entropy", "clip_fraction", "sampler_mismatch")
 
 
 class StepRecorder:
@@ -54,32 +57,38 @@ class StepRecorder:
 
     def add(self, step: int, experience: Experience, spent: list[Experience], updates: list[dict]) -> None:
         """Take a step's results; writes the previous step's."""
-        pending = (
-            step,
-            experience_metrics(experience),
-            [count_tokens(e) for e in spent],
-            count_tokens(experience),
-            updates,
-        )
+        # Rewards are those of everything sampled; what dynamic sampling kept would flatter them.
+        metrics = [experience_metrics(e) for e in spent]
+        masked = 1 - jnp.sum(experience.group_mask) / jnp.maximum(1, jnp.sum(experience.tasks.position_mask))
+        pending = (step, metrics, masked, [count_tokens(e) for e in spent], count_tokens(experience), updates)
         self.flush()
         self._pending = pending
         every = self._config.run.completions_every_steps
         if every and step % every == 0:
-            self._run.write_completions(step, completion_columns(experience, self._tokenizer))
+            self._run.write_completions(step + 1, completion_columns(experience, self._tokenizer))
 
     def flush(self) -> float:
         """Write what is held; returns FLOPs so far."""
         if self._pending is None:
             return self.flops
-        step, metrics, spent, kept, updates = self._pending
+        step, metrics, masked, spent, kept, updates = self._pending
         self._pending = None
-        rounds, kept = [to_host(counts) for counts in spent], to_host(kept)
-        updates = [to_host(u) for u in updates]
-        self.flops += sum(rollout_flops(self._num_params, counts) for counts in rounds)
-        self.flops += update_flops(self._num_params, kept["tokens_updated"])
-        record = to_host(metrics) | {name: sum(r[name] for r in rounds) for name in rounds[0]}
-        record |= {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
-        record |= {"skipped": updates[-1]["skipped"], "rollout_rounds": len(rounds), "flops": self.flops}
+        metrics, rounds, updates = ([to_host(x) for x in xs] for xs in (metrics, spent, updates))
+        kept = to_host(kept)
+        self.flops += step_flops(self._config, self._num_params, rounds, kept)
+        record = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        record |= {name: sum(r[name] for r in rounds) for name in rounds[0]} | {
+            "tokens_updated": kept["tokens_updated"]
+        }
+        weight = max(sum(u.pop("token_weight") for u in updates), 1e-9)
+        for name in updates[0]:
+            values = [u[name] for u in updates]
+            if name in _WEIGHTED:
+                record[name] = sum(values) / weight
+            else:
+                record[name] = max(values) if name.endswith("_max") else float(np.mean(values))
+        record |= {"skipped": updates[-1]["skipped"], "masked_group_fraction": float(masked)}
+        record |= {"rollout_rounds": len(rounds), "flops": self.flops}
         self.num_skipped = int(updates[-1]["skipped"])
         self.note = f"reward {record['reward']:.3f}  tokens {record['completion_tokens']:.1f}"
         self._run.log("rpt", step + 1, record)

@@ -1,7 +1,8 @@
-"""The stages of a run, in order, each leaving its result in the run directory and resuming from it.
+"""The stages of a run, in order, each leaving its result in the run directory.
 
-corpus -> warm start -> positions -> RPT -> control. Everything that can be wrong with the input is found in `prepare`,
-before anything compiles.
+corpus -> warm start -> positions -> RPT -> control. A finished stage is not run again; RPT goes on from its newest
+checkpoint, an interrupted warm start or control begins anew. Everything that can be wrong with the input is found in
+`prepare`, before anything compiles.
 """
 
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ from rpt_jax.rl.update import init_state, make_optimizer
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
 from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.loop import train
-from rpt_jax.train.metrics import RunDirectory, console, progress_bar
+from rpt_jax.train.metrics import RunDirectory, console, progress_bar, read_records
 from rpt_jax.train.supervised import (
     Sequence,
     document_sequences,
@@ -71,6 +72,10 @@ def prepare(config: Config) -> Prepared:
         ConfigError, DataError, CheckpointError: see the modules that do the reading.
     """
     config.validate()
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"{jax.process_count()} processes; a run is one process over all its devices. Start one process."
+        )
     mesh = make_mesh(config.mesh)
     train_texts, heldout_texts = _read_corpus(config)
     if config.data.tokenizer:
@@ -92,21 +97,20 @@ def prepare(config: Config) -> Prepared:
             warm = read_sequences(config.supervised.path, tokenizer, template, config)
         else:
             warm = document_sequences(documents["training"], tokenizer, config.data.trunk_length)
-            warm += draft_sequences(documents["training"], tokenizer, template, config, len(warm))
-    run = RunDirectory(config)
-    tokenizer.save(run.path / "tokenizer")
-    run.write_json(
-        "corpus.json",
-        {
-            where: {
-                "documents": len(d),
-                "tokens": int(sum(len(x.tokens) for x in d)),
-                "sha256": documents_lib.fingerprint(d),
-            }
-            for where, d in documents.items()
+            drafts = draft_sequences(documents["training"], tokenizer, template, config, len(warm))
+            if config.supervised.draft_fraction:
+                console.print(f"warm start: {len(warm):,} plain sequences, {len(drafts):,} drafts")
+            warm += drafts
+    corpus = {
+        where: {
+            "documents": len(found),
+            "tokens": sum(len(d.tokens) for d in found),
+            "sha256": documents_lib.fingerprint(found),
         }
-        | {"tokenizer_sha256": tokenizer.fingerprint},
-    )
+        for where, found in documents.items()
+    }
+    run = RunDirectory(config, corpus | {"tokenizer": {"sha256": tokenizer.fingerprint}})
+    tokenizer.save(run.path / "tokenizer")
     return Prepared(
         config=config,
         mesh=mesh,
@@ -193,7 +197,9 @@ def choose_positions(p: Prepared, params) -> tuple[TaskSource, np.ndarray, TaskS
                 continuation_tokens=config.data.continuation_tokens,
                 progress=lambda batches, name=name: _tracked(f"entropy, {name}", batches),
             )
-            np.savez(path, **vars(table))
+            with path.with_suffix(".partial").open("wb") as file:
+                np.savez(file, **vars(table))
+            path.with_suffix(".partial").rename(path)
         sources.append(
             make_source(
                 documents,
@@ -269,7 +275,7 @@ def run_rpt(
         group_size=config.rollout.group_size,
         seed=config.run.seed,
     )
-    optimizer = make_optimizer(config.optimizer, config.run.num_steps)
+    optimizer = make_optimizer(config.optimizer, config.num_updates)
     trainer = Trainer(
         config=config,
         mesh=p.mesh,
@@ -312,6 +318,8 @@ def continue_supervised(
 
 def run_control(p: Prepared, params, max_flops: float, evaluations: Evaluations, *, num_evaluations: int = 5) -> None:
     """Next-token training on the training documents at matched compute, evaluated on the way and at the end."""
+    if any(r["stage"] == "control_evaluation" and r.get("final") for r in read_records(p.run.path)):
+        return
     sequences = document_sequences(p.train_documents, p.tokenizer, p.config.data.trunk_length)
     p.run.cut_metrics("control", -1)
     p.run.cut_metrics("control_evaluation", -1)

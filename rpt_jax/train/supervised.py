@@ -58,13 +58,18 @@ def read_sequences(path: str, tokenizer: Tokenizer, template: Template, config: 
         if not raw.strip():
             continue
         record = parse_json_line(decode_utf8(raw, file, number), file, number)
-        if not isinstance(record.get("text"), str):
-            raise DataError(f"{file} line {number} has fields {sorted(record)}; it needs a string 'text'. Add it.")
+        if not isinstance(record.get("text"), str) or not isinstance(record.get("completion", ""), str | None):
+            raise DataError(
+                f"{file} line {number} has fields {sorted(record)}; it needs a string 'text', and any 'completion' "
+                "must be a string. Correct it."
+            )
+        if not isinstance(record.get("text_weight", 1.0), int | float):
+            raise DataError(f"{file} line {number}: text_weight is no number; it must be at least 0. Correct it.")
         text, completion = tokenizer.encode(record["text"]), record.get("completion")
         if completion is None:
             trunk, ids = plain_trunk(text, tokenizer), None
         else:
-            trunk, ids = [*template.header, *text], [*tokenizer.encode(completion), tokenizer.eos_id]
+            trunk, ids = [*template.header, *text], [*tokenizer.encode_continuation(completion), tokenizer.eos_id]
         for name, size, limit, knob in (
             ("text", len(trunk), L, "data.trunk_length"),
             ("completion", len(ids or ()), C, "rollout.max_completion_tokens"),
@@ -88,13 +93,13 @@ def plain_trunk(tokens, tokenizer: Tokenizer) -> list[int]:
 
 
 def document_sequences(documents: list[Document], tokenizer: Tokenizer, trunk_length: int) -> list[Sequence]:
-    """Plain-text sequences of documents; long ones become consecutive windows, none of their tokens is lost."""
+    """Plain-text sequences of documents. Long ones become windows that share one token, so that every token but a
+    document's first is predicted once."""
     size = trunk_length - (tokenizer.bos_id is not None)
     return [
         Sequence(trunk=plain_trunk(d.tokens[first : first + size], tokenizer), first=1, weight=1.0, completion=None)
         for d in documents
-        for first in range(0, len(d.tokens), size)
-        if len(d.tokens) - first > 1
+        for first in range(0, max(1, len(d.tokens) - 1), size - 1)
     ]
 
 
@@ -112,7 +117,7 @@ def draft_sequences(
         return []
     rng = np.random.default_rng(config.run.seed)
     window = config.data.trunk_length - len(template.header)
-    opening, closing = tokenizer.encode(THINK_CLOSE + BOX_OPEN), tokenizer.encode("}")
+    opening, closing = tokenizer.encode_continuation(THINK_CLOSE + BOX_OPEN), tokenizer.encode_continuation("}")
     size, minimum = config.supervised.draft_tokens, config.positions.min_context_tokens
     usable = [d for d in documents if len(d.tokens) > minimum + size]
     weights = np.array([len(d.tokens) for d in usable], float)
