@@ -16,7 +16,7 @@ from rpt_jax.config import (
 
 # The quickstart: worked puzzles, 0.8 M parameters, 2 CPU cores, minutes.
 TINY_WORKED = Config(
-    run=RunConfig(num_steps=160),
+    run=RunConfig(num_steps=120),
     data=DataConfig(template="minimal", trunk_length=64, window_stride=32),
     positions=PositionsConfig(
         entropy_threshold=2.0,

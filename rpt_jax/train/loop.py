@@ -50,6 +50,7 @@ def train(
     with progress_bar("RPT", config.run.num_steps) as progress:
         for step in range(first, last):
             if step % config.eval.every_steps == 0:
+                progress(step, "evaluating")
                 evaluate(step, state, recorder.flush())
             dynamic = 0 <= config.loss.dynamic_sampling_from_step <= step
             experience, spent = collect(
@@ -69,5 +70,6 @@ def train(
                 flops = recorder.flush()
                 checkpoints.save(step + 1, state, {"step": step + 1, "tasks": tasks.get_state(), "flops": flops})
         if last == config.run.num_steps:
+            progress(last, "evaluating")
             evaluate(last, state, recorder.flush())
     return state, recorder.flush()
