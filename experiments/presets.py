@@ -37,16 +37,16 @@ TINY_WORKED = Config(
 
 # Anybody's text on the same machine: a trained tokenizer, a cold start from drafts of the text itself.
 TINY_TEXT = Config(
-    run=RunConfig(num_steps=100),
+    run=RunConfig(num_steps=60),
     data=DataConfig(template="minimal", trunk_length=128, window_stride=64),
     positions=PositionsConfig(entropy_threshold=1.5, unfiltered_fraction=0.15, max_documents=400),
     model=DecoderConfig(num_layers=4, width=128, mlp_width=384, num_heads=4, num_kv_heads=4, head_size=32),
-    supervised=SupervisedConfig(num_steps=400, batch_size=32, draft_fraction=0.5),
+    supervised=SupervisedConfig(num_steps=300, batch_size=32, draft_fraction=0.7),
     rollout=RolloutConfig(num_trunks=12, prompts_per_trunk=4, group_size=8, max_completion_tokens=16, temperature=1.0),
     loss=LossConfig(microbatch_trunks=2),
     optimizer=OptimizerConfig(learning_rate=4e-4, max_grad_norm=1.0, weight_decay=0.0),
-    checkpoint=CheckpointConfig(every_steps=50),
-    eval=EvalConfig(every_steps=15, num_positions=100, final_num_positions=400, batch_trunks=32),
+    checkpoint=CheckpointConfig(every_steps=30),
+    eval=EvalConfig(every_steps=10, num_positions=100, final_num_positions=300, batch_trunks=32),
 )
 
 PRESETS = {"tiny_worked": TINY_WORKED, "tiny_text": TINY_TEXT}

@@ -124,11 +124,12 @@ class SupervisedConfig:
     batch_size: int = 40
     """Sequences per update."""
     context_weight: float = 0.2
-    """Loss weight of a text that has a completion, where its line does not say; completions have weight 1."""
+    """Loss weight of a text that has a completion, where its line does not say, and of plain text beside drafts;
+    completions have weight 1."""
     draft_fraction: float = 0.0
     """With an empty path: share of sequences that teach the response format. They are cut at a random position; the
     thought is a draft of the text's next `draft_tokens` tokens, the answer its first."""
-    draft_tokens: int = 4
+    draft_tokens: int = 2
     """Tokens of a draft."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(

@@ -162,6 +162,16 @@ def test_templates_are_split_around_the_context(letters):
         make_template(tokenizer, DataConfig(chat=True))
 
 
+@pytest.mark.parametrize("real_tokenizer", ["qwen3"], indirect=True)
+def test_chat_template_wraps_the_prompt(real_tokenizer):
+    config = DataConfig(template="v6", chat=True, trunk_length=2048)
+    template = make_template(real_tokenizer, config)
+    pieces = real_tokenizer._backend.convert_ids_to_tokens(template.header.tolist())
+    assert pieces[0] == "<|im_start|>" and pieces[1] == "user"
+    tail = real_tokenizer._backend.convert_ids_to_tokens(template.tail.tolist())
+    assert "<|im_end|>" in tail and tail.index("assistant") < tail.index("<think>")
+
+
 def test_a_tokenizer_that_cannot_write_the_marks_is_refused():
     from rpt_jax.tokenizer import word_level
 

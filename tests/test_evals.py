@@ -103,11 +103,14 @@ def test_direct_figures_by_definition(evaluation):
     evaluator, params = evaluation
     figures = evaluator.evaluate(params, thinking=False)
     source = evaluator.source
+    logits_fn = jax.jit(lambda t: decoder.logits(evaluator.config.model, params, t))
     right, logprobs = [], []
     for document, index in zip(source.table.document, source.table.index):
         tokens = source.documents[document].tokens
         start = max(0, -(-(index - 24) // 12)) * 12
-        law = jax.nn.log_softmax(decoder.logits(evaluator.config.model, params, tokens[None, start:index]))[0, -1]
+        context = np.zeros((1, 24), np.int32)
+        context[0, : index - start] = tokens[start:index]
+        law = jax.nn.log_softmax(logits_fn(context)[0, index - start - 1])
         right.append(float(law.argmax() == tokens[index]))
         logprobs.append(float(law[tokens[index]]))
     assert figures["all"]["direct_first"]["n"] == len(right)

@@ -1,5 +1,6 @@
 """Answer extraction and rewards against their plain-Python oracles, and on worked vectors."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -8,9 +9,15 @@ from conftest import TOKENIZERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rpt_jax.config import RewardConfig
+from rpt_jax.errors import ConfigError
+from rpt_jax.models import decoder
 from rpt_jax.rewards.answer import answer_tables, extract_predictions
 from rpt_jax.rewards.prefix import first_token_reward, prefix_match_reward
+from rpt_jax.rewards.reward import make_reward
 from rpt_jax.rewards.vocabulary import longest_prefix_tokens, vocabulary_index
+from rpt_jax.rl.scoring import direct_logprobs
+from rpt_jax.types import Rollouts, TaskBatch
 
 MODES = ("balanced", "tail", "balanced_then_tail")
 
@@ -278,3 +285,69 @@ def test_longest_vocabulary_prefix(real_tokenizer):
     got = longest_prefix_tokens(index, jnp.asarray(data), jnp.asarray([len(t) for t in texts]))
     expected = [next((lowest[t[:n]] for n in range(len(t), 0, -1) if t[:n] in lowest), -1) for t in texts]
     np.testing.assert_array_equal(got, expected)
+
+
+def judged(letters, texts, truth, config, requested=None):
+    """Rewards [1, 1, G] of completions given as text, for one position whose continuation is `truth` (letters)."""
+    G, C = len(texts), 24
+    tokens, mask = np.zeros((1, G, C), np.int32), np.zeros((1, G, C), bool)
+    for g, text in enumerate(texts):
+        ids = letters.encode(text)
+        tokens[0, g, : len(ids)], mask[0, g, : len(ids)] = ids, True
+    data, boundary = pack_truth([[c.encode() for c in truth]], 8)
+    tasks = TaskBatch(
+        trunk_tokens=None, trunk_lengths=None, cuts=None, position_mask=np.ones((1, 1), bool), tail_tokens=None,
+        tail_lengths=None, continuation_bytes=data[None], boundary_mask=boundary[None], target_tokens=None,
+        row_ids=np.arange(G)[None, None], position_ids=None,
+    )  # fmt: skip
+    rollouts = Rollouts(
+        tokens=tokens, mask=mask, sampler_logprobs=None, truncated=np.zeros((1, G), bool), num_rejected=None
+    )
+    rewards, predictions = make_reward(config, letters).fn(rollouts, tasks, requested or {})
+    return np.asarray(rewards)[0, 0], predictions
+
+
+def answer(text):
+    return f"ab</think>\\boxed{{{text}}}"
+
+
+def test_reward_variants_by_hand(letters):
+    texts = [answer("c"), answer("cd"), answer("cx"), answer("x"), answer(""), "cd"]
+    prefix, predictions = judged(letters, texts, "cde", RewardConfig())
+    assert prefix.tolist() == [1, 1, 0, 0, 0, 0]
+    assert np.asarray(predictions.found)[0].tolist() == [True] * 5 + [False]
+    first, _ = judged(letters, texts, "cde", RewardConfig(name="first_token"))
+    assert first.tolist() == [1, 1, 1, 0, 0, 0]
+    # dense: a wrong first token earns the policy's direct probability of it, no prediction earns nothing.
+    law = np.full((1, 1, letters.vocab_size), 1e-6, np.float32)
+    law[0, 0, letters.encode("x")[0]] = 0.25
+    requested = {"direct_logprobs": np.log(law)}
+    dense, _ = judged(letters, texts, "cde", RewardConfig(name="dense"), requested)
+    np.testing.assert_allclose(dense, [1, 1, 1, 0.25, 0, 0], atol=1e-6)
+    # conditional: the same in a group with a correct rollout, nothing in a group without.
+    conditional = RewardConfig(name="conditional_dense")
+    np.testing.assert_allclose(judged(letters, texts, "cde", conditional, requested)[0], dense, atol=1e-6)
+    np.testing.assert_array_equal(judged(letters, texts[3:], "cde", conditional, requested)[0], 0)
+
+
+def test_rewards_name_the_passes_they_need(letters):
+    assert make_reward(RewardConfig(), letters).requests == ()
+    assert make_reward(RewardConfig(name="dense"), letters).requests == ("direct_logprobs",)
+    with pytest.raises(ConfigError, match=r"reward\.name='exact'"):
+        make_reward(RewardConfig(name="exact"), letters)
+
+
+def test_direct_logprobs_see_document_tokens_only(tiny_config, tiny_params):
+    """Against whole logits of BOS + document, for a trunk with a header of three tokens."""
+    rng = np.random.default_rng(0)
+    trunk = rng.integers(0, tiny_config.vocab_size, (2, 12)).astype(np.int32)
+    cuts = np.array([[4, 12], [7, 9]], np.int32)
+    tasks = TaskBatch(
+        trunk_tokens=trunk, trunk_lengths=None, cuts=cuts, position_mask=None, tail_tokens=None, tail_lengths=None,
+        continuation_bytes=None, boundary_mask=None, target_tokens=None, row_ids=None, position_ids=None,
+    )  # fmt: skip
+    got = direct_logprobs(tiny_config, tiny_params, tasks, header_length=3, bos_id=5)
+    for u, m in np.ndindex(2, 2):
+        context = np.concatenate([[5], trunk[u, 3 : cuts[u, m]]])
+        law = jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, context[None]))[0, -1]
+        np.testing.assert_allclose(got[u, m], law, atol=1e-5)

@@ -340,6 +340,17 @@ def test_supervised_loss_is_the_weighted_mean_of_both_parts(tiny_config, tiny_pa
     np.testing.assert_allclose(value, -(trunk_weights[:, 1:] * trunk).sum() - (token_weights * own).sum(), rtol=1e-4)
 
 
+def test_next_token_term_is_the_mean_over_document_tokens(tiny_config, tiny_params, experience):
+    batch = policy_batch(experience, loss=LOSS, header_length=4)
+    plain, _ = policy_loss(tiny_config, LOSS, 1.0, tiny_params, batch)
+    mixed, _ = policy_loss(tiny_config, LossConfig(ntp_coef=0.3), 1.0, tiny_params, batch)
+    trunk = np.asarray(batch.sequences.trunk_tokens)
+    law = np.asarray(jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, trunk)))
+    chosen = np.take_along_axis(law[:, :-1], trunk[:, 1:, None], -1)[..., 0]
+    # Columns 4 and later are document tokens behind a header of four.
+    np.testing.assert_allclose(mixed - plain, -0.3 * chosen[:, 3:].mean(), rtol=1e-3)
+
+
 def test_dynamic_sampling_keeps_informative_trunks():
     """Rounds of two trunks with two groups each; rewards decide what is kept."""
     tasks = make_tasks(dataclasses.replace(_config(), vocab_size=20), U=2, M=2, G=2)

@@ -96,7 +96,9 @@ def prepare(config: Config) -> Prepared:
         if config.supervised.path:
             warm = read_sequences(config.supervised.path, tokenizer, template, config)
         else:
-            warm = document_sequences(documents["training"], tokenizer, config.data.trunk_length)
+            # Beside drafts, plain text weighs like their contexts, or it would drown their few tokens.
+            weight = config.supervised.context_weight if config.supervised.draft_fraction else 1.0
+            warm = document_sequences(documents["training"], tokenizer, config.data.trunk_length, weight=weight)
             drafts = draft_sequences(documents["training"], tokenizer, template, config, len(warm))
             if config.supervised.draft_fraction:
                 console.print(f"warm start: {len(warm):,} plain sequences, {len(drafts):,} drafts")

@@ -92,12 +92,14 @@ def plain_trunk(tokens, tokenizer: Tokenizer) -> list[int]:
     return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + [int(t) for t in tokens]
 
 
-def document_sequences(documents: list[Document], tokenizer: Tokenizer, trunk_length: int) -> list[Sequence]:
+def document_sequences(
+    documents: list[Document], tokenizer: Tokenizer, trunk_length: int, *, weight: float = 1.0
+) -> list[Sequence]:
     """Plain-text sequences of documents. Long ones become windows that share one token, so that every token but a
     document's first is predicted once."""
     size = trunk_length - (tokenizer.bos_id is not None)
     return [
-        Sequence(trunk=plain_trunk(d.tokens[first : first + size], tokenizer), first=1, weight=1.0, completion=None)
+        Sequence(trunk=plain_trunk(d.tokens[first : first + size], tokenizer), first=1, weight=weight, completion=None)
         for d in documents
         for first in range(0, max(1, len(d.tokens) - 1), size - 1)
     ]
