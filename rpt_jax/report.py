@@ -63,7 +63,8 @@ def collect_results(directory: Path) -> dict:
             continue
         if fit:
             results["scaling"][split] = {
-                "A": fit.A, "alpha": fit.alpha, "p_star": fit.p_star, "r2": fit.r2, "num_points": len(points)
+                "A": fit.A, "alpha": fit.alpha, "p_star": fit.p_star, "r2": fit.r2, "num_points": len(points),
+                "alpha_is_determined": fit.is_determined,
             }  # fmt: skip
     return results
 
@@ -144,7 +145,9 @@ def _plot_learning(results: dict):
 def _plot_scaling(results: dict):
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
     points = [(f, c) for f, c in zip(results["flops"], results["curve"], strict=True) if f > 0]
-    names = dict.fromkeys([headline_split(results), "hard", "medium", "easy", "all"])
+    headline = headline_split(results)
+    names = [headline, *(s for s in ("hard", "medium", "easy", "all") if s != headline)]
+    names = [s for s in names if s == headline or results["after"].get(s) != results["after"][headline]]
     for number, split in enumerate(s for s in names if "A" in results["scaling"].get(s, {})):
         C = np.array([f for f, _ in points])
         P, error = _series([c for _, c in points], split, "sampled_prefix")
@@ -165,7 +168,7 @@ def _plot_scaling(results: dict):
     axis.set_title("P(C) = A / C^α + P*, with 90% bootstrap bands")
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 
@@ -320,9 +323,10 @@ def _scaling_text(results: dict) -> str:
         if "refused" in fit:
             items.append(f"<li>{html.escape(split)}: no fit ({html.escape(fit['refused'])})</li>")
         else:
+            doubt = "" if fit["alpha_is_determined"] else "; α at the edge of the searched range: not determined"
             items.append(
                 f"<li>{html.escape(split)}: A={fit['A']:.3g}, α={fit['alpha']:.3f}, P*={fit['p_star']:.3f}, "
-                f"R²={fit['r2']:.3f} over {fit['num_points']} evaluations</li>"
+                f"R²={fit['r2']:.3f} over {fit['num_points']} evaluations{doubt}</li>"
             )
     return f"<ul>{''.join(items)}</ul><p>Three constants and few points: R² is weak evidence.</p>"
 

@@ -29,6 +29,11 @@ class PowerLawFit:
     accuracy: np.ndarray
     bootstrap: np.ndarray
 
+    @property
+    def is_determined(self) -> bool:
+        """False where alpha lies at an edge of its searched range: the points do not determine it."""
+        return bool(1.01 * _ALPHAS[0] < self.alpha < 0.99 * _ALPHAS[-1])
+
     def predict(self, compute):
         """Fitted accuracy at `compute` (FLOPs)."""
         return self.A * np.asarray(compute, float) ** -self.alpha + self.p_star

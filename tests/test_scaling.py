@@ -29,6 +29,12 @@ def test_band_covers_the_truth_and_widens_with_noise():
     np.testing.assert_allclose(wide.r2, 1 - residual / ((wide.accuracy - wide.accuracy.mean()) ** 2).sum())
 
 
+def test_an_exponent_at_the_edge_is_called_undetermined():
+    assert fit_power_law([1, 2, 4, 8], [0.1, 0.3, 0.4, 0.45]).is_determined
+    # A single jump, flat on both sides of it, is steeper than any power law searched.
+    assert not fit_power_law([1, 2, 4, 8, 16], [0.1, 0.5, 0.5, 0.5, 0.5]).is_determined
+
+
 @pytest.mark.parametrize(
     ("compute", "accuracy", "message"),
     [

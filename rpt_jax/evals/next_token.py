@@ -45,7 +45,9 @@ def difficulty_splits(
     for family in sorted({name for name in masks if "/" not in name} - {"all", "settled", "easy", "medium", "hard"}):
         masks[f"hard {family}"] = masks[family] & hard
     order = np.random.default_rng(seed).permutation(len(table))
-    splits = {name: np.sort(order[mask[order]][:limit]) for name, mask in sorted(masks.items())}
+    plain = ("all", "settled", "easy", "medium", "hard")
+    names = [*plain, *sorted(masks.keys() - set(plain), key=lambda name: (not name.startswith("hard "), name))]
+    splits = {name: np.sort(order[masks[name][order]][:limit]) for name in names}
     return {name: ids for name, ids in splits.items() if len(ids)}
 
 
