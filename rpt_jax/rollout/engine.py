@@ -4,7 +4,9 @@ The tail of a prompt is run once per prompt and its keys and values are handed t
 `while_loop` then samples a token a row; it ends when every row has stopped.
 """
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 from rpt_jax.config import DecoderConfig
 from rpt_jax.models import decoder
 from rpt_jax.rollout.sampling import row_keys, sample
-from rpt_jax.types import Rollouts, Sequences, TaskBatch
+from rpt_jax.types import Rollouts, Sequences, TaskBatch, record
 
 
 def rollout_key(seed: int, step: int, round_number: int = 0):
@@ -49,96 +51,113 @@ def generate(
     """
     U, M, G = batch.row_ids.shape
     R, C, E = M * G, max_completion_tokens, batch.tail_tokens.shape[-1]
-    S = E + C
     layers = decoder.unstack_layers(config, params)
     head_VD = decoder.output_head(params)
-    trunk_kv = decoder.prefill(config, params, batch.trunk_tokens)
     keys_UR = row_keys(key, batch.row_ids.reshape(U, R))
+    cuts_UR, tail_lengths_UR = (jnp.repeat(a, G, axis=1) for a in (batch.cuts, batch.tail_lengths))
+    slots = jnp.arange(E + C)
 
-    def next_token(hidden_URD, token_index):
+    def draw(hidden_URD, index) -> dict:
         logits_URV = jnp.einsum(
             "urd,vd->urv", hidden_URD, head_VD.astype(hidden_URD.dtype), preferred_element_type=jnp.float32
         )
         logits_URV = jnp.where(jnp.arange(logits_URV.shape[-1]) < vocab_size, logits_URV, -jnp.inf)
-        return sample(logits_URV, keys_UR, token_index, temperature=temperature, top_p=top_p, top_k=top_k)
+        drawn = sample(logits_URV, keys_UR, index, temperature=temperature, top_p=top_p, top_k=top_k)
+        return dict(index=index, **dict(zip(("token", "logprob", "rejected"), drawn, strict=True)))
 
-    # The tail, once per prompt.
-    tail_mask_UME = jnp.arange(E) >= E - batch.tail_lengths[..., None]
+    def feed_and_draw(rows: _Rows) -> _Rows:
+        """Feed the token in hand, draw the next one, record it."""
+        slot = E + rows.index
+        visible_URS = (slots >= E - tail_lengths_UR[..., None]) & (slots <= slot)
+        hidden_UR1D, cache = decoder.extend(
+            config,
+            params,
+            layers,
+            rows.token[..., None],
+            (cuts_UR + tail_lengths_UR + rows.index)[..., None],
+            trunk_kv,
+            cuts_UR,
+            rows.cache,
+            slot,
+            visible_URS[:, :, None, :],
+        )
+        return _record_token(replace(rows, cache=cache, **draw(hidden_UR1D[:, :, 0], rows.index + 1)), eos_id)
+
+    trunk_kv = decoder.prefill(config, params, batch.trunk_tokens)
+    hidden_URD, cache = _run_tails(config, params, layers, batch, trunk_kv, C)
+    rows = _Rows(
+        **draw(hidden_URD, jnp.int32(0)),
+        # Rows of padded positions are done from the start.
+        done=~jnp.repeat(batch.position_mask, G, axis=1),
+        tokens=jnp.zeros((U, R, C), jnp.int32),
+        mask=jnp.zeros((U, R, C), bool),
+        logprobs=jnp.zeros((U, R, C), jnp.float32),
+        num_rejected=jnp.zeros((U, R), jnp.int32),
+        cache=cache,
+    )
+    rows = jax.lax.while_loop(
+        lambda r: (r.index < C - 1) & ~jnp.all(r.done), feed_and_draw, _record_token(rows, eos_id)
+    )
+    return Rollouts(
+        tokens=rows.tokens,
+        mask=rows.mask,
+        sampler_logprobs=rows.logprobs,
+        truncated=~rows.done,
+        num_rejected=rows.num_rejected,
+    )
+
+
+@record
+class _Rows:
+    """All rows of a batch in flight. The token in hand is drawn but not yet fed."""
+
+    index: Any  # i32 [], completion tokens before the one in hand
+    token: Any  # i32 [U, R], in hand
+    logprob: Any  # f32 [U, R], of the token in hand
+    rejected: Any  # bool [U, R], its first draw was refused
+    done: Any  # bool [U, R]
+    tokens: Any  # i32 [U, R, C], recorded so far
+    mask: Any  # bool [U, R, C]
+    logprobs: Any  # f32 [U, R, C]
+    num_rejected: Any  # i32 [U, R]
+    cache: Any  # own keys and values per layer
+
+
+def _record_token(rows: _Rows, eos_id: int) -> _Rows:
+    """Write the token in hand into the rows that are not done; a stop token is written and ends its row."""
+    alive = ~rows.done
+
+    def write(array_URC, value_UR):
+        return jax.lax.dynamic_update_index_in_dim(array_URC, value_UR, rows.index, axis=2)
+
+    return replace(
+        rows,
+        tokens=write(rows.tokens, jnp.where(alive, rows.token, 0)),
+        mask=write(rows.mask, alive),
+        logprobs=write(rows.logprobs, jnp.where(alive, rows.logprob, 0.0)),
+        num_rejected=rows.num_rejected + (alive & rows.rejected),
+        done=rows.done | (rows.token == eos_id),
+    )
+
+
+def _run_tails(config: DecoderConfig, params, layers, batch: TaskBatch, trunk_kv, num_completion: int):
+    """Run each prompt's tail once; (last hidden state [U, R, D], caches with room for completions), per rollout."""
+    U, M, G = batch.row_ids.shape
+    E = batch.tail_tokens.shape[-1]
+    mask_UME = jnp.arange(E) >= E - batch.tail_lengths[..., None]
     hidden_UMED, cache = decoder.extend(
         config,
         params,
         layers,
         batch.tail_tokens,
-        decoder.branch_positions(batch.cuts, tail_mask_UME),
+        decoder.branch_positions(batch.cuts, mask_UME),
         trunk_kv,
         batch.cuts,
-        decoder.empty_cache(config, U, M, S),
+        decoder.empty_cache(config, U, M, E + num_completion),
         0,
-        jnp.pad(decoder.own_mask(tail_mask_UME), ((0, 0), (0, 0), (0, 0), (0, C))),
+        jnp.pad(decoder.own_mask(mask_UME), ((0, 0), (0, 0), (0, 0), (0, num_completion))),
     )
-    cache = jax.tree.map(lambda a: jnp.repeat(a, G, axis=1), cache)
-    cuts_UR, tail_lengths_UR = (jnp.repeat(a, G, axis=1) for a in (batch.cuts, batch.tail_lengths))
-    tail_visible_URS = jnp.pad(jnp.repeat(tail_mask_UME, G, axis=1), ((0, 0), (0, 0), (0, C)))
-
-    # Rows of padded positions are done from the start.
-    padded_UR = ~jnp.repeat(batch.position_mask, G, axis=1)
-    token, logprob, rejected = next_token(jnp.repeat(hidden_UMED[:, :, -1], G, axis=1), 0)
-    empty = jnp.zeros((U, R, C))
-    carry = dict(
-        index=jnp.int32(0),
-        token=token,
-        logprob=logprob,
-        rejected=rejected,
-        done=padded_UR,
-        tokens=empty.astype(jnp.int32),
-        mask=empty.astype(bool),
-        logprobs=empty.astype(jnp.float32),
-        num_rejected=jnp.zeros((U, R), jnp.int32),
-        cache=cache,
-    )
-
-    def write(array_URC, value_UR, index):
-        return jax.lax.dynamic_update_index_in_dim(array_URC, value_UR, index, axis=2)
-
-    def keep(c):
-        """Record the token in hand for the rows that are still alive."""
-        alive = ~c["done"]
-        return c | dict(
-            tokens=write(c["tokens"], jnp.where(alive, c["token"], 0), c["index"]),
-            mask=write(c["mask"], alive, c["index"]),
-            logprobs=write(c["logprobs"], jnp.where(alive, c["logprob"], 0.0), c["index"]),
-            num_rejected=c["num_rejected"] + (alive & c["rejected"]),
-            done=c["done"] | (c["token"] == eos_id),
-        )
-
-    def body(c):
-        """Feed the token in hand, draw the next one, record it."""
-        slot = E + c["index"]
-        own_slots = (jnp.arange(S) >= E) & (jnp.arange(S) <= slot)
-        hidden_UR1D, cache = decoder.extend(
-            config,
-            params,
-            layers,
-            c["token"][..., None],
-            (cuts_UR + tail_lengths_UR + c["index"])[..., None],
-            trunk_kv,
-            cuts_UR,
-            c["cache"],
-            slot,
-            (tail_visible_URS | own_slots)[:, :, None, :],
-        )
-        index = c["index"] + 1
-        token, logprob, rejected = next_token(hidden_UR1D[:, :, 0], index)
-        return keep(c | dict(index=index, token=token, logprob=logprob, rejected=rejected, cache=cache))
-
-    end = jax.lax.while_loop(lambda c: (c["index"] < C - 1) & ~jnp.all(c["done"]), body, keep(carry))
-    return Rollouts(
-        tokens=end["tokens"],
-        mask=end["mask"],
-        sampler_logprobs=end["logprobs"],
-        truncated=~end["done"],
-        num_rejected=end["num_rejected"],
-    )
+    return jax.tree.map(lambda a: jnp.repeat(a, G, axis=1), (hidden_UMED[:, :, -1], cache))
 
 
 def to_sequences(batch: TaskBatch, tokens_URC, mask_URC) -> Sequences:
