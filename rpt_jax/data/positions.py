@@ -73,7 +73,8 @@ def direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize: 
         hidden_UD, target_U = inputs
         logits_UV = jnp.einsum("ud,vd->uv", hidden_UD, head_VD.astype(hidden_UD.dtype)).astype(jnp.float32)
         total_U = jax.nn.logsumexp(logits_UV, axis=-1)
-        top, ids = jax.lax.top_k(logits_UV, num_top)
+        # The barrier keeps the product of both: using part of it alone makes XLA sort the whole vocabulary on a CPU.
+        top, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits_UV, num_top))
         log_p = top - total_U[:, None]
         if renormalize:
             log_p = log_p - jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
