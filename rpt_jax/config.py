@@ -75,7 +75,22 @@ class PositionsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's stretching of the slow rotary frequencies beyond the length it was first trained on."""
+
+    factor: float = 1.0
+    """Slow frequencies are divided by this. 1: no scaling."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above original_positions / this are divided whole."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below original_positions / this stay; those between are interpolated."""
+    original_positions: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
+    family: Literal["qwen2", "qwen3", "llama", "mistral"] = "qwen3"
+    """Hugging Face architecture that exports are written as; models/families.py says what each can hold."""
     vocab_size: int = 0
     """Entries of the embedding. 0: the tokenizer's size."""
     num_layers: int = 4
@@ -85,9 +100,16 @@ class DecoderConfig:
     num_kv_heads: int = 2
     head_size: int = 32
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    max_positions: int = 32768
+    """Positions that the model is made for; a prompt and its completion must fit."""
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
+    o_bias: bool = False
+    """Bias on the attention's output projection (Llama and Qwen3 with attention_bias)."""
+    mlp_bias: bool = False
+    """Biases in the MLP (Llama with mlp_bias)."""
     qk_norm: bool = True
     """RMS-normalise each query and key head (Qwen3)."""
     tie_embeddings: bool = False

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -21,10 +22,23 @@ from rpt_jax.types import Sequences
 
 def rope_angles(config: DecoderConfig, positions_T):
     """Cosines and sines f32 [..., T, Q / 2] of rotary position embedding. Source: arXiv:2104.09864 §3.4.2."""
-    half = config.head_size // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions_T[..., None].astype(jnp.float32) * frequencies
+    angles = positions_T[..., None].astype(jnp.float32) * rope_frequencies(config).astype(np.float32)
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+    """Radians per position f64 [Q / 2], stretched where config.rope_scaling says so.
+
+    Source: meta-llama/llama-models models/llama3/model.py apply_scaling.
+    """
+    half, scaling = config.head_size // 2, config.rope_scaling
+    frequencies = config.rope_theta ** (-np.arange(half) / half)
+    if scaling.factor == 1:
+        return frequencies
+    turns = scaling.original_positions * frequencies / (2 * np.pi)  # over the original length
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = np.clip(keep, 0.0, 1.0)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
 def _rotate(x_THQ, rope):
@@ -62,39 +76,50 @@ class Block(nn.Module):
         self.q_proj = weight("q_proj", (D, H, Q), ("width", "heads", "head_size"), D)
         self.k_proj = weight("k_proj", (D, K, Q), ("width", "kv_heads", "head_size"), D)
         self.v_proj = weight("v_proj", (D, K, Q), ("width", "kv_heads", "head_size"), D)
-        if c.qkv_bias:
-            self.q_bias = vector("q_bias", (H, Q), ("heads", "head_size"), nn.initializers.zeros)
-            self.k_bias = vector("k_bias", (K, Q), ("kv_heads", "head_size"), nn.initializers.zeros)
-            self.v_bias = vector("v_bias", (K, Q), ("kv_heads", "head_size"), nn.initializers.zeros)
-        if c.qk_norm:
-            self.q_norm = vector("q_norm", (Q,), (None,))
-            self.k_norm = vector("k_norm", (Q,), (None,))
         self.o_proj = weight("o_proj", (H, Q, D), ("heads", "head_size", "width"), H * Q, depth_scale)
         self.mlp_norm = vector("mlp_norm", (D,), (None,))
         self.gate_proj = weight("gate_proj", (D, F), ("width", "mlp"), D)
         self.up_proj = weight("up_proj", (D, F), ("width", "mlp"), D)
         self.down_proj = weight("down_proj", (F, D), ("mlp", "width"), F, depth_scale)
+        if c.qk_norm:
+            self.q_norm = vector("q_norm", (Q,), (None,))
+            self.k_norm = vector("k_norm", (Q,), (None,))
+        zeros = nn.initializers.zeros
+        if c.qkv_bias:
+            self.q_bias = vector("q_bias", (H, Q), ("heads", "head_size"), zeros)
+            self.k_bias = vector("k_bias", (K, Q), ("kv_heads", "head_size"), zeros)
+            self.v_bias = vector("v_bias", (K, Q), ("kv_heads", "head_size"), zeros)
+        if c.o_bias:
+            self.o_bias = vector("o_bias", (D,), ("width",), zeros)
+        if c.mlp_bias:
+            self.gate_bias = vector("gate_bias", (F,), ("mlp",), zeros)
+            self.up_bias = vector("up_bias", (F,), ("mlp",), zeros)
+            self.down_bias = vector("down_bias", (D,), ("width",), zeros)
+
+    def linear(self, name: str, x, num_input_axes: int = 1):
+        """x contracted with the weight `<name>_proj`, its low-rank adapter and bias added where the tree has them."""
+
+        y = jnp.tensordot(x, getattr(self, f"{name}_proj").astype(x.dtype), num_input_axes)
+        if self.has_variable("params", f"{name}_proj_lora_a"):
+            a, b = (self.get_variable("params", f"{name}_proj_lora_{part}").astype(y.dtype) for part in "ab")
+            y = y + jnp.tensordot(jnp.tensordot(x, a, num_input_axes), b, 1)
+        bias = getattr(self, f"{name}_bias", None)
+        return y if bias is None else y + bias.astype(y.dtype)
 
     def project(self, x_TD, rope):
         """Rotated queries [..., T, H, Q] and keys, and values [..., T, K, Q]."""
         c = self.config
         x_TD = _rms_norm(x_TD, self.attention_norm, c.norm_eps)
-        q, k, v = (
-            jnp.einsum("...td,dhq->...thq", x_TD, w.astype(x_TD.dtype)) for w in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if c.qkv_bias:
-            q, k, v = (a + b.astype(a.dtype) for a, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
+        q, k, v = (self.linear(name, x_TD) for name in "qkv")
         if c.qk_norm:
             q, k = _rms_norm(q, self.q_norm, c.norm_eps), _rms_norm(k, self.k_norm, c.norm_eps)
         return _rotate(q, rope), _rotate(k, rope), v
 
     def finish(self, x_TD, attended_THQ):
         """Output projection and SwiGLU, each added to the residual stream."""
-        dtype = x_TD.dtype
-        x_TD = x_TD + jnp.einsum("...thq,hqd->...td", attended_THQ, self.o_proj.astype(dtype))
+        x_TD = x_TD + self.linear("o", attended_THQ, 2)
         y_TD = _rms_norm(x_TD, self.mlp_norm, self.config.norm_eps)
-        gated_TF = nn.silu(y_TD @ self.gate_proj.astype(dtype)) * (y_TD @ self.up_proj.astype(dtype))
-        return x_TD + gated_TF @ self.down_proj.astype(dtype)
+        return x_TD + self.linear("down", nn.silu(self.linear("gate", y_TD)) * self.linear("up", y_TD))
 
     def __call__(self, streams, trunk_rope, branch_rope, cuts_UR, own_mask_URTS):
         trunk_ULD, branch_URTD = streams
@@ -168,10 +193,26 @@ def own_mask(branch_mask_URT):
 
 def init_params(config: DecoderConfig, mesh: Mesh, key) -> Any:
     """Random parameters, f32, created on the mesh in their own shards."""
-    model, empty = Decoder(config), empty_branches(jnp.zeros((1, 2), jnp.int32))
-    abstract = jax.eval_shape(model.init, key, empty)
-    shardings = mesh_lib.param_shardings(mesh, abstract)
-    return jax.jit(lambda k: nn.unbox(model.init(k, empty)), out_shardings=shardings)(key)["params"]
+    shardings = jax.tree.map(lambda p: p.sharding, abstract_params(config, mesh))
+    return jax.jit(partial(_init, config), out_shardings=shardings)(key)
+
+
+def abstract_params(config: DecoderConfig, mesh: Mesh) -> Any:
+    """Shapes, f32 and shardings of the parameters, nothing allocated."""
+    boxed = jax.eval_shape(partial(_init_boxed, config), jax.random.key(0))
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        mesh_lib.param_shardings(mesh, boxed),
+    )
+
+
+def _init_boxed(config: DecoderConfig, key):
+    return Decoder(config).init(key, empty_branches(jnp.zeros((1, 2), jnp.int32)))["params"]
+
+
+def _init(config: DecoderConfig, key):
+    return nn.unbox(_init_boxed(config, key))
 
 
 def empty_branches(trunk_tokens_UL) -> Sequences:
@@ -198,8 +239,11 @@ def logits(config: DecoderConfig, params, tokens_BT):
 
 
 def output_head(params):
-    """The head's matrix [V, D]; the embedding where the two are tied."""
-    return params["head"] if "head" in params else params["embedding"]
+    """The head's matrix [V, D], its low-rank adapter added; the embedding where the two are tied."""
+    head_VD = params["head"] if "head" in params else params["embedding"]
+    if "head_lora_a" in params:
+        return head_VD + (params["head_lora_a"] @ params["head_lora_b"]).T.astype(head_VD.dtype)
+    return head_VD
 
 
 # --- The sampler's path -------------------------------------------------------------------------------------------

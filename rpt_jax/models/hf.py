@@ -1,0 +1,318 @@
+"""Hugging Face model directories in and out: config.json and safetensors, one tensor on the host at a time.
+
+Files are read with plain reads, not mapped: a mapping's pages would count as memory. No pickle, no code of the
+directory. A layer's tensors are written into stacked, sharded arrays in place, so a load needs the parameters and one
+tensor.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from jax.sharding import Mesh
+
+from rpt_jax.config import DecoderConfig, MeshConfig
+from rpt_jax.errors import CheckpointError
+from rpt_jax.models import decoder
+from rpt_jax.models.families import LAYER_TENSORS, TOP_TENSORS, config_json, read_config
+from rpt_jax.parallel.mesh import make_mesh
+
+_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# Old exports keep these buffers; they follow from config.json.
+_DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> np.ndarray:
+        count = math.prod(self.shape)
+        array = np.fromfile(self.file, self.dtype, count, offset=self.offset)
+        if array.size != count:
+            raise CheckpointError(f"{self.file} ended while it was read; replace the damaged file.")
+        return array.reshape(self.shape)
+
+
+def load_hf(
+    directory: str | Path, mesh: Mesh | None = None, *, dtype: str | None = None
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Read a model directory into sharded parameters.
+
+    Args:
+        directory: config.json with model.safetensors, or shards with their index.
+        mesh: where the parameters go; None: the first device.
+        dtype: of the parameters, "float32", "bfloat16" or "float16"; None: as stored.
+    Returns:
+        (DecoderConfig, parameters in the layout of `decoder.init_params`).
+    Raises:
+        CheckpointError: unsupported architecture, damaged file, or a tensor that is missing, left over or misshapen;
+            names the file and the key. Nothing was allocated on a device by then.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    mesh = make_mesh(MeshConfig()) if mesh is None else mesh
+    abstract = decoder.abstract_params(config, mesh)
+    entries = _index_tensors(directory)
+    plan = _plan(directory, config, abstract, entries)
+    params: dict[str, Any] = {"layers": {}}
+    for (name, *layer), sources in plan.items():
+        target = abstract[name] if not layer else abstract["layers"][layer[0]]
+        kind = np.dtype(dtype) if dtype else sources[0].dtype
+        target = jax.ShapeDtypeStruct(target.shape, kind, sharding=target.sharding)
+        if layer:
+            params["layers"][layer[0]] = _stack(target, sources)
+        else:
+            params[name] = _put(target, sources[0].read)
+    return config, params
+
+
+def _put(target: jax.ShapeDtypeStruct, read) -> jax.Array:
+    """An array on the mesh from a host reader; every process reads the tensor and keeps its own shards."""
+    array = read()
+    array = (array if array.shape == target.shape else array.T.reshape(target.shape)).astype(target.dtype, copy=False)
+    return jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
+
+
+def _stack(target: jax.ShapeDtypeStruct, sources: list[_Entry]) -> jax.Array:
+    """Tensors of all layers written one by one into a stacked array, in place."""
+    spec = jax.sharding.PartitionSpec(*target.sharding.spec[1:])
+    sharding = jax.sharding.NamedSharding(target.sharding.mesh, spec)
+    layer = jax.ShapeDtypeStruct(target.shape[1:], target.dtype, sharding=sharding)
+    stacked = jax.jit(partial(jnp.zeros, target.shape, target.dtype), out_shardings=target.sharding)()
+    write = jax.jit(
+        jax.lax.dynamic_update_index_in_dim,
+        static_argnames="axis",
+        donate_argnums=0,
+        out_shardings=target.sharding,
+    )
+    for number, source in enumerate(sources):
+        # Waiting frees this layer's host copy before the next is read.
+        stacked = jax.block_until_ready(write(stacked, _put(layer, source.read), number, axis=0))
+    return stacked
+
+
+def _plan(directory: Path, config: DecoderConfig, abstract, entries: dict[str, _Entry]) -> dict[tuple, list[_Entry]]:
+    """Parameter -> the tensors it is made of, one per layer; every tensor of the files is used exactly once."""
+    wanted = {(name,): [tensor] for name, tensor in TOP_TENSORS.items() if name in abstract}
+    for name, tensor in LAYER_TENSORS.items():
+        if name in abstract["layers"]:
+            wanted["layers", name] = [f"model.layers.{i}.{tensor}" for i in range(config.num_layers)]
+    used = Counter(tensor for tensors in wanted.values() for tensor in tensors)
+    found = {name for name in entries if not name.endswith(_DERIVED)}
+    if config.tie_embeddings and TOP_TENSORS["head"] in found:
+        _check_tied(directory, entries)
+        found.remove(TOP_TENSORS["head"])
+    missing, surplus = sorted(used.keys() - found), sorted(found - used.keys())
+    if missing or surplus:
+        raise CheckpointError(
+            f"{directory}: {len(missing)} tensor(s) are missing ({_some(missing)}) and {len(surplus)} have no place "
+            f"({_some(surplus)}) in a {config.family} model of {config.num_layers} layers; each must be there once. "
+            "Use the config.json that belongs to these weights."
+        )
+    for path, tensors in wanted.items():
+        shape = abstract["layers"][path[1]].shape[1:] if len(path) > 1 else abstract[path[0]].shape
+        dtypes = {entries[t].dtype for t in tensors}
+        for tensor in tensors:
+            _check_shape(entries[tensor], tensor, shape, is_matrix=path[-1].endswith("_proj"), path=path)
+        if len(dtypes) > 1:
+            raise CheckpointError(
+                f"{directory}: the layers' {LAYER_TENSORS[path[-1]]} have types {sorted(map(str, dtypes))}; one "
+                "parameter has one type. Convert the checkpoint to a single type."
+            )
+    return {path: [entries[t] for t in tensors] for path, tensors in wanted.items()}
+
+
+def _check_shape(entry: _Entry, tensor: str, shape: tuple[int, ...], *, is_matrix: bool, path: tuple) -> None:
+    """Stored weights are [out, in]; ours are [in, out] with split heads."""
+    if is_matrix:
+        num_in = 2 if path[-1] == "o_proj" else 1
+        stored = (math.prod(shape[num_in:]), math.prod(shape[:num_in]))
+    else:
+        stored = shape if len(path) == 1 else (math.prod(shape),)
+    if entry.shape != stored:
+        raise CheckpointError(
+            f"{entry.file}: {tensor} is {list(entry.shape)}; config.json asks for {list(stored)}. "
+            "Use the config.json that belongs to these weights."
+        )
+
+
+def _check_tied(directory: Path, entries: dict[str, _Entry]) -> None:
+    head, embedding = (entries.get(TOP_TENSORS[name]) for name in ("head", "embedding"))
+    if embedding is None or head.read().tobytes() != embedding.read().tobytes():
+        raise CheckpointError(
+            f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; one of the two "
+            "would be lost. Set tie_word_embeddings to false in config.json."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
+
+
+def _index_tensors(directory: Path) -> dict[str, _Entry]:
+    """Tensor name -> where it lies, over all shards."""
+    index = directory / _INDEX
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_bytes())["weight_map"]
+            files = {name: directory / Path(file).name for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index} is no index ({error!r}); it must map tensors to files under weight_map. Replace it."
+            ) from error
+    else:
+        files = {"": directory / "model.safetensors"}
+    entries: dict[str, _Entry] = {}
+    for file in sorted(set(files.values())):
+        for name, entry in _read_header(file):
+            if name in entries:
+                raise CheckpointError(f"{file}: {name} is also in {entries[name].file}; it must stand once. Remove one.")
+            entries[name] = entry
+    for name, file in files.items():
+        if name and (name not in entries or entries[name].file != file):
+            raise CheckpointError(f"{index}: {name} should be in {file.name} and is not. Replace index or shard.")
+    return entries
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, _Entry]]:
+    """The tensors of a safetensors file: eight bytes of header size, a JSON header, the data."""
+    if not file.exists():
+        others = sorted(p.name for p in file.parent.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+        raise CheckpointError(
+            f"{file} is missing (weights there: {others[:5]}); weights must be safetensors, pickled files are not read. "
+            "Convert them, or complete the download."
+        )
+    total = file.stat().st_size
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if total < 8 or size > min(_MAX_HEADER_BYTES, total - 8):
+            raise CheckpointError(f"{file} has {total} bytes and a header of {size}: it is truncated or no safetensors.")
+        raw = stream.read(size)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        described = [(n, d["dtype"], tuple(d["shape"]), tuple(d["data_offsets"])) for n, d in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: its header does not parse ({error!r}); replace the damaged file.") from error
+    for name, dtype, shape, offsets in described:
+        if dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{file}: {name} has type {dtype}; {', '.join(_DTYPES)} are read, quantised weights are not. "
+                "Convert the checkpoint."
+            )
+        kind = np.dtype(_DTYPES[dtype])
+        if not all(isinstance(n, int) and n >= 0 for n in shape + offsets) or len(offsets) != 2:
+            raise CheckpointError(f"{file}: {name} has shape {shape} at {offsets}; replace the damaged file.")
+        begin, end = offsets
+        if end - begin != math.prod(shape) * kind.itemsize or 8 + size + end > total:
+            raise CheckpointError(
+                f"{file}: {name} should take {math.prod(shape) * kind.itemsize} bytes and has {end - begin} of a file "
+                f"of {total}; the file is truncated or damaged. Replace it."
+            )
+        yield name, _Entry(file, kind, shape, 8 + size + begin)
+
+
+def save_hf(
+    directory: str | Path,
+    config: DecoderConfig,
+    params: Any,
+    *,
+    dtype: str | None = None,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 2 * 10**9,
+) -> None:
+    """Write a model directory that transformers loads. Adapters must be merged first.
+
+    Args:
+        directory: created if missing.
+        dtype: of the tensors; None: that of the parameters.
+        tokenizer: a `tokenizer.Tokenizer` to save beside the weights.
+        max_shard_bytes: of a safetensors file; one shard is on the host at a time.
+    Raises:
+        CheckpointError: the family cannot hold this model, or the directory is not empty.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory} is not an empty directory; an export would mix with it. Choose another.")
+    names = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
+    kind = str(np.dtype(dtype)) if dtype else str(params["embedding"].dtype)
+    description = config_json(config, kind, names)
+    directory.mkdir(parents=True, exist_ok=True)
+    shards, weight_map, shard, size, total = 0, {}, {}, 0, 0
+    for name, read, num_bytes in _tensors_out(params, dtype):
+        if shard and size + num_bytes > max_shard_bytes:
+            _write_shard(directory, shards, shard)
+            shards, shard, size = shards + 1, {}, 0
+        shard[name], weight_map[name] = read(), shards
+        size, total = size + num_bytes, total + num_bytes
+    _write_shard(directory, shards, shard)
+    _name_shards(directory, shards + 1, weight_map, total)
+    if tokenizer is not None:
+        tokenizer.save(directory)
+    # Last: a directory without config.json is an unfinished export.
+    (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _tensors_out(params, dtype: str | None):
+    """(tensor name, reader, bytes) of every tensor, in the order of the model."""
+
+    def item(name: str, array, layer: int | None):
+        shape = array.shape if layer is None else array.shape[1:]
+        kind = np.dtype(dtype) if dtype else array.dtype
+
+        def read() -> np.ndarray:
+            host = np.asarray(array if layer is None else array[layer]).astype(kind, copy=False)
+            num_in = 2 if ".o_proj." in name else 1
+            if layer is not None and "proj.weight" in name:
+                host = host.reshape(math.prod(shape[:num_in]), -1).T
+            elif layer is not None:
+                host = host.reshape(-1)
+            return np.ascontiguousarray(host)
+
+        return name, read, math.prod(shape) * kind.itemsize
+
+    yield item(TOP_TENSORS["embedding"], params["embedding"], None)
+    layers = params["layers"]
+    for number in range(len(next(iter(layers.values())))):
+        for leaf, tensor in LAYER_TENSORS.items():
+            if leaf in layers:
+                yield item(f"model.layers.{number}.{tensor}", layers[leaf], number)
+    for name in ("final_norm", "head"):
+        if name in params:
+            yield item(TOP_TENSORS[name], params[name], None)
+
+
+def _shard_path(directory: Path, number: int) -> Path:
+    return directory / f"shard-{number:05d}.safetensors"
+
+
+def _write_shard(directory: Path, number: int, tensors: dict[str, np.ndarray]) -> None:
+    safetensors.numpy.save_file(tensors, str(_shard_path(directory, number)), {"format": "pt"})
+
+
+def _name_shards(directory: Path, number: int, weight_map: dict[str, int], total: int) -> None:
+    """The names that transformers looks for, and the index where there are several files."""
+    if number == 1:
+        _shard_path(directory, 0).rename(directory / "model.safetensors")
+        return
+    files = [f"model-{i + 1:05d}-of-{number:05d}.safetensors" for i in range(number)]
+    for i, file in enumerate(files):
+        _shard_path(directory, i).rename(directory / file)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: files[i] for name, i in weight_map.items()}}
+    (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
