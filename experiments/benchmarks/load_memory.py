@@ -9,12 +9,13 @@ checkpoint + largest tensor + 500 MB.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from experiments.benchmarks.memory import peak_bytes
 
 
 def write_synthetic(directory: Path, gigabytes: float) -> None:
@@ -45,7 +46,7 @@ def load(directory: Path) -> None:
     _, params = load_hf(directory)
     jax.block_until_ready(params)
     seconds = time.perf_counter() - start
-    print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "seconds": seconds}))
+    print(json.dumps({"peak_bytes": peak_bytes(), "seconds": seconds}))
 
 
 def main(argv: list[str]) -> None:
@@ -62,7 +63,8 @@ def main(argv: list[str]) -> None:
         if not directory.exists():
             write_synthetic(directory, args.gigabytes)
         file = directory / "model.safetensors"
-        header = file.read_bytes()[8 : 8 + int.from_bytes(file.open("rb").read(8), "little")]
+        with file.open("rb") as stream:
+            header = stream.read(int.from_bytes(stream.read(8), "little"))
         offsets = [e["data_offsets"] for n, e in json.loads(header).items() if n != "__metadata__"]
         largest, size = max(end - begin for begin, end in offsets), file.stat().st_size
         command = [sys.executable, "-m", "experiments.benchmarks.load_memory", "--load", str(directory)]

@@ -199,24 +199,28 @@ def config_json(config: DecoderConfig, dtype: str, special_ids: dict[str, int | 
         optional["mlp_bias"] = config.mlp_bias
     if config.family == "mistral":
         optional["sliding_window"] = None
-    return optional | {
-        "architectures": [family.architecture],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": rope,
-        # Readers of the older layout look here.
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling.factor == 1 else {k: v for k, v in rope.items() if k != "rope_theta"},
-        "tie_word_embeddings": config.tie_embeddings,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    } | special_ids
+    return (
+        optional
+        | {
+            "architectures": [family.architecture],
+            "model_type": config.family,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.width,
+            "intermediate_size": config.mlp_width,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.head_size,
+            "hidden_act": "silu",
+            "max_position_embeddings": config.max_positions,
+            "rms_norm_eps": config.norm_eps,
+            "rope_parameters": rope,
+            # Readers of the older layout look here.
+            "rope_theta": config.rope_theta,
+            "rope_scaling": None if scaling.factor == 1 else {k: v for k, v in rope.items() if k != "rope_theta"},
+            "tie_word_embeddings": config.tie_embeddings,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        }
+        | special_ids
+    )

@@ -182,7 +182,9 @@ def _index_tensors(directory: Path) -> dict[str, _Entry]:
     for file in sorted(set(files.values())):
         for name, entry in _read_header(file):
             if name in entries:
-                raise CheckpointError(f"{file}: {name} is also in {entries[name].file}; it must stand once. Remove one.")
+                raise CheckpointError(
+                    f"{file}: {name} is also in {entries[name].file}; it must stand once. Remove one."
+                )
             entries[name] = entry
     for name, file in files.items():
         if name and (name not in entries or entries[name].file != file):
@@ -202,7 +204,9 @@ def _read_header(file: Path) -> Iterator[tuple[str, _Entry]]:
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         if total < 8 or size > min(_MAX_HEADER_BYTES, total - 8):
-            raise CheckpointError(f"{file} has {total} bytes and a header of {size}: it is truncated or no safetensors.")
+            raise CheckpointError(
+                f"{file} has {total} bytes and a header of {size}: it is truncated or no safetensors."
+            )
         raw = stream.read(size)
     try:
         header = json.loads(raw)

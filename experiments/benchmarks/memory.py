@@ -1,0 +1,10 @@
+"""Peak resident memory of this process."""
+
+import re
+from pathlib import Path
+
+
+def peak_bytes() -> int:
+    """Highest resident set size since the program started (Linux). getrusage would count the parent's before exec."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
