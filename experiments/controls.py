@@ -14,7 +14,7 @@ from pathlib import Path
 from experiments.cli import load_run, run_script
 from rpt_jax.report import collect_results, headline_split
 from rpt_jax.train import stages
-from rpt_jax.train.supervised import document_sequences
+from rpt_jax.train.supervised import document_examples
 
 METRICS = ("direct_prefix", "sampled_prefix", "greedy_prefix")
 
@@ -28,27 +28,19 @@ def main(argv: list[str]) -> None:
     config = load_run(args.run)
     prepared = stages.prepare(config)
     params = stages.warm_start(prepared)
-    _, _, heldout = stages.choose_positions(prepared, params)
-    evaluations = stages.Evaluations(prepared=prepared, source=heldout)
-    sources = {"documents": document_sequences(prepared.train_documents, prepared.tokenizer, config.data.trunk_length)}
-    if prepared.warm_sequences:
+    tasks = stages.choose_tasks(prepared, params)
+    evaluations = stages.Evaluations(prepared=prepared, source=tasks.heldout)
+    sources = {"documents": document_examples(prepared.train_documents, prepared.tokenizer, config.data.trunk_length)}
+    if prepared.warm_examples:
         # A warm-start file is in training order: its second half is what training ended on.
-        half = len(prepared.warm_sequences) // 2 if config.supervised.path else 0
-        sources["cold_start"] = prepared.warm_sequences[half:]
+        half = len(prepared.warm_examples) // 2 if config.supervised.path else 0
+        sources["cold_start"] = prepared.warm_examples[half:]
     split, rows = headline_split(results), []
     for name, sequences in sources.items():
         for rate in args.learning_rates:
             optimizer = replace(config.supervised.control_optimizer, learning_rate=rate)
-            state = stages.continue_supervised(
-                prepared,
-                params,
-                sequences,
-                optimizer,
-                results["flops"][-1],
-                log=lambda *_: None,
-                on_step=lambda *_: None,
-            )
-            figures = evaluations.evaluate(state.params, thinking=True, final=True)
+            trained = stages.continue_supervised(prepared, params, sequences, optimizer, results["flops"][-1])
+            figures = evaluations.evaluate(trained, thinking=True, final=True)
             rows.append({"control": name, "learning_rate": rate, "splits": figures})
             cells = "  ".join(f"{m} {figures[split][m]['value']:.3f}" for m in METRICS)
             print(f"{name:<10}  lr {rate:g}  {split}: {cells}  (n={figures[split][METRICS[0]]['n']})", flush=True)

@@ -6,10 +6,8 @@ python -m experiments.evaluate --run runs/quickstart
 import argparse
 from pathlib import Path
 
-import jax
-
 from experiments.cli import load_run, run_script
-from rpt_jax.rl.update import init_state, make_optimizer
+from experiments.zero_shot import table
 from rpt_jax.train import stages
 
 METRICS = (
@@ -28,14 +26,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--run", type=Path, required=True, help="run directory with an RPT checkpoint")
     args = parser.parse_args(argv)
     prepared = stages.prepare(load_run(args.run))
-    config = prepared.config
-    params = stages.warm_start(prepared)
-    _, _, heldout = stages.choose_positions(prepared, params)
-    optimizer = make_optimizer(config.optimizer, config.num_updates)
-    like = init_state(jax.tree.map(lambda x: x.copy(), params), optimizer, prepared.mesh)
-    state, record = prepared.checkpoints("rpt").restore(like)
-    figures = stages.Evaluations(prepared=prepared, source=heldout).evaluate(state.params, thinking=True, final=True)
-    print(f"step {record['step']}: value ± standard error")
+    tasks = stages.choose_tasks(prepared, stages.warm_start(prepared))
+    state, frozen, step = stages.newest_state(prepared)
+    policy = stages.merge(frozen, state.params)
+    figures = stages.Evaluations(prepared=prepared, source=tasks.heldout).evaluate(policy, thinking=True, final=True)
+    print(f"step {step}: value ± standard error")
+    if prepared.config.questions.path:
+        print(table(figures))
+        return
     print(f"{'split':<18}{'n':>6}" + "".join(f"{m:>22}" for m in METRICS))
     for split, cells in figures.items():
         values = "".join(f"{cells[m]['value']:>13.3f} ± {cells[m]['standard_error']:.3f} " for m in METRICS)

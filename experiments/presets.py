@@ -9,6 +9,7 @@ from rpt_jax.config import (
     LossConfig,
     OptimizerConfig,
     PositionsConfig,
+    RewardConfig,
     RolloutConfig,
     RunConfig,
     SupervisedConfig,
@@ -49,4 +50,19 @@ TINY_TEXT = Config(
     eval=EvalConfig(every_steps=10, num_positions=100, final_num_positions=300, batch_trunks=32),
 )
 
-PRESETS = {"tiny_worked": TINY_WORKED, "tiny_text": TINY_TEXT}
+# Questions with answers: RL fine-tuning and zero-shot evaluation of a policy that --policy.path names.
+QUESTIONS = Config(
+    run=RunConfig(num_steps=100),
+    data=DataConfig(trunk_length=1024),
+    model=DecoderConfig(),
+    rollout=RolloutConfig(
+        num_trunks=16, prompts_per_trunk=1, group_size=8, max_completion_tokens=1024, temperature=1.0
+    ),
+    reward=RewardConfig(name="math"),
+    loss=LossConfig(microbatch_trunks=4),
+    optimizer=OptimizerConfig(warmup_steps=10),
+    checkpoint=CheckpointConfig(every_steps=20),
+    eval=EvalConfig(every_steps=20, num_positions=100, final_num_positions=500, num_samples=4, batch_trunks=16),
+)
+
+PRESETS = {"tiny_worked": TINY_WORKED, "tiny_text": TINY_TEXT, "questions": QUESTIONS}

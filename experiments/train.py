@@ -1,12 +1,12 @@
-"""Reinforcement pre-training on a corpus, from start to report.
+"""Train a preset: corpus or questions, policy, warm start, tasks, RL, control, evaluation, report.
 
-python -m experiments.train --preset tiny_text --data.path FILE [--run.directory DIR] [--dry-run] [--SECTION.FIELD X]
-
-The same command again goes on where an interrupted run stopped.
+python -m experiments.train --preset tiny_text --data.path my.txt
+python -m experiments.train --preset tiny_text --data.path 'papers/*.jsonl' --policy.path DIR --data.chat
+python -m experiments.train --preset questions --questions.path train.jsonl --policy.path DIR --reward.name math
 """
 
 from experiments.cli import describe, parse_config, run_script
-from rpt_jax import report
+from rpt_jax import question_report, report
 from rpt_jax.config import Config
 from rpt_jax.train import stages
 from rpt_jax.train.metrics import console
@@ -16,14 +16,15 @@ def run(config: Config) -> None:
     """All stages of a run; each resumes from what the run directory holds."""
     prepared = stages.prepare(config)
     params = stages.warm_start(prepared)
-    source, selected, heldout = stages.choose_positions(prepared, params)
-    console.print(f"{len(selected):,} of {len(source.table):,} positions selected")
-    evaluations = stages.Evaluations(prepared=prepared, source=heldout)
-    _, flops = stages.run_rpt(prepared, params, source, selected, evaluations)
-    if config.run.control:
+    tasks = stages.choose_tasks(prepared, params)
+    console.print(f"{len(tasks.ids):,} tasks")
+    evaluations = stages.Evaluations(prepared=prepared, source=tasks.heldout)
+    _, flops = stages.run_rl(prepared, params, tasks, evaluations)
+    if config.run.control and not config.questions.path:
         stages.run_control(prepared, params, flops, evaluations)
     prepared.run.close()
-    page = report.write_report(prepared.run.path)
+    write = question_report.write_report if config.questions.path else report.write_report
+    page = write(prepared.run.path)
     console.print(f"report: [bold]{page}[/]   figures: {page.with_name('results.json')}")
 
 

@@ -31,7 +31,12 @@ class RunConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: str = ""
-    """Training documents: a .txt, .jsonl or .parquet file, or a glob of them."""
+    """Training documents: a .txt, .jsonl, .parquet or .array_record file, a glob of them, or hf:NAME[:CONFIG][:SPLIT],
+    a dataset of the `datasets` package."""
+    mixture: tuple[str, ...] = ()
+    """Several corpora instead of data.path, each WEIGHT=PATH or WEIGHT=PATH=TEMPLATE; trunks are drawn by weight."""
+    cache: str = ""
+    """Directory of tokenised documents and scored positions, shared by runs. Empty: the run directory."""
     heldout_path: str = ""
     """Held-out documents for evaluation. Empty: the last `heldout_fraction` of the training documents."""
     heldout_fraction: float = 0.1
@@ -55,11 +60,28 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuestionsConfig:
+    path: str = ""
+    """Questions to train on instead of a text's positions: jsonl or parquet in the verl layout (prompt, reward_model),
+    with question or problem and answer, or multiple choice in the MMLU-Pro or ARC layout."""
+    heldout_path: str = ""
+    """Questions for evaluation. Empty: the last `data.heldout_fraction` of the training questions."""
+    template: Literal["boxed", "none"] = "boxed"
+    """boxed asks to reason and to put the answer, or its letter, in \\boxed{}; none where the prompts already do."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PositionsConfig:
-    selector: Literal["entropy_threshold", "random"] = "entropy_threshold"
-    """entropy_threshold keeps positions above that threshold (arXiv:2506.08007 §3.3); random draws from all."""
+    selector: Literal["entropy_threshold", "entropy_top_fraction", "random", "pass_rate_band"] = "entropy_threshold"
+    """entropy_threshold keeps positions above that threshold (arXiv:2506.08007 §3.3), entropy_top_fraction those of
+    highest entropy; random draws from all, without a proxy pass; pass_rate_band does too, and passes over trunks whose
+    positions the rollouts so far got right too often or too rarely."""
     entropy_threshold: float = 1.0
     """Nats; the paper does not state its training threshold."""
+    top_fraction: float = 0.2
+    """Share of all positions that entropy_top_fraction keeps; in (0, 1)."""
+    pass_rate_band: tuple[float, float] = (0.05, 0.95)
+    """Lowest and highest share of right rollouts at which pass_rate_band asks a position again."""
     renormalize: bool = False
     """Renormalise the proxy's 16 most likely tokens before taking the entropy."""
     min_context_tokens: int = 16
@@ -121,6 +143,35 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    path: str = ""
+    """Hugging Face model directory to start from; its config.json then replaces the model section, but for
+    activation_dtype and remat. Empty: random parameters in the shape of the model section."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which parameters are kept and updated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyConfig:
+    path: str = ""
+    """Hugging Face model directory of the proxy whose entropy chooses positions; it must have the policy's tokenizer.
+    Empty: the policy that RPT starts from."""
+
+
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "head"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    rank: int = 0
+    """Rank of low-rank adapters, which are then all that is trained. 0: train every parameter."""
+    alpha: float = 32.0
+    """Adapters are scaled by alpha / rank."""
+    targets: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Weights that get an adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """muon: orthogonalised momentum on the layers' matrices, Adam without decay on everything else."""
@@ -140,11 +191,14 @@ class OptimizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
     path: str = ""
-    """jsonl of {"text", "completion"?, "text_weight"?} in training order. Empty: the training documents."""
+    """jsonl of {"text", "completion"?, "text_weight"?}, or of token ids as experiments.rejection_sample writes them, in
+    training order. Empty: the training documents."""
     num_steps: int = 0
     """Warm-start updates before RPT. 0: none."""
     batch_size: int = 40
-    """Sequences per update."""
+    """Sequences per update; with `pack`, rows."""
+    pack: bool = False
+    """Fill each row with as many sequences, in order, as fit; they do not see each other."""
     context_weight: float = 0.2
     """Loss weight of a text that has a completion, where its line does not say, and of plain text beside drafts;
     completions have weight 1."""
@@ -196,8 +250,18 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    name: Literal["prefix", "first_token", "dense", "conditional_dense"] = "prefix"
-    """prefix: arXiv:2506.08007 eq. 3; the others are its appendix A."""
+    name: Literal["prefix", "first_token", "dense", "conditional_dense", "math", "choice", "exact", "custom"] = "prefix"
+    """Of positions: prefix (arXiv:2506.08007 eq. 3), or its appendix A's first_token, dense, conditional_dense. Of
+    questions: math (math-verify), choice (the letter), exact (the string). Of either: custom (reward.function)."""
+    function: str = ""
+    """For custom: package.module:function, called as function(completion: bytes, prediction: bytes or None,
+    columns: dict) -> float in a process of its own, once per completion."""
+    time_limit_seconds: float = 10.0
+    """Of one call of math or custom; a call that takes longer is a fault and its process is replaced."""
+    num_workers: int = 2
+    """Processes that judge."""
+    on_fault: Literal["fail", "zero"] = "fail"
+    """When a judge raises, hangs or returns no finite number: stop the run, or give 0 and count it."""
     boxed_mode: Literal["balanced", "tail", "balanced_then_tail"] = "balanced"
     """How the end of the last box is found: its balancing brace, or the completion's last brace."""
     require_think_end: bool = True
@@ -268,6 +332,8 @@ class EvalConfig:
     """The same for the first and last evaluation, whose figures the tables show."""
     num_samples: int = 8
     """Sampled rollouts per position (the k of pass@k and majority@k)."""
+    max_documents: int = 1000
+    """Evaluate on the first so many held-out documents or questions."""
     batch_trunks: int = 64
     """Held-out windows per evaluation batch; a speed setting, results do not depend on it."""
 
@@ -276,8 +342,12 @@ class EvalConfig:
 class Config:
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
+    questions: QuestionsConfig = QuestionsConfig()
     positions: PositionsConfig = PositionsConfig()
+    policy: PolicyConfig = PolicyConfig()
+    proxy: ProxyConfig = ProxyConfig()
     model: DecoderConfig = DecoderConfig()
+    lora: LoraConfig = LoraConfig()
     supervised: SupervisedConfig = SupervisedConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
@@ -304,6 +374,7 @@ class Config:
         for name, value in (
             ("data.heldout_fraction", self.data.heldout_fraction),
             ("positions.unfiltered_fraction", self.positions.unfiltered_fraction or 0.5),
+            ("positions.top_fraction", self.positions.top_fraction),
             ("supervised.draft_fraction", self.supervised.draft_fraction or 0.5),
         ):
             if not 0 < value < 1:
@@ -325,6 +396,22 @@ class Config:
                 f"positions.difficulty_thresholds={self.positions.difficulty_thresholds}; they must not decrease "
                 "(easy, medium, hard). Sort them."
             )
+        judges = ("math", "choice", "exact", "custom")
+        if self.questions.path and self.reward.name not in judges:
+            raise ConfigError(
+                f"reward.name={self.reward.name!r} reads a text's continuation, and questions.path asks for questions. "
+                f"Set --reward.name to one of {', '.join(judges)}."
+            )
+        if (self.reward.name == "custom") != bool(self.reward.function):
+            raise ConfigError(
+                f"reward.name={self.reward.name!r} with reward.function={self.reward.function!r}; custom needs a "
+                "function and no other reward takes one. Set both or neither."
+            )
+        low, high = self.positions.pass_rate_band
+        if not 0 <= low < high <= 1:
+            raise ConfigError(
+                f"positions.pass_rate_band={low} {high}; it must be two shares, the lower first. Correct it."
+            )
         self._validate_divisions()
 
     def _lower_bounds(self):
@@ -341,6 +428,12 @@ class Config:
             ("supervised.num_steps", self.supervised.num_steps, 0),
             ("supervised.batch_size", self.supervised.batch_size, 1),
             ("supervised.draft_tokens", self.supervised.draft_tokens, 1),
+            ("reward.time_limit_seconds", self.reward.time_limit_seconds, 0.01),
+            ("reward.num_workers", self.reward.num_workers, 1),
+            ("model.max_positions", model.max_positions, 1),
+            ("model.rope_scaling.factor", model.rope_scaling.factor, 1.0),
+            ("lora.rank", self.lora.rank, 0),
+            ("lora.alpha", self.lora.alpha, 0.0),
             ("loss.num_minibatches", loss.num_minibatches, 1),
             ("loss.microbatch_trunks", loss.microbatch_trunks, 0),
             ("loss.kl_coef", loss.kl_coef, 0.0),
@@ -363,6 +456,7 @@ class Config:
             ("eval.final_num_positions", self.eval.final_num_positions, 2),
             ("eval.num_samples", self.eval.num_samples, 1),
             ("eval.batch_trunks", self.eval.batch_trunks, 1),
+            ("eval.max_documents", self.eval.max_documents, 1),
             ("data.tokenizer_vocab_size", self.data.tokenizer_vocab_size, 300),
             ("supervised.context_weight", self.supervised.context_weight, 0.0),
             ("loss.clip_eps_low", loss.clip_eps_low, 0.0),

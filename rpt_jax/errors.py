@@ -1,4 +1,4 @@
-"""What is raised for bad user input, always before the first compile.
+"""What is raised for bad user input, before the first compile wherever it can be known by then.
 
 A message has three parts: what was received, what is required, what to change.
 """
@@ -14,3 +14,7 @@ class DataError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A run directory or checkpoint that cannot be continued from."""
+
+
+class RewardError(RuntimeError):
+    """A judge that raised, hung or returned no finite number; names the sample."""

@@ -83,7 +83,7 @@ def write_report(directory: Path) -> Path:
     pictures = {
         "learning": _plot_learning(results),
         "scaling": _plot_scaling(results),
-        "training": _plot_training(steps),
+        "training": plot_training(steps),
         "thought_length": _plot_thoughts(results, steps),
     }
     if any("/" in split for split in results["after"]):
@@ -102,7 +102,8 @@ def headline_split(results: dict) -> str:
     return families[0] if families else "hard" if "hard" in results["after"] else "all"
 
 
-def _series(curve: list[dict], split: str, metric: str):
+def series(curve: list[dict], split: str, metric: str):
+    """(values, standard errors) of a metric over the evaluations that have it."""
     figures = [c[split][metric] for c in curve if split in c and metric in c[split]]
     return np.array([f["value"] for f in figures]), np.array([f["standard_error"] for f in figures])
 
@@ -124,7 +125,7 @@ def _plot_learning(results: dict):
             ("greedy_prefix", "--s", "thinking, greedy"),
             ("direct_prefix", ":", "direct"),
         ):
-            value, error = _series(results["curve"], split, metric)
+            value, error = series(results["curve"], split, metric)
             axis.errorbar(results["steps"][: len(value)], value, 2 * error, fmt=style, capsize=2, label=label, ms=4)
         if results["control"]:
             value = results["control"][split]["direct_prefix"]["value"]
@@ -150,7 +151,7 @@ def _plot_scaling(results: dict):
     names = [s for s in names if s == headline or results["after"].get(s) != results["after"][headline]]
     for number, split in enumerate(s for s in names if "A" in results["scaling"].get(s, {})):
         C = np.array([f for f, _ in points])
-        P, error = _series([c for _, c in points], split, "sampled_prefix")
+        P, error = series([c for _, c in points], split, "sampled_prefix")
         fit = fit_power_law(C, P)
         grid = np.geomspace(C.min(), C.max() * 1.5, 100)
         color = f"C{number}"
@@ -172,7 +173,8 @@ def _plot_scaling(results: dict):
     return figure
 
 
-def _plot_training(steps: list[dict]):
+def plot_training(steps: list[dict]):
+    """Rewards, failures and optimisation of the training rollouts, by step."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
     x = [r["step"] for r in steps]
     for axis, names in zip(
@@ -199,7 +201,7 @@ def _plot_thoughts(results: dict, steps: list[dict]):
     axis.plot([r["step"] for r in steps], [r["completion_tokens"] for r in steps], lw=1, label="training rollouts")
     for split in dict.fromkeys([headline_split(results), "settled"]):
         if split in results["after"]:
-            value, _ = _series(results["curve"], split, "sampled_thought_tokens")
+            value, _ = series(results["curve"], split, "sampled_thought_tokens")
             axis.plot(results["steps"], value, "o-", ms=4, label=f"held out, {split}")
     axis.set_xlabel("RPT step")
     axis.set_ylabel("tokens per completion")
@@ -289,7 +291,8 @@ def _verdict(results: dict) -> str:
     return text
 
 
-def _examples(directory: Path, count: int = 4) -> str:
+def completion_examples(directory: Path, count: int = 4) -> str:
+    """HTML of won and lost rollouts of the last logged batch."""
     files = sorted((directory / "completions").glob("*.parquet"))
     if not files:
         return "<p>No completions were written.</p>"
@@ -331,7 +334,7 @@ def _scaling_text(results: dict) -> str:
     return f"<ul>{''.join(items)}</ul><p>Three constants and few points: R² is weak evidence.</p>"
 
 
-_STYLE = """
+PAGE_STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #1b1f24 }
 img { max-width: 100% }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
@@ -364,7 +367,7 @@ def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
     labels = [s for s in results["after"] if s not in _EXPLAIN]
     if labels:
         explained += f"<dt>{', '.join(labels)}</dt><dd>positions that the corpus itself labels</dd>"
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>RPT run</title><style>{_STYLE}</style>
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>RPT run</title><style>{PAGE_STYLE}</style>
 <h1>Reinforcement pre-training: what this run did</h1>
 <p class="lead">{_verdict(results)}</p>
 <h2>What was trained</h2>
@@ -386,7 +389,7 @@ Everything below is measured on {corpus["held-out"]["documents"]:,} documents th
 It is judged by direct prediction, which is what that training improves.</p>
 <h2>Compute and accuracy</h2>{picture("scaling")}{_scaling_text(results)}
 <h2>How training went</h2>{picture("training")}{picture("thought_length")}
-<h2>Thoughts from the last logged batch</h2>{_examples(directory)}
+<h2>Thoughts from the last logged batch</h2>{completion_examples(directory)}
 <h2>The run</h2><p>seed {config["run"]["seed"]} · {html.escape(results["versions"]["devices"])} · code
 {html.escape(results["versions"]["commit"][:12])}</p>
 <details><summary>configuration</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre></details></html>

@@ -19,8 +19,10 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that
 import transformers
 
 from rpt_jax.errors import DataError
+from rpt_jax.tokenizer_formats import byte_level_alphabet, is_tiktoken, read_sentencepiece, read_tiktoken
 
 THINK_OPEN, THINK_CLOSE, BOX_OPEN = "<think>", "</think>", "\\boxed{"
+_PROBE = "It's 3.14  {x}\n\tna\u00efve \u6570\u5b66 \U0001f600"
 _FALLBACK_BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 
 
@@ -45,35 +47,53 @@ class Tokenizer:
         if add_bos is None:
             add_bos = backend.bos_token_id in backend("", add_special_tokens=True)["input_ids"]
         self.vocab_size = len(backend)
-        unknown = getattr(backend.backend_tokenizer.model, "unk_token", None)
-        self.unk_id = None if unknown is None else backend.backend_tokenizer.token_to_id(unknown)
+        model = self._description["model"]
+        unknown = model.get("unk_token")
+        self.unk_id = model.get("unk_id") if unknown is None else backend.backend_tokenizer.token_to_id(unknown)
         self.eos_id = int(backend.eos_token_id)
         self.bos_id = int(backend.bos_token_id) if add_bos and backend.bos_token_id is not None else None
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, no special tokens added."""
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        """Ids of `text`, no special tokens added.
+
+        Args:
+            specials: read special tokens that `text` spells as such, as templates need. False: they are ordinary text,
+                so that no document loses bytes or gains a control token.
+        """
+        self._read_specials(specials)
         return self._backend.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_continuation(self, text: str) -> list[int]:
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of many texts at once."""
+        self._read_specials(False)
+        return [e.ids for e in self._backend.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _read_specials(self, specials: bool) -> None:
+        self._backend.backend_tokenizer.encode_special_tokens = not specials
+
+    @cached_property
+    def adds_space(self) -> bool:
+        """SentencePiece puts a space before a first word."""
+        return self._join(self.encode("a")).startswith(b" ")
+
+    def encode_continuation(self, text: str, *, specials: bool = False) -> list[int]:
         """Ids of `text` where it follows other text: without the space that SentencePiece puts before a first word."""
-        ids, wanted = self.encode(text), text.encode()
-        if len(b"".join(self.token_bytes(i) for i in ids)) == len(wanted):
+        ids = self.encode(text, specials=specials)
+        if not self.adds_space or self._join(ids) == text.encode():
             return ids
-        # Encode behind a newline, then drop the tokens that spell it and the space before it.
-        behind = self.encode("\n" + text)
-        surplus = sum(len(self.token_bytes(i)) for i in behind) - len(wanted)
-        for count, token_id in enumerate(behind):
-            if surplus == 0:
+        # Encode behind a newline, then drop the tokens that spell the space and the newline.
+        behind = self.encode("\n" + text, specials=specials)
+        for count in range(1, len(behind)):
+            if self._join(behind[:count]) == b" \n":
                 return behind[count:]
-            surplus -= len(self.token_bytes(token_id))
         return ids
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self._backend.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+    def _join(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.token_bytes(i) for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`: their bytes as UTF-8, special tokens left out, invalid bytes as U+FFFD."""
-        return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", errors="replace")
+        return self._join(int(i) for i in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that `token_id` stands for in running text; b"" for special tokens.
@@ -106,28 +126,74 @@ class Tokenizer:
         Raises:
             DataError: the tokenizer has no chat template, or it does not keep the message intact.
         """
-        if not self._backend.chat_template:
-            raise DataError(
-                f"tokenizer {self._where} has no chat template, which data.chat=True needs. "
-                "Set --data.no-chat or use a chat model's tokenizer."
-            )
         message = "\u27e6message\u27e7"
-        text = self._backend.apply_chat_template(
-            [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
-        )
+        text = self._render([("user", message)])
         if text.count(message) != 1:
             raise DataError(
                 f"the chat template of tokenizer {self._where} repeats or drops the user message ({text!r}); "
                 "it must show it once. Set --data.no-chat."
             )
         before, after = text.split(message)
-        # The template's own BOS would stand twice: the trunk puts it first.
-        if self.bos_id is not None:
-            before = before.removeprefix(self._backend.bos_token)
         return before, after
+
+    def chat_prompt(self, messages: list[tuple[str, str]]) -> str:
+        """The rendered conversation up to the end of its last message; what follows is `chat_parts()[1]`.
+
+        Raises:
+            DataError: as `chat_parts`, or the template's end depends on the conversation.
+        """
+        text, after = self._render(messages), self.chat_parts()[1]
+        if not text.endswith(after):
+            raise DataError(
+                f"the chat template of tokenizer {self._where} ends {messages[-1]!r:.80} with {text[-40:]!r}, other "
+                f"prompts with {after!r}; all must end alike. Set --data.no-chat."
+            )
+        return text.removesuffix(after)
+
+    def _render(self, messages: list[tuple[str, str]]) -> str:
+        if not self._backend.chat_template:
+            raise DataError(
+                f"tokenizer {self._where} has no chat template, which data.chat=True needs. "
+                "Set --data.no-chat or use a chat model's tokenizer."
+            )
+        try:
+            text = self._backend.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except Exception as error:  # a template raises whatever Jinja or the template itself raises
+            raise DataError(
+                f"the chat template of tokenizer {self._where} fails on roles {[r for r, _ in messages]} ({error}). "
+                "Set --data.no-chat, or use other messages."
+            ) from error
+        # The template's own BOS would stand twice: the trunk puts it first.
+        return text if self.bos_id is None else text.removeprefix(self._backend.bos_token)
+
+    def check_bytes(self) -> None:
+        """Spell a probe text and compare the tokens' bytes with it, after the tokenizer's own normalisation.
+
+        Raises:
+            DataError: they differ, as with WordPiece, which keeps no spaces.
+        """
+        ids = self.encode(_PROBE)
+        if self.unk_id is not None and self.unk_id in ids:
+            return  # a vocabulary without byte fallback; documents that it cannot spell are refused one by one
+        normalizer = self._backend.backend_tokenizer.normalizer
+        expected = _PROBE if normalizer is None else normalizer.normalize_str(_PROBE).replace("\u2581", " ")
+        spelled = self._join(ids)
+        if spelled.removeprefix(b" ") != expected.encode().removeprefix(b" "):
+            raise DataError(
+                f"tokenizer {self._where} spells {_PROBE!r} with tokens of bytes {spelled!r}; the bytes of tokens must "
+                "join to the text. Byte-level BPE, SentencePiece and tiktoken vocabularies do; use one of these."
+            )
 
     def save(self, directory: str | Path) -> None:
         self._backend.save_pretrained(str(directory))
+
+    @cached_property
+    def _description(self) -> dict:
+        return json.loads(self._backend.backend_tokenizer.to_str())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -141,7 +207,7 @@ class Tokenizer:
     def _bytes(self) -> list[bytes]:
         entries = self._backend.convert_ids_to_tokens(list(range(self.vocab_size)))
         added = self._backend.added_tokens_decoder
-        spell = _speller(json.loads(self._backend.backend_tokenizer.to_str()))
+        spell = _speller(self._description)
         table = []
         for token_id, entry in enumerate(entries):
             if token_id in added:
@@ -161,14 +227,7 @@ def _speller(description: dict):
     return lambda entry: entry.encode()
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, inverted. Source: openai/gpt-2 src/encoder.py bytes_to_unicode."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_LEVEL = _byte_level_alphabet()
+_BYTE_LEVEL = byte_level_alphabet()
 
 
 def _spell_byte_level(entry: str) -> bytes:
@@ -181,54 +240,74 @@ def _spell_sentencepiece(entry: str) -> bytes:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer directory: tokenizer.json, a SentencePiece tokenizer.model, or vocab.json + merges.txt.
+    """Read a tokenizer directory.
 
-    Nothing in the directory is executed.
+    In this order: tokenizer.json, tokenizer.model (SentencePiece or tiktoken), a .tiktoken file, vocab.json with
+    merges.txt. Nothing in the directory is executed.
 
     Raises:
-        DataError: the directory is missing, holds none of these, or does not parse.
+        DataError: the directory is missing, holds none of these, does not parse, or spells text in a way whose bytes
+            cannot be told exactly.
     """
     directory = Path(path)
-    has = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
+    has = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        if "tokenizer.json" in has and "tokenizer_config.json" in has:
-            backend = transformers.AutoTokenizer.from_pretrained(
-                str(directory), trust_remote_code=False, local_files_only=True
-            )
-            return Tokenizer(backend, where=str(directory))
-        if "tokenizer.json" in has:
-            return Tokenizer(_fast(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))), where=str(path))
-        if "tokenizer.model" in has:
-            backend = transformers.LlamaTokenizer.from_pretrained(str(directory), local_files_only=True)
-            return Tokenizer(backend, where=str(directory), add_bos=True)
-        if {"vocab.json", "merges.txt"} <= has:
-            backend = tokenizers.ByteLevelBPETokenizer.from_file(
-                str(directory / "vocab.json"), str(directory / "merges.txt")
-            )
-            return Tokenizer(_fast(tokenizers.Tokenizer.from_str(backend.to_str())), where=str(path))
+        tokenizer = _read(directory, has)
     except DataError:
         raise
     except Exception as error:  # the libraries raise anything from OSError to a bare Exception on a damaged file
         raise DataError(f"tokenizer {directory} does not load ({error}); replace the damaged file.") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    raise DataError(
-        f"no tokenizer in {directory} (found {sorted(has)[:8]}); it must hold tokenizer.json, tokenizer.model or "
-        "vocab.json with merges.txt. Check data.tokenizer."
-    )
+    if tokenizer is None:
+        raise DataError(
+            f"no tokenizer in {directory} (found {has[:8]}); it must hold tokenizer.json, tokenizer.model, a .tiktoken "
+            "file, or vocab.json with merges.txt. Check data.tokenizer."
+        )
+    tokenizer.check_bytes()
+    return tokenizer
+
+
+def _read(directory: Path, has: list[str]) -> Tokenizer | None:
+    where = str(directory)
+    if "tokenizer.json" in has and "tokenizer_config.json" in has:
+        backend = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=True)
+        return Tokenizer(backend, where=where)
+    if "tokenizer.json" in has:
+        return Tokenizer(_fast(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))), where=where)
+    tiktoken = [directory / name for name in has if name.endswith(".tiktoken")]
+    if "tokenizer.model" in has:
+        if not is_tiktoken(directory / "tokenizer.model"):
+            backend, special = read_sentencepiece(directory / "tokenizer.model")
+            return Tokenizer(_fast(backend, special), where=where, add_bos="bos_token" in special)
+        tiktoken.insert(0, directory / "tokenizer.model")
+    if tiktoken:
+        return Tokenizer(_fast(read_tiktoken(tiktoken[0])), where=where)
+    if {"vocab.json", "merges.txt"} <= set(has):
+        backend = tokenizers.ByteLevelBPETokenizer.from_file(
+            str(directory / "vocab.json"), str(directory / "merges.txt")
+        )
+        return Tokenizer(_fast(tokenizers.Tokenizer.from_str(backend.to_str())), where=where)
+    return None
 
 
 _EOS_CANDIDATES = ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>")
 
 
-def _fast(backend: tokenizers.Tokenizer) -> transformers.PreTrainedTokenizerFast:
-    """Wrap a bare tokenizer; its end token is the first conventional one in its vocabulary."""
-    eos = next((t for t in _EOS_CANDIDATES if backend.token_to_id(t) is not None), None)
-    if eos is not None:
-        backend.add_special_tokens([eos])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)
+def _fast(backend: tokenizers.Tokenizer, special: dict[str, str] | None = None) -> transformers.PreTrainedTokenizerFast:
+    """Wrap a bare tokenizer; unless `special` says so, its end token is the first conventional one it has."""
+    special = dict(special or {})
+    if "eos_token" not in special:
+        control = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+        present = [t for t in _EOS_CANDIDATES if backend.token_to_id(t) is not None]
+        # A large vocabulary may spell </s> as ordinary text.
+        eos = next((t for t in present if t in control), present[0] if present else None)
+        special["eos_token"] = eos
+        if eos is not None:
+            backend.add_special_tokens([eos])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def train_byte_level(texts: Iterable[str], vocab_size: int) -> Tokenizer:

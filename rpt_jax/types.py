@@ -34,7 +34,7 @@ class TaskBatch:
     boundary_mask: Any  # bool [U, M, Y], True at j iff j + 1 bytes end at a token boundary; padding False
     target_tokens: Any  # i32 [U, M], the corpus's own next token
     row_ids: Any  # i32 [U, M, G], unique per rollout; keys the sampling noise
-    position_ids: Any  # i32 [U, M], index into the position table; -1 for padding
+    position_ids: Any  # i32 [U, M], index into the source's tasks; -1 for padding
 
 
 @record
@@ -58,6 +58,7 @@ class Experience:
     rollouts: Rollouts
     rewards: Any  # f32 [U, M, G]
     predictions: Any  # rewards.answer.Predictions, leading dimensions [U, R]
+    faults: Any  # bool [U, M, G], rewards that could not be had and are 0
     group_mask: Any  # bool [U, M], groups that take part in the update
 
 
@@ -69,6 +70,7 @@ class Sequences:
     cuts: Any  # i32 [U, R], trunk tokens that branch r sees; its positions run on from there
     branch_tokens: Any  # i32 [U, R, T], tail (E, right-aligned) then completion (C)
     branch_mask: Any  # bool [U, R, T]
+    trunk_segments: Any = None  # i32 [U, L], numbers of the sequences packed into a trunk; None: it is one. Then R is 0
 
 
 @record

@@ -1,6 +1,7 @@
 """Documents, prompts, positions and batches: every index by hand or by a slow definition."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -11,16 +12,24 @@ import pytest
 from rpt_jax.config import DataConfig, PositionsConfig
 from rpt_jax.data.documents import (
     Document,
-    Text,
     check_lengths,
-    fingerprint,
-    read_texts,
+    read_store,
     split_heldout,
-    tokenize,
+    view_fingerprint,
+    write_store,
 )
 from rpt_jax.data.pipeline import TrainIterator, make_source
-from rpt_jax.data.positions import PositionTable, direct_statistics, score_documents, select_positions, window_start
-from rpt_jax.data.prompts import Template, candidate_mask, continuation, make_template
+from rpt_jax.data.positions import (
+    PositionTable,
+    Proxy,
+    Windows,
+    direct_statistics,
+    score_documents,
+    select_positions,
+    window_start,
+)
+from rpt_jax.data.prompts import Template, candidate_mask, continuation, make_template, token_facts
+from rpt_jax.data.readers import Text, read_texts
 from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.models import decoder
 from rpt_jax.tokenizer import train_byte_level
@@ -39,11 +48,11 @@ def test_reads_txt_jsonl_parquet_and_globs(tmp_path):
     )
     pyarrow.parquet.write_table(pyarrow.table({"text": ["p", "q"]}), tmp_path / "c.parquet")
     assert [t.text for t in read_texts(str(tmp_path / "a.txt"), text_template="{text}")] == ["one\ntwo"]
-    rows = read_texts(str(tmp_path / "b.jsonl"), text_template="{q}\n\n{a}")
+    rows = list(read_texts(str(tmp_path / "b.jsonl"), text_template="{q}\n\n{a}"))
     assert [t.text for t in rows] == ["x\u2028y\n\n1", "z\n\n2"]
-    escaped = read_texts(str(tmp_path / "b.jsonl"), text_template="{q}\\n{a}")
+    escaped = list(read_texts(str(tmp_path / "b.jsonl"), text_template="{q}\\n{a}"))
     assert escaped[1].text == "z\n2"
-    assert rows[1].labels == ((1, "n"),) and rows[1].id == "b.jsonl:2"
+    assert rows[1].labels == ((1, "n"),) and rows[1].id == "b.jsonl:3"
     assert [t.text for t in read_texts(str(tmp_path / "*.parquet"), text_template="{text}")] == ["p", "q"]
 
 
@@ -71,26 +80,33 @@ def test_bad_corpora_are_refused_with_file_and_line(tmp_path, name):
     if data is not None:
         write(path, data)
     with pytest.raises(DataError, match=message):
-        read_texts(str(path), text_template="{text}")
+        list(read_texts(str(path), text_template="{text}"))
 
 
-def test_labels_move_to_token_indices(letters):
-    (document,) = tokenize([Text(id="d", text="ab cd", labels=((3, "x"),))], letters)
-    assert document.labels == ((3, "x"),)
+def store(texts, tokenizer, directory):
+    write_store([(0, t) for t in texts], tokenizer, directory)
+    return read_store(directory)
+
+
+def test_labels_move_to_token_indices(letters, tmp_path):
+    (document,) = store([Text(id="d", text="ab cd", labels=((3, "x"),))], letters, tmp_path / "a")
+    assert document.labels == ((3, "x"),) and document.id == "d" and letters.decode(document.tokens) == "ab cd"
     with pytest.raises(DataError, match="outside the tokenizer's vocabulary"):
-        tokenize([Text(id="d", text="ab 数 cd")], letters)
+        store([Text(id="d", text="ab 数 cd")], letters, tmp_path / "b")
     with pytest.raises(DataError, match="not the start of a token"):
-        tokenize([Text(id="d", text="\\boxed{}", labels=((2, "x"),))], letters)
+        store([Text(id="d", text="\\boxed{}", labels=((2, "x"),))], letters, tmp_path / "c")
 
 
-def test_heldout_split_takes_the_end():
-    texts = [Text(id=str(i), text="t") for i in range(10)]
-    train, heldout = split_heldout(texts, 0.2)
+def test_heldout_split_takes_the_end(tmp_path):
+    tokenizer = train_byte_level(["one line"], 300)
+    texts = store([Text(id=str(i), text="t") for i in range(10)], tokenizer, tmp_path / "a")
+    train, heldout = split_heldout(texts, 0.2, tokenizer)
     assert [t.id for t in heldout] == ["8", "9"] and len(train) == 8
-    train, heldout = split_heldout([Text(id="f", text="1\n2\n3\n4\n")], 0.25)
-    assert train[0].text + heldout[0].text == "1\n2\n3\n4\n" and heldout[0].text == "4\n"
+    whole = "1\n2\n3\n4\n"
+    (train,), (heldout,) = split_heldout(store([Text(id="f", text=whole)], tokenizer, tmp_path / "b"), 0.25, tokenizer)
+    assert tokenizer.decode(train.tokens) == "1\n2\n3\n" and tokenizer.decode(heldout.tokens) == "4\n"
     with pytest.raises(DataError, match="too few to hold out"):
-        split_heldout([Text(id="f", text="one line")], 0.1)
+        split_heldout(store([Text(id="f", text="one line")], tokenizer, tmp_path / "c"), 0.1, tokenizer)
 
 
 def test_short_documents_are_counted_and_refused_when_nothing_is_left():
@@ -103,7 +119,7 @@ def test_short_documents_are_counted_and_refused_when_nothing_is_left():
 def test_fingerprint_sees_every_token():
     a = [Document(id="a", tokens=np.array([1, 2], np.int32))]
     b = [Document(id="a", tokens=np.array([1, 3], np.int32))]
-    assert fingerprint(a) != fingerprint(b) and fingerprint(a) == fingerprint(list(a))
+    assert view_fingerprint(a) != view_fingerprint(b) and view_fingerprint(a) == view_fingerprint(list(a))
 
 
 PIECES = [b"", b" the", b" cat", b"\xc3", b"\xa9", b"s", b"\xf0\x9f", b"\x98\x80"]
@@ -131,7 +147,7 @@ def test_candidates_by_definition():
         # Valid UTF-8: pairs are kept in order.
         tokens = [t for unit in rng.integers(0, 5, 12) for t in ([1], [2], [3, 4], [6, 7], [0])[unit]]
         document = Document(id="d", tokens=np.array(tokens))
-        got = candidate_mask(document, PIECES, min_context_tokens=2, num_tokens=1)
+        got = candidate_mask(document.tokens, token_facts(PIECES), min_context_tokens=2, num_tokens=1)
         for i in range(len(tokens)):
             before = b"".join(PIECES[t] for t in tokens[:i])
             expected = i >= 2 and whole(before) and len(PIECES[tokens[i]]) > 0 and whole(before + PIECES[tokens[i]])
@@ -184,7 +200,7 @@ def table_of(rows):
     n = len(rows)
     return PositionTable(
         document=np.array(document), index=np.array(index), entropy=np.array(entropy, np.float32),
-        direct_token=np.zeros(n, int), direct_logprob=np.zeros(n),
+        direct_token=np.zeros(n, int), direct_logprob=np.zeros(n), num_bytes=np.full(n, 5),
     )  # fmt: skip
 
 
@@ -202,7 +218,8 @@ def small_source(**options):
 def test_tasks_by_hand():
     source = small_source()
     # Window of 5 document tokens behind the header; position 9 needs a window that starts at 6 (9 - 5 = 4 -> 6).
-    assert source.group(range(4), 2) == [[0, 1], [2], [3]]
+    assert list(source.group(range(4), 2)) == [[0, 1], [2], [3]]
+    assert list(source.group(range(4), 1)) == [[0], [1], [2], [3]]
     batch = source.make([[0, 1], [2], []], prompts_per_trunk=2, group_size=3)
     np.testing.assert_array_equal(batch.trunk_tokens[0], [7, 5, 1, 2, 5, 1])
     np.testing.assert_array_equal(batch.trunk_tokens[1], [7, 5, 1, 2, 5, 0])
@@ -266,11 +283,9 @@ def test_positions_of_long_documents_are_scored_in_their_own_window(tiny_config,
     rng = np.random.default_rng(1)
     pieces = [b"a"] * tiny_config.vocab_size
     documents = [Document(id="d", tokens=rng.integers(0, tiny_config.vocab_size, n).astype(np.int32)) for n in (30, 5)]
-    settings = PositionsConfig(min_context_tokens=4)
-    table = score_documents(
-        tiny_config, tiny_params, mesh, documents, pieces, bos_id=2, window=12, stride=6, batch_trunks=3,
-        settings=settings, continuation_tokens=2,
-    )  # fmt: skip
+    proxy = Proxy(config=tiny_config, params=tiny_params, mesh=mesh, bos_id=2, batch_trunks=3, renormalize=False)
+    windows = Windows(window=12, stride=6, continuation_tokens=2, min_context_tokens=4)
+    table = score_documents(documents, token_facts(pieces), proxy, windows)
     assert len(table) == 26 + 1
     for document, index in ((0, 4), (0, 12), (0, 13), (0, 29), (1, 4)):
         row = np.flatnonzero((table.document == document) & (table.index == index))[0]
@@ -279,17 +294,15 @@ def test_positions_of_long_documents_are_scored_in_their_own_window(tiny_config,
         law = np.asarray(jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, context)))[0, -1]
         np.testing.assert_allclose(table.direct_logprob[row], law[documents[document].tokens[index]], atol=1e-4)
     with pytest.raises(DataError, match="none of the 1 documents"):
-        score_documents(
-            tiny_config, tiny_params, mesh, documents[1:], pieces, bos_id=None, window=12, stride=6, batch_trunks=3,
-            settings=PositionsConfig(min_context_tokens=5), continuation_tokens=2,
-        )  # fmt: skip
+        score_documents(documents[1:], token_facts(pieces), proxy, replace(windows, min_context_tokens=5))
 
 
 def test_selection():
     table = table_of([(d, i, 0.1 * i) for d in range(3) for i in range(20)])
 
     def select(**options):
-        return select_positions(table, PositionsConfig(entropy_threshold=1.45, **options), stride=10, seed=0)
+        settings = PositionsConfig(**options)
+        return select_positions(table, settings, threshold=1.45, stride=10, seed=0)
 
     kept = select(max_positions_per_window=3)
     # Tokens 15 to 19 of each document pass, all in its second window of ten: three of them are kept.
@@ -299,5 +312,4 @@ def test_selection():
     assert len(mixed) == 12 and set(kept) < set(mixed) and len(set(mixed)) == 12
     assert len(select(selector="random", max_positions_per_window=99)) == 60
     assert len(select(selector="random", max_positions_per_window=4)) == 3 * 2 * 4
-    with pytest.raises(DataError, match="highest: 1.900"):
-        select_positions(table, PositionsConfig(entropy_threshold=2.0), stride=10, seed=0)
+    assert len(select(selector="pass_rate_band", max_positions_per_window=4)) == 3 * 2 * 4

@@ -10,9 +10,9 @@ import pytest
 from rpt_jax.config import Config, DataConfig, DecoderConfig, EvalConfig, PositionsConfig, RewardConfig, RolloutConfig
 from rpt_jax.data.documents import Document
 from rpt_jax.data.pipeline import make_source
-from rpt_jax.data.positions import PositionTable, score_documents
-from rpt_jax.data.prompts import make_template
-from rpt_jax.evals.next_token import Evaluator, _append_target, _majority, _mean_with_error, difficulty_splits
+from rpt_jax.data.positions import PositionTable, Proxy, Windows, score_documents
+from rpt_jax.data.prompts import make_template, token_facts
+from rpt_jax.evals.next_token import Evaluator, _append_target, _majority, mean_with_error, difficulty_splits
 from rpt_jax.models import decoder
 from rpt_jax.rewards.reward import make_reward
 
@@ -22,7 +22,7 @@ def test_splits_are_nested_uniform_samples_with_labels():
     n = 400
     table = PositionTable(
         document=np.zeros(n, int), index=np.arange(n), entropy=rng.uniform(0, 3, n).astype(np.float32),
-        direct_token=np.zeros(n, int), direct_logprob=np.zeros(n),
+        direct_token=np.zeros(n, int), direct_logprob=np.zeros(n), num_bytes=np.ones(n, int),
     )  # fmt: skip
     labels = tuple((i, f"known/{i % 2}") for i in range(0, 40))
     document = Document(id="d", tokens=np.zeros(n, int), labels=labels)
@@ -49,7 +49,7 @@ def test_majority_by_hand():
 
 def test_mean_and_error_by_hand():
     # Deviation of (0, 0, 1, 1) with n - 1 is sqrt(1/3); over sqrt(4).
-    got = _mean_with_error(np.array([0.0, 0.0, 1.0, 1.0]))
+    got = mean_with_error(np.array([0.0, 0.0, 1.0, 1.0]))
     assert got["value"] == 0.5 and got["n"] == 4 and np.isclose(got["standard_error"], np.sqrt(1 / 3) / 2)
 
 
@@ -83,10 +83,9 @@ def evaluation(letters, mesh):
     words = letters.encode("abcdefgh .")
     documents = [Document(id=str(n), tokens=rng.choice(words, n).astype(np.int32)) for n in (30, 17)]
     token_bytes = [letters.token_bytes(i) for i in range(letters.vocab_size)]
-    table = score_documents(
-        config.model, params, mesh, documents, token_bytes, bos_id=None, window=24, stride=12, batch_trunks=4,
-        settings=config.positions, continuation_tokens=4,
-    )  # fmt: skip
+    proxy = Proxy(config=config.model, params=params, mesh=mesh, bos_id=None, batch_trunks=4, renormalize=False)
+    windows = Windows(window=24, stride=12, continuation_tokens=4, min_context_tokens=4)
+    table = score_documents(documents, token_facts(token_bytes), proxy, windows)
     template = make_template(letters, config.data)
     source = make_source(documents, table, template, token_bytes, trunk_length=24, stride=12, continuation_tokens=4)
     ids = np.arange(len(table))

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lower layers first; a module imports from its own layer or lower ones.
 LAYERS = [
     ["rpt_jax", "rpt_jax.config", "rpt_jax.types", "rpt_jax.errors"],
-    ["rpt_jax.tokenizer", "rpt_jax.parallel"],
+    ["rpt_jax.tokenizer", "rpt_jax.tokenizer_formats", "rpt_jax.parallel"],
     ["rpt_jax.models"],
     ["rpt_jax.data", "rpt_jax.rewards", "rpt_jax.rl.advantages", "rpt_jax.rl.losses", "rpt_jax.rl.scoring"],
     ["rpt_jax.rollout", "rpt_jax.rl.update"],
@@ -18,6 +18,7 @@ LAYERS = [
     ["rpt_jax.train"],
     ["rpt_jax.scaling"],
     ["rpt_jax.report"],
+    ["rpt_jax.question_report"],
     ["experiments"],
 ]
 

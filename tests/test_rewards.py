@@ -303,7 +303,7 @@ def judged(letters, texts, truth, config, requested=None):
     rollouts = Rollouts(
         tokens=tokens, mask=mask, sampler_logprobs=None, truncated=np.zeros((1, G), bool), num_rejected=None
     )
-    rewards, predictions = make_reward(config, letters).fn(rollouts, tasks, requested or {})
+    rewards, predictions, _ = make_reward(config, letters).fn(rollouts, tasks, requested or {})
     return np.asarray(rewards)[0, 0], predictions
 
 

@@ -129,7 +129,12 @@ def experience(tiny_config, tiny_params):
     rewards = jnp.asarray(np.random.default_rng(0).integers(0, 2, (4, 2, 4)), jnp.float32)
     rewards = rewards.at[0, 0].set(1.0)  # a degenerate group
     return Experience(
-        tasks=tasks, rollouts=rollouts, rewards=rewards, predictions=None, group_mask=jnp.asarray(tasks.position_mask)
+        tasks=tasks,
+        rollouts=rollouts,
+        rewards=rewards,
+        predictions=None,
+        faults=None,
+        group_mask=jnp.asarray(tasks.position_mask),
     )
 
 
@@ -179,6 +184,7 @@ def test_stop_token_is_in_the_loss(tiny_config, tiny_params):
         rollouts=rollouts,
         rewards=jnp.asarray([[[1.0, 0.0]]]),
         predictions=None,
+        faults=None,
         group_mask=jnp.ones((1, 1), bool),
     )
     batch = policy_batch(experience, loss=LOSS, header_length=0)
@@ -367,6 +373,7 @@ def test_dynamic_sampling_keeps_informative_trunks():
             rollouts=None,
             rewards=jnp.asarray(rounds[number]),
             predictions=None,
+            faults=None,
             group_mask=jnp.ones((2, 2), bool),
         )
 

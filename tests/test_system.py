@@ -21,7 +21,7 @@ from rpt_jax.data.documents import Document
 from rpt_jax.errors import CheckpointError, DataError
 from rpt_jax.report import collect_results
 from rpt_jax.train import stages
-from rpt_jax.train.supervised import document_sequences, make_batch, read_sequences
+from rpt_jax.train.supervised import document_examples, make_batch, read_examples
 
 DIGITS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
@@ -166,10 +166,10 @@ def run_hashes(prepared, state):
 def rpt_only(config, stop_at_step=None):
     prepared = stages.prepare(config)
     params = stages.warm_start(prepared)
-    source, selected, heldout = stages.choose_positions(prepared, params)
-    evaluations = stages.Evaluations(prepared=prepared, source=heldout)
-    state, _ = stages.run_rpt(prepared, params, source, selected, evaluations, stop_at_step=stop_at_step)
-    return prepared, state
+    tasks = stages.choose_tasks(prepared, params)
+    evaluations = stages.Evaluations(prepared=prepared, source=tasks.heldout)
+    stages.run_rl(prepared, params, tasks, evaluations, stop_at_step=stop_at_step)
+    return prepared, stages.newest_state(prepared)[0]
 
 
 @pytest.mark.parametrize("dynamic_from", [-1, 1])
@@ -214,7 +214,7 @@ def test_warm_start_lines_that_do_not_fit_are_named(corpus, tmp_path):
     ):
         path.write_text(line)
         with pytest.raises(DataError, match=message):
-            read_sequences(str(path), tokenizer, template, config)
+            read_examples(str(path), tokenizer, template, config)
 
 
 def test_supervised_batches_by_hand(corpus, tmp_path):
@@ -223,7 +223,7 @@ def test_supervised_batches_by_hand(corpus, tmp_path):
     template = stages.make_template(tokenizer, config.data)
     path = tmp_path / "warm.jsonl"
     path.write_text('{"text": " Ana 1", "completion": " 2"}\n{"text": " Ben 3 4", "text_weight": 0.5}\n')
-    batch = make_batch(read_sequences(str(path), tokenizer, template, config), config, template.tail)
+    batch = make_batch(read_examples(str(path), tokenizer, template, config), config, template.tail)
     # Weights: context 0.2 on one predicted token, the completion's digit and stop token 1 each, plain 0.5 on two.
     total = 0.2 * 1 + 2 * 1 + 0.5 * 2
     np.testing.assert_allclose(
@@ -238,7 +238,7 @@ def test_supervised_batches_by_hand(corpus, tmp_path):
 @pytest.mark.parametrize("length", [2, 10, 19, 20, 21, 23])
 def test_long_documents_become_windows_that_predict_every_token_once(length):
     tokens = np.arange(2, 2 + length, dtype=np.int32)
-    sequences = document_sequences([Document(id="d", tokens=tokens)], synthetic.make_tokenizer(), 10)
+    sequences = document_examples([Document(id="d", tokens=tokens)], synthetic.make_tokenizer(), 10)
     assert [t for s in sequences for t in s.trunk[s.first :]] == tokens[1:].tolist()
     assert all(len(s.trunk) <= 10 for s in sequences)
 

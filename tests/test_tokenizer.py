@@ -26,8 +26,8 @@ TEXTS = [
 def test_token_bytes_join_to_the_normalised_text(real_tokenizer, text):
     joined = b"".join(real_tokenizer.token_bytes(i) for i in real_tokenizer.encode(text))
     normaliser = real_tokenizer._backend.backend_tokenizer.normalizer
-    expected = text if normaliser is None else normaliser.normalize_str(text)
-    if joined.startswith(b" ") and not text.startswith(" "):
+    expected = text if normaliser is None else normaliser.normalize_str(text).replace("\u2581", " ")
+    if joined.startswith(b" ") and not expected.startswith(" "):
         expected = " " + expected  # SentencePiece puts a space before the first word; it is part of the first token
     assert joined == expected.encode()
     assert real_tokenizer.decode(real_tokenizer.encode(text)) == expected

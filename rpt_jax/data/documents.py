@@ -1,29 +1,27 @@
-"""Files to tokenised documents. Every way a corpus can be unusable is found here, with file and line."""
+"""Tokenised documents on disk: written once as a stream, then read as memory-mapped slices.
 
-import glob
+A corpus is never in memory as a whole. A store is a directory: tokens.i32 (all documents' tokens, one after the other),
+documents.parquet (id, length, corpus, labels) and meta.json, written last.
+"""
+
 import hashlib
 import json
-import string
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 
+from rpt_jax.data.readers import Corpus, Text, file_stamps, read_texts
 from rpt_jax.errors import DataError
 from rpt_jax.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """One document before tokenisation."""
-
-    id: str
-    """File name and record number: stable across runs."""
-    text: str
-    labels: tuple[tuple[int, str], ...] = ()
-    """(byte offset of a position, name): positions that evaluation reports by name."""
+_VERSION = 1
+# Characters that are encoded together: the tokenizer's own records of a batch take a hundred times its size.
+_BATCH_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,118 +31,157 @@ class Document:
     """i32 [length], the corpus's own tokens, no special tokens."""
     labels: tuple[tuple[int, str], ...] = ()
     """(token index of a position, name)."""
+    corpus: int = 0
+    """Which part of a mixture it is from."""
 
 
-def read_texts(path: str, *, text_template: str) -> list[Text]:
-    """Read .txt (one document a file), .jsonl or .parquet (one a record) files.
+class Documents(Sequence[Document]):
+    """Documents of a store, or some of them; each is read when it is asked for."""
+
+    def __init__(self, tokens: np.ndarray, table: pyarrow.Table, fingerprint: str, numbers: np.ndarray | None = None):
+        self._tokens, self._table, self.fingerprint = tokens, table, fingerprint
+        lengths = table["length"].to_numpy()
+        self._ends = np.cumsum(lengths)
+        self.numbers = np.arange(len(lengths)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Document:
+        number = int(self.numbers[index])
+        row = {name: self._table[name][number].as_py() for name in ("id", "length", "corpus", "labels")}
+        end = int(self._ends[number])
+        return Document(
+            id=row["id"],
+            tokens=self._tokens[end - row["length"] : end],
+            labels=tuple((label["index"], label["name"]) for label in row["labels"]),
+            corpus=row["corpus"],
+        )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """i64 [number of documents], tokens."""
+        return self._table["length"].to_numpy()[self.numbers]
+
+    @property
+    def corpora(self) -> np.ndarray:
+        """i32 [number of documents], part of the mixture."""
+        return self._table["corpus"].to_numpy()[self.numbers]
+
+    def take(self, numbers: np.ndarray) -> "Documents":
+        """A view of some of these documents, in the given order."""
+        return Documents(self._tokens, self._table, self.fingerprint, self.numbers[numbers])
+
+
+def open_documents(corpora: list[Corpus], tokenizer: Tokenizer, cache: Path, progress=iter) -> Documents:
+    """The documents of a corpus or mixture: from the cache, or read, tokenised and put there.
 
     Args:
-        path: a file or a glob.
-        text_template: str.format template over a record's fields; backslash-n in it is a newline.
+        cache: directory of stores; the store's name follows from files (path, size, time), templates and tokenizer.
+        progress: wraps the iterable of texts.
     Raises:
-        DataError: no such file, unknown kind, empty, not UTF-8, not JSON, or a record without a needed field.
+        DataError: see `readers.read_texts`; text that the tokenizer cannot spell; a label inside a token.
     """
-    files = sorted(glob.glob(path, recursive=True)) if path else []
-    files = [f for f in files if Path(f).is_file()]
-    if not files:
-        raise DataError(
-            f"data path {path!r} matches no file; it must name a .txt, .jsonl or .parquet file or a glob of them. "
-            "Set --data.path."
+    stamps = [(c.text_template, file_stamps(c.path)) for c in corpora]
+    key = hashlib.sha256(repr((_VERSION, stamps, tokenizer.fingerprint)).encode()).hexdigest()[:16]
+    directory = cache / f"documents-{key}"
+    if not (directory / "meta.json").exists():
+        texts = (
+            (number, text)
+            for number, c in enumerate(corpora)
+            for text in read_texts(c.path, text_template=c.text_template)
         )
-    texts = []
-    for name in files:
-        for number, record in enumerate(_read_records(Path(name)), start=1):
-            text = _fill(text_template, record, name, number)
-            if text.strip():
-                labels = _read_labels(record.get("position_labels"), name, number)
-                texts.append(Text(id=f"{Path(name).name}:{number}", text=text, labels=labels))
-    if not texts:
-        raise DataError(f"data path {path!r} holds no text; at least one document must be non-empty. Check the file.")
-    return texts
+        write_store(progress(texts), tokenizer, directory)
+    return read_store(directory)
 
 
-def _read_records(path: Path) -> Iterator[dict]:
-    if path.suffix == ".txt":
-        yield {"text": decode_utf8(path.read_bytes(), path, 0)}
-    elif path.suffix == ".jsonl":
-        # On "\n" only: strings may hold Unicode line separators.
-        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-            if line.strip():
-                yield parse_json_line(decode_utf8(line, path, number), path, number)
-    elif path.suffix == ".parquet":
-        try:
-            yield from pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is not a readable parquet file ({error}); write it anew.") from error
-    else:
-        raise DataError(f"{path} ends in {path.suffix!r}; .txt, .jsonl and .parquet are read. Convert or rename it.")
+def write_store(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, directory: Path) -> None:
+    """Tokenise (part of the mixture, text) pairs into a store directory, in bounded memory."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    digest, columns = hashlib.sha256(), {"id": [], "length": [], "corpus": [], "labels": []}
+    is_open = False  # the last document goes on
+    with (partial / "tokens.i32").open("wb") as file:
+        for corpus, text, ids in _encode(texts, tokenizer):
+            if not is_open:
+                digest.update(text.id.encode() + b"\0")
+                for name, value in (("id", text.id), ("length", 0), ("corpus", corpus), ("labels", [])):
+                    columns[name].append(value)
+                columns["labels"][-1] = _token_labels(text, ids, tokenizer)
+            data = np.asarray(ids, "<i4").tobytes()
+            digest.update(data)
+            file.write(data)
+            columns["length"][-1] += len(ids)
+            is_open = text.is_continued
+    labels = pyarrow.list_(pyarrow.struct({"index": pyarrow.int64(), "name": pyarrow.string()}))
+    kinds = (pyarrow.string(), pyarrow.int64(), pyarrow.int32(), labels)
+    schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
+    pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), partial / "documents.parquet")
+    meta = {"version": _VERSION, "sha256": digest.hexdigest(), "tokens": sum(columns["length"])}
+    (partial / "meta.json").write_text(json.dumps(meta))
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
 
 
-def decode_utf8(data: bytes, path: Path, line: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"{path} line {line}" if line else str(path)
-        raise DataError(
-            f"{where}: byte {data[error.start]:#04x} at offset {error.start} is not UTF-8; text must be UTF-8. "
-            "Convert the file (iconv -t utf-8)."
-        ) from error
-
-
-def parse_json_line(line: str, path: Path, number: int) -> dict:
-    """One jsonl record; raises DataError with file and line where it is not a JSON object."""
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path} line {number} is not JSON ({error}); each line must be one object.") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{path} line {number} is a {type(record).__name__}; each line must be one JSON object.")
-    return record
-
-
-def _read_labels(value, path: str, number: int) -> tuple[tuple[int, str], ...]:
-    try:
-        return tuple((int(offset), str(label)) for offset, label in value or ())
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{path} record {number}: position_labels is {value!r}; it must be a list of [byte offset, name] pairs. "
-            "Correct or remove it."
-        ) from error
-
-
-def _fill(template: str, record: dict, path: str, number: int) -> str:
-    used = [field for _, field, _, _ in string.Formatter().parse(template) if field]
-    nulls = [field for field in used if field in record and record[field] is None]
-    if nulls:
-        raise DataError(f"{path} record {number}: {nulls} is null; data.text_template needs text in it. Fill it.")
-    try:
-        return template.replace("\\n", "\n").format(**record)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise DataError(
-            f"{path} record {number} has fields {sorted(record)}; data.text_template={template!r} needs {error}. "
-            "Set --data.text-template to the fields that are there."
-        ) from error
-
-
-def tokenize(texts: list[Text], tokenizer: Tokenizer) -> list[Document]:
-    """Encode each document once, without special tokens, and move its labels to token indices.
+def read_store(directory: Path) -> Documents:
+    """Open a store.
 
     Raises:
-        DataError: a text holds what the tokenizer cannot spell, or a label's byte offset is not the start of a token.
+        DataError: it is damaged.
     """
-    documents = []
-    for text, ids in zip(texts, tokenizer.encode_batch([t.text for t in texts]), strict=True):
-        if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
-            raise DataError(
-                f"document {text.id} holds {ids.count(tokenizer.unk_id)} piece(s) outside the tokenizer's vocabulary; "
-                "their bytes would be lost. Use a tokenizer with byte fallback, or none at all to have one trained."
-            )
-        labels = _token_labels(text, ids, tokenizer) if text.labels else ()
-        documents.append(Document(id=text.id, tokens=np.asarray(ids, np.int32), labels=labels))
-    return documents
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+        table = pyarrow.parquet.read_table(directory / "documents.parquet")
+        path, size = directory / "tokens.i32", int(meta["tokens"])
+        if path.stat().st_size != 4 * size:
+            raise ValueError(f"tokens.i32 has {path.stat().st_size} bytes for {size} tokens")
+        tokens = np.memmap(path, "<i4", "r", shape=(size,)) if size else np.zeros(0, np.int32)
+        return Documents(tokens, table, str(meta["sha256"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"tokenised documents in {directory} are damaged ({error}); delete that directory to have them made anew."
+        ) from error
 
 
-def _token_labels(text: Text, ids: list[int], tokenizer: Tokenizer) -> tuple[tuple[int, str], ...]:
+def _encode(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer) -> Iterator[tuple[int, Text, list[int]]]:
+    """Texts with their ids, encoded many at a time."""
+    held: list[tuple[int, Text]] = []
+    size, follows = 0, False
+
+    def flush():
+        for (corpus, text), ids in zip(held, tokenizer.encode_batch([t.text for _, t in held]), strict=True):
+            yield corpus, text, _checked(text, ids, tokenizer)
+        held.clear()
+
+    for corpus, text in texts:
+        if follows and tokenizer.adds_space:
+            # A later piece of a document must not get a first word's space.
+            yield from flush()
+            yield corpus, text, _checked(text, tokenizer.encode_continuation(text.text), tokenizer)
+            size = 0
+        else:
+            held.append((corpus, text))
+            size += len(text.text)
+        follows = text.is_continued
+        if size >= _BATCH_CHARACTERS:
+            yield from flush()
+            size = 0
+    yield from flush()
+
+
+def _checked(text: Text, ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
+        raise DataError(
+            f"document {text.id} holds {ids.count(tokenizer.unk_id)} piece(s) outside the tokenizer's vocabulary; "
+            "their bytes would be lost. Use a tokenizer with byte fallback, or none at all to have one trained."
+        )
+    return ids
+
+
+def _token_labels(text: Text, ids: list[int], tokenizer: Tokenizer) -> list[dict]:
+    if not text.labels:
+        return []
     starts, offset = {}, 0
     for index, token_id in enumerate(ids):
         starts.setdefault(offset, index)
@@ -155,42 +192,76 @@ def _token_labels(text: Text, ids: list[int], tokenizer: Tokenizer) -> tuple[tup
                 f"document {text.id}: label {name!r} at byte {byte_offset} is not the start of a token; "
                 "labels must lie on token boundaries. Correct the offset."
             )
-    return tuple((starts[byte_offset], name) for byte_offset, name in text.labels)
+    return [{"index": starts[byte_offset], "name": name} for byte_offset, name in text.labels]
 
 
-def split_heldout(texts: list[Text], fraction: float) -> tuple[list[Text], list[Text]]:
-    """The last `fraction` of the documents, or of the only document's lines, is held out."""
-    if len(texts) == 1:
-        (only,) = texts
-        lines = only.text.splitlines(keepends=True)
-        cut = max(1, round(len(lines) * (1 - fraction)))
-        parts = ["".join(lines[:cut]), "".join(lines[cut:])]
-        train, heldout = (Text(id=f"{only.id}{tag}", text=p) for tag, p in zip(("[train]", "[heldout]"), parts))
-        if not heldout.text.strip():
-            raise DataError(
-                f"document {only.id} has {len(lines)} line(s), too few to hold out {fraction:.0%} of them. "
-                "Set --data.heldout-path, or give more documents."
-            )
-        return [train], [heldout]
-    cut = min(len(texts) - 1, max(1, round(len(texts) * (1 - fraction))))
-    return texts[:cut], texts[cut:]
+def split_heldout(
+    documents: Documents, fraction: float, tokenizer: Tokenizer
+) -> tuple[Sequence[Document], Sequence[Document]]:
+    """The last `fraction` of each corpus's documents, or of the only document's lines, is held out.
+
+    Raises:
+        DataError: a single document without a line break to cut at.
+    """
+    if len(documents) == 1:
+        return _split_lines(documents[0], fraction, tokenizer)
+    train, heldout = [], []
+    for corpus in np.unique(documents.corpora):
+        numbers = np.flatnonzero(documents.corpora == corpus)
+        cut = min(len(numbers) - 1, max(1, round(len(numbers) * (1 - fraction))))
+        train.append(numbers[:cut])
+        heldout.append(numbers[cut:])
+    return documents.take(np.concatenate(train)), documents.take(np.concatenate(heldout))
 
 
-def fingerprint(documents: list[Document]) -> str:
-    """sha256 over ids and tokens: what positions, tasks and resuming depend on."""
+def _split_lines(only: Document, fraction: float, tokenizer: Tokenizer) -> tuple[list[Document], list[Document]]:
+    """Cut behind the token that ends a line nearest to the wanted place."""
+    ends_line = np.array([tokenizer.token_bytes(i).endswith(b"\n") for i in range(tokenizer.vocab_size)])
+    cuts = np.flatnonzero(ends_line[only.tokens[:-1]]) + 1
+    if not len(cuts):
+        raise DataError(
+            f"document {only.id} is one line, too few to hold out {fraction:.0%} of them. "
+            "Set --data.heldout-path, or give more documents."
+        )
+    cut = int(cuts[np.argmin(abs(cuts - (1 - fraction) * len(only.tokens)))])
+    parts = (("[train]", only.tokens[:cut]), ("[heldout]", only.tokens[cut:]))
+    train, heldout = ([Document(id=only.id + tag, tokens=tokens)] for tag, tokens in parts)
+    return train, heldout
+
+
+def first(documents: Sequence[Document], number: int) -> Sequence[Document]:
+    """The first `number` documents, or all where there are fewer."""
+    return (
+        documents.take(np.arange(min(number, len(documents))))
+        if isinstance(documents, Documents)
+        else documents[:number]
+    )
+
+
+def lengths_of(documents: Sequence[Document]) -> np.ndarray:
+    """i64 [number of documents], tokens."""
+    return documents.lengths if isinstance(documents, Documents) else np.array([len(d.tokens) for d in documents])
+
+
+def view_fingerprint(documents: Sequence[Document]) -> str:
+    """sha256 of exactly these documents: of a store's view, which ones they are; of others, their ids and tokens."""
     digest = hashlib.sha256()
+    if isinstance(documents, Documents):
+        digest.update(documents.fingerprint.encode() + documents.numbers.astype("<i8").tobytes())
+        return digest.hexdigest()
     for document in documents:
-        digest.update(document.id.encode() + b"\0" + document.tokens.astype("<i4").tobytes())
+        digest.update(document.id.encode() + b"\0" + np.asarray(document.tokens, "<i4").tobytes())
     return digest.hexdigest()
 
 
-def check_lengths(documents: list[Document], min_context_tokens: int, where: str) -> int:
+def check_lengths(documents: Sequence[Document], min_context_tokens: int, where: str) -> int:
     """Number of documents without any position (too short); raises DataError when that is all of them."""
-    too_short = sum(len(d.tokens) <= min_context_tokens for d in documents)
+    lengths = lengths_of(documents)
+    too_short = int((lengths <= min_context_tokens).sum())
     if too_short == len(documents):
         raise DataError(
             f"all {too_short} {where} documents have at most positions.min_context_tokens={min_context_tokens} "
-            f"tokens (longest: {max(len(d.tokens) for d in documents)}); a document needs more than that to have a "
+            f"tokens (longest: {lengths.max(initial=0)}); a document needs more than that to have a "
             "position. Give longer documents or lower --positions.min-context-tokens."
         )
     return too_short

@@ -1,12 +1,13 @@
-"""Positions to batches of tasks: trunks with up to M cuts, shuffled, resumable anywhere.
+"""Positions to batches of tasks: trunks with up to M cuts, shuffled, sharded by process, resumable anywhere.
 
-The cursor is global (trunks handed out so far). Row ids come from the position table, so sampling noise does not depend
-on where a row lies.
+The cursor is global (trunks looked at so far), so a run goes on with another number of processes. Row ids come from
+the position table, so sampling noise does not depend on where a row lies.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -15,7 +16,36 @@ import numpy as np
 from rpt_jax.data.documents import Document
 from rpt_jax.data.positions import PositionTable, window_start
 from rpt_jax.data.prompts import Template, continuation
+from rpt_jax.errors import DataError
 from rpt_jax.types import TaskBatch
+
+
+@dataclass(frozen=True)
+class Trunks(Sequence):
+    """Lists of task ids that share a trunk, as two arrays."""
+
+    ids: np.ndarray
+    """i64 [tasks], trunk by trunk."""
+    ends: np.ndarray
+    """i64 [trunks], cumulative number of tasks."""
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> list[int]:
+        return self.ids[(self.ends[number - 1] if number else 0) : self.ends[number]].tolist()
+
+
+class Source(Protocol):
+    """Where tasks come from: positions of documents, or questions."""
+
+    def group(self, task_ids, prompts_per_trunk: int) -> Trunks: ...
+
+    def make(self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int) -> TaskBatch: ...
+
+    def columns(self, task_id: int) -> dict[str, Any]:
+        """What a host reward may know of a task."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +60,7 @@ class TaskSource:
         num_bytes: Y, the widest continuation of the table, rounded up to a multiple of 8.
     """
 
-    documents: list[Document]
+    documents: Sequence[Document]
     table: PositionTable
     template: Template
     token_bytes: list[bytes]
@@ -43,36 +73,23 @@ class TaskSource:
     def window(self) -> int:
         return self.trunk_length - len(self.template.header)
 
-    def group(self, position_ids, prompts_per_trunk: int) -> list[list[int]]:
+    def group(self, task_ids, prompts_per_trunk: int) -> Trunks:
         """Positions that share a window, at most `prompts_per_trunk` of them: the trunks of an epoch."""
-        by_window: dict[tuple[int, int], list[int]] = {}
-        for i in position_ids:
-            start = window_start(int(self.table.index[i]), window=self.window, stride=self.stride)
-            by_window.setdefault((int(self.table.document[i]), start), []).append(int(i))
-        M = prompts_per_trunk
-        return [ids[first : first + M] for ids in by_window.values() for first in range(0, len(ids), M)]
+        ids = np.sort(np.asarray(task_ids, np.int64))
+        starts = window_start(self.table.index[ids], window=self.window, stride=self.stride)
+        documents = self.table.document[ids]
+        is_new = np.append(True, (np.diff(documents) != 0) | (np.diff(starts) != 0))[: len(ids)]
+        # A window with more than M positions becomes several trunks.
+        first = np.maximum.accumulate(np.where(is_new, np.arange(len(ids)), 0))
+        is_first = (np.arange(len(ids)) - first) % prompts_per_trunk == 0
+        return Trunks(ids, np.append(np.flatnonzero(is_first)[1:], len(ids)))
 
     def make(self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int) -> TaskBatch:
         """TaskBatch of numpy arrays from lists of position ids; an empty list is a padded trunk."""
-        U, M, G, E = len(trunks), prompts_per_trunk, group_size, len(self.template.tail)
-        header, occurrence = self.template.header, np.zeros(U, np.int32)
-        batch = dict(
-            trunk_tokens=np.zeros((U, self.trunk_length), np.int32),
-            trunk_lengths=np.ones((U,), np.int32),
-            cuts=np.ones((U, M), np.int32),
-            position_mask=np.zeros((U, M), bool),
-            tail_tokens=np.broadcast_to(self.template.tail, (U, M, E)).copy(),
-            tail_lengths=np.full((U, M), E, np.int32),
-            continuation_bytes=np.zeros((U, M, self.num_bytes), np.uint8),
-            boundary_mask=np.zeros((U, M, self.num_bytes), bool),
-            target_tokens=np.zeros((U, M), np.int32),
-            position_ids=np.full((U, M), -1, np.int32),
-        )
-        occurrences = Counter()
+        U, M, G = len(trunks), prompts_per_trunk, group_size
+        header = self.template.header
+        batch = empty_tasks(U, M, self.trunk_length, self.template.tail, self.num_bytes)
         for u, ids in enumerate(trunks):
-            # A trunk that stands in the batch again (at the seam of two epochs) gets noise of its own.
-            occurrence[u] = occurrences[tuple(ids)]
-            occurrences[tuple(ids)] += 1
             for m, i in enumerate(ids):
                 document, index = self.documents[self.table.document[i]], int(self.table.index[i])
                 start = window_start(index, window=self.window, stride=self.stride)
@@ -87,16 +104,46 @@ class TaskSource:
                 batch["boundary_mask"][u, m, np.asarray(ends) - 1] = True
                 batch["target_tokens"][u, m] = document.tokens[index]
                 batch["position_ids"][u, m] = i
-        numbers = batch["position_ids"] + occurrence[:, None] * len(self.table)
-        return TaskBatch(**batch, row_ids=numbers[..., None] * G + np.arange(G, dtype=np.int32))
+        return TaskBatch(**batch, row_ids=row_ids(trunks, batch["position_ids"], len(self.table), G))
+
+    def columns(self, task_id: int) -> dict[str, Any]:
+        """document, index, continuation (bytes), boundaries (byte lengths at which tokens end)."""
+        document, index = self.documents[self.table.document[task_id]], int(self.table.index[task_id])
+        text, ends = continuation(document, index, self.token_bytes, self.continuation_tokens)
+        return {"document": document.id, "index": index, "continuation": text, "boundaries": ends}
 
 
-def make_source(documents, table, template, token_bytes, *, trunk_length, stride, continuation_tokens) -> TaskSource:
+def empty_tasks(num_trunks: int, num_prompts: int, trunk_length: int, tail, num_bytes: int) -> dict[str, np.ndarray]:
+    """Fields of a TaskBatch, row ids aside, in which everything is padding."""
+    U, M, E = num_trunks, num_prompts, len(tail)
+    return dict(
+        trunk_tokens=np.zeros((U, trunk_length), np.int32),
+        trunk_lengths=np.ones((U,), np.int32),
+        cuts=np.ones((U, M), np.int32),
+        position_mask=np.zeros((U, M), bool),
+        tail_tokens=np.broadcast_to(np.asarray(tail, np.int32), (U, M, E)).copy(),
+        tail_lengths=np.full((U, M), E, np.int32),
+        continuation_bytes=np.zeros((U, M, num_bytes), np.uint8),
+        boundary_mask=np.zeros((U, M, num_bytes), bool),
+        target_tokens=np.zeros((U, M), np.int32),
+        position_ids=np.full((U, M), -1, np.int32),
+    )
+
+
+def row_ids(trunks: list[list[int]], position_ids: np.ndarray, num_tasks: int, group_size: int) -> np.ndarray:
+    """i32 [U, M, G]. A trunk that stands in the batch again (at the seam of two epochs) gets noise of its own."""
+    occurrences, occurrence = Counter(), np.zeros(len(trunks), np.int32)
+    for u, ids in enumerate(trunks):
+        occurrence[u] = occurrences[tuple(ids)]
+        occurrences[tuple(ids)] += 1
+    numbers = position_ids + occurrence[:, None] * num_tasks
+    return numbers[..., None] * group_size + np.arange(group_size, dtype=np.int32)
+
+
+def make_source(
+    documents, table: PositionTable, template, token_bytes, *, trunk_length, stride, continuation_tokens
+) -> TaskSource:
     """A TaskSource whose byte width fits every position of the table."""
-    widths = [0]
-    lengths = [np.array([len(token_bytes[t]) for t in d.tokens]) for d in documents]
-    for number, index in zip(table.document, table.index, strict=True):
-        widths.append(int(lengths[number][index : index + continuation_tokens].sum()))
     return TaskSource(
         documents=documents,
         table=table,
@@ -105,32 +152,119 @@ def make_source(documents, table, template, token_bytes, *, trunk_length, stride
         trunk_length=trunk_length,
         stride=stride,
         continuation_tokens=continuation_tokens,
-        num_bytes=-(-max(widths) // 8) * 8,
+        num_bytes=-(-int(table.num_bytes.max(initial=1)) // 8) * 8,
     )
 
 
+class PassRates:
+    """Rewards seen so far, by task: what the selector pass_rate_band knows."""
+
+    def __init__(self, low: float, high: float):
+        self._low, self._high = low, high
+        self._seen: dict[int, tuple[float, int]] = {}
+
+    def add(self, tasks: TaskBatch, rewards_UMG: np.ndarray) -> None:
+        for i, rewards in zip(np.asarray(tasks.position_ids).ravel(), rewards_UMG.reshape(-1, rewards_UMG.shape[-1])):
+            if i >= 0:
+                total, count = self._seen.get(int(i), (0.0, 0))
+                self._seen[int(i)] = (total + float(rewards.sum()), count + len(rewards))
+
+    def accepts(self, ids: list[int]) -> bool:
+        """A trunk is worth another rollout if one of its tasks is unseen or has a pass rate inside the band."""
+        seen = [self._seen.get(i) for i in ids]
+        return any(s is None or self._low <= s[0] / s[1] <= self._high for s in seen)
+
+    def get_state(self) -> list:
+        return [[i, total, count] for i, (total, count) in self._seen.items()]
+
+    def set_state(self, state: list) -> None:
+        self._seen = {int(i): (float(total), int(count)) for i, total, count in state}
+
+
 class TrainIterator:
-    """Endless TaskBatches over the selected positions, reshuffled each epoch; its state is one global number."""
+    """Endless TaskBatches over the given tasks, reshuffled each epoch; its state is one global number.
+
+    Args:
+        num_trunks: of the global batch; each process makes its own share of it.
+        corpora: i64 [trunks], part of a mixture that each trunk is from; with `weights`, parts are drawn by weight,
+            each reshuffled in epochs of its own.
+        band: (low, high); trunks all of whose tasks have pass rates outside are passed over, and counted.
+        process_index, process_count: None: JAX's own.
+    """
 
     def __init__(
-        self, source: TaskSource, position_ids, *, num_trunks: int, prompts_per_trunk: int, group_size: int, seed: int
+        self,
+        source: Source,
+        task_ids,
+        *,
+        num_trunks: int,
+        prompts_per_trunk: int,
+        group_size: int,
+        seed: int,
+        corpora=None,
+        weights: Sequence[float] = (1.0,),
+        band: tuple[float, float] | None = None,
+        process_index: int | None = None,
+        process_count: int | None = None,
     ):
         self._make = lambda trunks: source.make(trunks, prompts_per_trunk=prompts_per_trunk, group_size=group_size)
-        self.trunks = source.group(position_ids, prompts_per_trunk)
-        order = grain.MapDataset.range(len(self.trunks)).seed(seed).shuffle().repeat()
-        shards = grain.sharding.ShardOptions(shard_index=jax.process_index(), shard_count=jax.process_count())
-        self._iterator = grain.experimental.ElasticIterator(
-            order, num_trunks, shards, read_options=grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        )
+        self.trunks = source.group(task_ids, prompts_per_trunk)
+        count = jax.process_count() if process_count is None else process_count
+        index = jax.process_index() if process_index is None else process_index
+        self._size, self._share = num_trunks, slice(index * num_trunks // count, (index + 1) * num_trunks // count)
+        self._order = _make_order(len(self.trunks), corpora, weights, seed)
+        self._rates = None if band is None else PassRates(*band)
+        self._next = 0
+        self.num_passed_over = 0
 
     def __iter__(self) -> Iterator[TaskBatch]:
         return self
 
     def __next__(self) -> TaskBatch:
-        return self._make([self.trunks[int(i)] for i in next(self._iterator)])
+        picked = []
+        refused = 0
+        while len(picked) < self._size:
+            ids = self.trunks[int(self._order[self._next])]
+            self._next += 1
+            if self._rates is None or self._rates.accepts(ids):
+                picked.append(ids)
+            else:
+                self.num_passed_over, refused = self.num_passed_over + 1, refused + 1
+            if refused > 2 * len(self.trunks):
+                raise DataError(
+                    f"all {len(self.trunks)} trunks have pass rates outside positions.pass_rate_band; nothing is left "
+                    "to learn from. Widen --positions.pass-rate-band, or give more text."
+                )
+        return self._make(picked[self._share])
+
+    def observe(self, tasks: TaskBatch, rewards_UMG) -> None:
+        """Tell what the tasks earned; waits for the rewards only where a band uses them."""
+        if self._rates is not None:
+            self._rates.add(tasks, np.asarray(rewards_UMG))
 
     def get_state(self) -> dict:
-        return self._iterator.get_state()
+        state = {"next": self._next, "passed_over": self.num_passed_over}
+        return state if self._rates is None else state | {"rates": self._rates.get_state()}
 
     def set_state(self, state: dict) -> None:
-        self._iterator.set_state(state)
+        self._next, self.num_passed_over = state["next"], state["passed_over"]
+        if self._rates is not None:
+            self._rates.set_state(state["rates"])
+
+
+def _make_order(num_trunks: int, corpora, weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """Endless trunk numbers, random access."""
+    if len(weights) == 1:
+        return grain.MapDataset.range(num_trunks).seed(seed).shuffle().repeat()
+    parts, shares = [], []
+    for corpus, weight in enumerate(weights):
+        (numbers,) = np.nonzero(np.asarray(corpora) == corpus)
+        if not len(numbers):
+            raise DataError(
+                f"part {corpus + 1} of data.mixture gives no task; each part must have some. Leave it out "
+                "or loosen the selection."
+            )
+        order = grain.MapDataset.range(len(numbers)).seed(seed + corpus).shuffle().repeat()
+        parts.append(order.map(lambda i, numbers=numbers: int(numbers[i])))
+        shares.append(weight)
+    return grain.MapDataset.mix(parts, shares)

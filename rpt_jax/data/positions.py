@@ -1,41 +1,57 @@
 """Which positions of a document are worth thinking about: the proxy model's entropy over its 16 likeliest tokens.
 
 The proxy sees BOS and document tokens only, no template. The same pass gives the direct prediction (argmax and the
-true token's log-probability) that evaluation reports beside thinking.
+true token's log-probability) that evaluation reports beside thinking. A corpus is scored in parts of a few million
+tokens, each a parquet file that is written once: a pass goes on where it was interrupted, and later runs with the same
+corpus, tokenizer and proxy only read.
 """
 
-from dataclasses import dataclass, replace
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 from jax.sharding import Mesh
 
 from rpt_jax.config import DecoderConfig, PositionsConfig
 from rpt_jax.data.documents import Document
-from rpt_jax.data.prompts import candidate_mask
+from rpt_jax.data.prompts import TokenFacts, candidate_mask
 from rpt_jax.errors import DataError
 from rpt_jax.models import decoder
 from rpt_jax.parallel.mesh import shard_batch
 
 NUM_TOP_TOKENS = 16
+_VERSION = 1
+_PART_TOKENS = 2**21
+# Selectors that need no entropy of the training documents.
+UNSCORED_SELECTORS = ("random", "pass_rate_band")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PositionTable:
-    """Positions as columns; row i is position id i.
+    """Positions as columns, ordered by document and index; row i is position id i.
 
     Attributes:
         document: i32 [P], index into the documents.
         index: i32 [P], token index to predict.
-        entropy: f32 [P], nats.
-        direct_token: i32 [P], the proxy's argmax.
+        num_bytes: i32 [P], of the continuation within the horizon.
+        entropy: f32 [P], nats; NaN where the proxy did not run, as in the next two.
+        direct_token: i32 [P], the proxy's argmax; -1 where it did not run.
         direct_logprob: f32 [P], the proxy's log-probability of the true token.
     """
 
     document: np.ndarray
     index: np.ndarray
+    num_bytes: np.ndarray
     entropy: np.ndarray
     direct_token: np.ndarray
     direct_logprob: np.ndarray
@@ -46,11 +62,16 @@ class PositionTable:
     def take(self, rows) -> "PositionTable":
         return replace(self, **{name: column[rows] for name, column in vars(self).items()})
 
+    @staticmethod
+    def concatenate(tables: list["PositionTable"]) -> "PositionTable":
+        names = [f.name for f in fields(PositionTable)]
+        return PositionTable(**{name: np.concatenate([getattr(t, name) for t in tables]) for name in names})
 
-def window_start(index: int, *, window: int, stride: int) -> int:
+
+def window_start(index, *, window: int, stride: int):
     """Start of the document window that gives position `index` most context: the smallest multiple of the stride
-    whose window of `window` tokens reaches up to the position."""
-    return max(0, -(-(index - window) // stride)) * stride
+    whose window of `window` tokens reaches up to the position. An int or an array."""
+    return np.maximum(0, -((window - index) // stride)) * stride
 
 
 @partial(jax.jit, static_argnames=("config", "renormalize"))
@@ -86,103 +107,248 @@ def direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize: 
     return tuple(jnp.pad(c.T, ((0, 0), (1, 0))) for c in columns)
 
 
-def score_documents(
-    config: DecoderConfig,
-    params,
-    mesh: Mesh,
-    documents: list[Document],
-    token_bytes: list[bytes],
-    *,
-    bos_id: int | None,
-    window: int,
-    stride: int,
-    batch_trunks: int,
-    settings: PositionsConfig,
-    continuation_tokens: int,
-    progress=iter,
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """How documents are cut for the policy and the proxy alike, in document tokens."""
+
+    window: int
+    stride: int
+    continuation_tokens: int
+    min_context_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proxy:
+    """A model that says how uncertain each position is."""
+
+    config: DecoderConfig
+    params: Any
+    mesh: Mesh
+    bos_id: int | None
+    batch_trunks: int
+    renormalize: bool
+
+
+def candidate_positions(documents: Sequence[Document], numbers, facts: TokenFacts, windows: Windows) -> PositionTable:
+    """All positions of the documents `numbers` that can be asked for and answered; no entropies yet."""
+    columns = {"document": [], "index": [], "num_bytes": []}
+    for number in numbers:
+        tokens = np.asarray(documents[number].tokens)
+        mask = candidate_mask(
+            tokens, facts, min_context_tokens=windows.min_context_tokens, num_tokens=windows.continuation_tokens
+        )
+        (index,) = np.nonzero(mask)
+        ends = np.append(0, np.cumsum(facts.lengths[tokens]))
+        last = np.minimum(index + windows.continuation_tokens, len(tokens))
+        columns["document"].append(np.full(len(index), number, np.int32))
+        columns["index"].append(index.astype(np.int32))
+        columns["num_bytes"].append((ends[last] - ends[index]).astype(np.int32))
+    columns = {name: np.concatenate([np.zeros(0, np.int32), *parts]) for name, parts in columns.items()}
+    unknown = np.full(len(columns["index"]), np.nan, np.float32)
+    return PositionTable(
+        **columns, entropy=unknown, direct_token=np.full(len(unknown), -1, np.int32), direct_logprob=unknown
+    )
+
+
+def add_scores(
+    table: PositionTable, documents: Sequence[Document], proxy: Proxy, windows: Windows, progress=iter
 ) -> PositionTable:
-    """Run the proxy over every window and list all candidate positions of all documents.
+    """Run the proxy over every window that holds a position of the table.
 
     Args:
-        window: document tokens per window; stride: tokens between window starts.
-        batch_trunks: windows per forward pass.
         progress: wraps the iterable of batches, to show where the pass is.
+    """
+    starts = window_start(table.index, window=windows.window, stride=windows.stride)
+    # Rows of one window are neighbours: the table is ordered and starts rise with the index.
+    is_new = np.append(True, (np.diff(starts) != 0) | (np.diff(table.document) != 0))
+    firsts = np.append(np.flatnonzero(is_new[: len(table)]), len(table))
+    bos = [] if proxy.bos_id is None else [proxy.bos_id]
+    length, U = len(bos) + windows.window + 1, proxy.batch_trunks
+    results = [np.zeros(len(table), kind) for kind in (np.float32, np.int32, np.float32)]
+    for first in progress(range(0, len(firsts) - 1, U)):
+        jobs = [(firsts[j], firsts[j + 1]) for j in range(first, min(first + U, len(firsts) - 1))]
+        tokens_UL = np.zeros((U, length), np.int32)
+        for u, (row, _) in enumerate(jobs):
+            start = starts[row]
+            piece = documents[table.document[row]].tokens[start : start + windows.window + 1]
+            tokens_UL[u, : len(bos)] = bos
+            tokens_UL[u, len(bos) : len(bos) + len(piece)] = piece
+        statistics = direct_statistics(
+            proxy.config, proxy.params, shard_batch(proxy.mesh, tokens_UL), renormalize=proxy.renormalize
+        )
+        rows = np.arange(jobs[0][0], jobs[-1][1])
+        u = np.repeat(np.arange(len(jobs)), [end - begin for begin, end in jobs])
+        columns = len(bos) + table.index[rows] - starts[rows]
+        for result, values in zip(results, statistics, strict=True):
+            result[rows] = np.asarray(values)[u, columns]
+    return replace(table, entropy=results[0], direct_token=results[1], direct_logprob=results[2])
+
+
+def score_documents(
+    documents: Sequence[Document], facts: TokenFacts, proxy: Proxy, windows: Windows, progress=iter
+) -> PositionTable:
+    """Candidate positions of all documents with their scores.
+
     Raises:
         DataError: no document has a candidate position.
     """
-    bos = [] if bos_id is None else [bos_id]
-    jobs = []  # (document, window start, [indices it answers for])
-    for number, document in enumerate(documents):
-        candidates = candidate_mask(
-            document, token_bytes, min_context_tokens=settings.min_context_tokens, num_tokens=continuation_tokens
-        )
-        by_start: dict[int, list[int]] = {}
-        for index in np.flatnonzero(candidates):
-            by_start.setdefault(window_start(int(index), window=window, stride=stride), []).append(int(index))
-        jobs += [(number, start, indices) for start, indices in by_start.items()]
-    if not jobs:
+    table = candidate_positions(documents, range(len(documents)), facts, windows)
+    _check_any(len(table), documents, windows)
+    return add_scores(table, documents, proxy, windows, progress)
+
+
+def _check_any(num_positions: int, documents, windows: Windows) -> None:
+    if not num_positions:
         raise DataError(
-            f"none of the {len(documents)} documents has a position with {settings.min_context_tokens} tokens before "
+            f"none of the {len(documents)} documents has a position with {windows.min_context_tokens} tokens before "
             "it and a target that can be written. Give longer documents or lower --positions.min-context-tokens."
         )
-    length = len(bos) + window + 1
-    rows = []
-    for first in progress(range(0, len(jobs), batch_trunks)):
-        batch = jobs[first : first + batch_trunks]
-        tokens_UL = np.zeros((batch_trunks, length), np.int32)
-        for row, (number, start, _) in enumerate(batch):
-            piece = [*bos, *documents[number].tokens[start : start + window + 1]]
-            tokens_UL[row, : len(piece)] = piece
-        statistics = direct_statistics(config, params, shard_batch(mesh, tokens_UL), renormalize=settings.renormalize)
-        entropy, argmax, logprob = (np.asarray(s) for s in statistics)
-        for row, (number, start, indices) in enumerate(batch):
-            columns = len(bos) + np.asarray(indices) - start
-            rows.append(
-                (
-                    np.full(len(indices), number),
-                    indices,
-                    entropy[row, columns],
-                    argmax[row, columns],
-                    logprob[row, columns],
-                )
-            )
-    kinds = (np.int32, np.int32, np.float32, np.int32, np.float32)
-    columns = (np.concatenate(c).astype(k) for c, k in zip(zip(*rows, strict=True), kinds, strict=True))
-    return PositionTable(**dict(zip(PositionTable.__annotations__, columns, strict=True)))
 
 
-def select_positions(table: PositionTable, settings: PositionsConfig, *, stride: int, seed: int) -> np.ndarray:
-    """Ids of the positions to train on. `stride`: document tokens that share a limit of positions.
+# --- A corpus in parts ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredCorpus:
+    """Positions of a corpus, part by part; with a proxy, scored once and kept on disk.
+
+    Attributes:
+        lengths: i64 [documents], tokens.
+        proxy: None leaves entropies unknown and writes nothing.
+        directory: where the parts are kept; its name must tell what they depend on (`parts_key`).
+        progress: (description, iterable) -> iterable, to show where a part is.
+    """
+
+    documents: Sequence[Document]
+    lengths: np.ndarray
+    facts: TokenFacts
+    windows: Windows
+    proxy: Proxy | None
+    directory: Path
+    progress: Any
+
+    @property
+    def num_parts(self) -> int:
+        return len(self._ranges())
+
+    def __iter__(self) -> Iterator[PositionTable]:
+        for number in range(self.num_parts):
+            yield self.part(number)
+
+    def part(self, number: int) -> PositionTable:
+        """One part, from disk or scored now.
+
+        Raises:
+            DataError: a damaged file.
+        """
+        path = self.directory / f"part-{number:05d}.parquet"
+        if path.exists():
+            return _read_part(path)
+        begin, end = self._ranges()[number]
+        table = candidate_positions(self.documents, range(begin, end), self.facts, self.windows)
+        if self.proxy is None:
+            return table
+        description = f"entropy, part {number + 1} of {self.num_parts}"
+        table = add_scores(table, self.documents, self.proxy, self.windows, partial(self.progress, description))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial_path = path.with_suffix(f".partial-{os.getpid()}")
+        pyarrow.parquet.write_table(pyarrow.table(vars(table)), partial_path, compression="zstd")
+        os.replace(partial_path, path)
+        return table
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        """Document ranges of about `_PART_TOKENS` tokens."""
+        number = (np.cumsum(self.lengths) - 1) // _PART_TOKENS
+        firsts = np.flatnonzero(np.append(True, np.diff(number) != 0)[: len(number)])
+        return list(zip(firsts.tolist(), [*firsts[1:].tolist(), len(number)], strict=True))
+
+
+def parts_key(corpus: str, tokenizer: str, proxy: str, windows: Windows, *, renormalize: bool) -> str:
+    """Name of the directory of scored parts: all that they depend on.
+
+    Args:
+        corpus, tokenizer, proxy: fingerprints.
+    """
+    what = json.dumps([_VERSION, corpus, tokenizer, proxy, vars(windows), renormalize, _PART_TOKENS], sort_keys=True)
+    return f"positions-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+
+
+def _read_part(path: Path) -> PositionTable:
+    try:
+        table = pyarrow.parquet.read_table(path)
+        return PositionTable(**{f.name: table[f.name].to_numpy() for f in fields(PositionTable)})
+    except (pyarrow.ArrowInvalid, OSError, KeyError) as error:
+        raise DataError(
+            f"scored positions {path} are damaged ({error}); delete the file to have it made anew."
+        ) from error
+
+
+# --- Selection ------------------------------------------------------------------------------------------------------
+
+
+def select_from_corpus(corpus: ScoredCorpus, settings: PositionsConfig, *, seed: int) -> PositionTable:
+    """The positions to train on, chosen part by part: only the selected ones are ever held.
 
     Raises:
-        DataError: the selector keeps nothing.
+        DataError: the corpus has no position, or the selector keeps nothing.
     """
-    rng = np.random.default_rng(seed)
-    if settings.selector == "random":
-        kept = np.arange(len(table))
-    else:
-        kept = np.flatnonzero(table.entropy > settings.entropy_threshold)
-    if not len(kept):
+    threshold = settings.entropy_threshold
+    if settings.selector == "entropy_top_fraction":
+        threshold = top_fraction_threshold(corpus, settings.top_fraction)
+    kept, num_candidates, highest = [], 0, -np.inf
+    for number, table in enumerate(corpus):
+        num_candidates += len(table)
+        if settings.selector not in UNSCORED_SELECTORS:
+            highest = max(highest, table.entropy.max(initial=-np.inf))
+        rows = select_positions(table, settings, threshold=threshold, stride=corpus.windows.stride, seed=(seed, number))
+        kept.append(table.take(rows))
+    _check_any(num_candidates, corpus.documents, corpus.windows)
+    selected = PositionTable.concatenate(kept)
+    if not len(selected):
         raise DataError(
-            f"no position has more than positions.entropy_threshold={settings.entropy_threshold} nats "
-            f"(highest: {table.entropy.max():.3f}). Lower --positions.entropy-threshold."
+            f"no position has more than positions.entropy_threshold={threshold} nats "
+            f"(highest: {highest:.3f}). Lower --positions.entropy-threshold."
         )
+    return selected
+
+
+def top_fraction_threshold(corpus: ScoredCorpus, fraction: float) -> float:
+    """Entropy such that exactly the `fraction` of all positions with the highest entropy lie at or above it.
+
+    Two passes over the parts: the first counts in bins, the second sorts the one bin that the threshold lies in.
+    """
+    edges = np.linspace(0.0, np.log(NUM_TOP_TOKENS) + 2.0, 4097)
+    counts = sum(np.histogram(t.entropy, np.append(edges, np.inf))[0] for t in corpus)
+    wanted = max(1, round(fraction * counts.sum()))
+    above = counts[::-1].cumsum()[::-1]  # positions at or above each edge
+    number = int(np.flatnonzero(above >= wanted)[-1])
+    low, high = edges[number], np.append(edges, np.inf)[number + 1]
+    inside = np.sort(np.concatenate([t.entropy[(t.entropy >= low) & (t.entropy < high)] for t in corpus]))[::-1]
+    rest = wanted - (int(above[number + 1]) if number + 1 < len(above) else 0)
+    # Just below the value, so that "above the threshold" keeps it.
+    return float(np.nextafter(inside[rest - 1], np.float32(-np.inf)))
+
+
+def select_positions(
+    table: PositionTable, settings: PositionsConfig, *, threshold: float, stride: int, seed
+) -> np.ndarray:
+    """Rows to train on, ascending. `stride`: document tokens that share a limit of positions."""
+    rng = np.random.default_rng(seed)
+    is_scored = settings.selector not in UNSCORED_SELECTORS
+    kept = np.flatnonzero(table.entropy > threshold) if is_scored else np.arange(len(table))
     kept = _cap_per_window(rng.permutation(kept), table, stride, settings.max_positions_per_window)
     share = settings.unfiltered_fraction
-    if share and settings.selector != "random":
+    if share and is_scored:
         others = np.setdiff1d(np.arange(len(table)), kept)
         count = min(len(others), round(len(kept) * share / (1 - share)))
         kept = np.concatenate([kept, rng.choice(others, count, replace=False)])
     return np.sort(kept)
 
 
-def _cap_per_window(ids, table: PositionTable, stride: int, limit: int):
-    """The first `limit` of the ids in each run of `stride` document tokens."""
-    seen: dict[tuple[int, int], int] = {}
-    kept = []
-    for i in ids:
-        window = int(table.document[i]), int(table.index[i]) // stride
-        seen[window] = seen.get(window, 0) + 1
-        if seen[window] <= limit:
-            kept.append(i)
-    return np.asarray(kept)
+def _cap_per_window(rows, table: PositionTable, stride: int, limit: int):
+    """The first `limit` of the rows in each run of `stride` document tokens."""
+    window = table.document[rows].astype(np.int64) << 32 | table.index[rows] // stride
+    order = np.argsort(window, kind="stable")
+    is_first = np.append(True, np.diff(window[order]) != 0)[: len(order)]
+    first = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
+    return rows[order[np.arange(len(order)) - first < limit]]

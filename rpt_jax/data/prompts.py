@@ -64,19 +64,12 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
     if config.chat:
         before, after = tokenizer.chat_parts()
         header, tail = before + header, tail + after
-    if THINK_OPEN not in tail:
-        tail += THINK_OPEN + ("" if config.template == "minimal" else "\n")
-    for mark in (THINK_OPEN, THINK_CLOSE + "\\boxed{}"):
-        spelled = tokenizer.decode(tokenizer.encode_continuation(mark))
-        if spelled != mark:
-            raise ConfigError(
-                f"the tokenizer spells {mark!r} as {spelled!r}; thinking and answers are read by these marks. "
-                "Use a tokenizer that can write them (add them as non-special tokens)."
-            )
+    tail = open_thought(tail, "" if config.template == "minimal" else "\n")
+    check_marks(tokenizer)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     template = Template(
-        header=np.asarray(bos + (tokenizer.encode(header) if header else []), np.int32),
-        tail=np.asarray(tokenizer.encode_continuation(tail), np.int32),
+        header=np.asarray(bos + (tokenizer.encode(header, specials=True) if header else []), np.int32),
+        tail=np.asarray(tokenizer.encode_continuation(tail, specials=True), np.int32),
     )
     if len(template.header) >= config.trunk_length:
         raise ConfigError(
@@ -92,6 +85,24 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
     return template
 
 
+def open_thought(tail: str, separator: str) -> str:
+    """The tail with an opened thought at its end: as the chat template left it, or `<think>` added."""
+    if tail.rstrip().endswith(THINK_OPEN):
+        return tail
+    return tail + THINK_OPEN + separator
+
+
+def check_marks(tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where the tokenizer cannot spell the marks that thoughts and answers are read by."""
+    for mark in (THINK_OPEN, THINK_CLOSE + "\\boxed{}"):
+        spelled = tokenizer.decode(tokenizer.encode_continuation(mark))
+        if spelled != mark:
+            raise ConfigError(
+                f"the tokenizer spells {mark!r} as {spelled!r}; thinking and answers are read by these marks. "
+                "Use a tokenizer that can write them (add them as non-special tokens)."
+            )
+
+
 def continuation(document: Document, index: int, token_bytes: list[bytes], num_tokens: int) -> tuple[bytes, list[int]]:
     """True bytes from token `index` on, at most `num_tokens` tokens, and their boundary lengths.
 
@@ -102,23 +113,41 @@ def continuation(document: Document, index: int, token_bytes: list[bytes], num_t
     return b"".join(pieces), sorted({int(end) for end in ends if end > 0})
 
 
-def candidate_mask(document: Document, token_bytes: list[bytes], *, min_context_tokens: int, num_tokens: int):
+@dataclass(frozen=True, kw_only=True)
+class TokenFacts:
+    """What the choice of positions needs to know of every token id."""
+
+    lengths: np.ndarray
+    """i64 [V], bytes."""
+    starts_inside: np.ndarray
+    """bool [V], the first byte continues a UTF-8 character."""
+
+
+def token_facts(token_bytes: list[bytes]) -> TokenFacts:
+    return TokenFacts(
+        lengths=np.array([len(b) for b in token_bytes]),
+        starts_inside=np.array([bool(b) and (b[0] & 0xC0) == 0x80 for b in token_bytes]),
+    )
+
+
+def candidate_mask(tokens: np.ndarray, facts: TokenFacts, *, min_context_tokens: int, num_tokens: int) -> np.ndarray:
     """bool [length]: positions that can be asked for and answered.
 
     Left out: too little context; a context that ends, or a target whose every boundary within `num_tokens` lies,
     inside a UTF-8 character; targets without bytes (special tokens).
     """
-    pieces = [token_bytes[t] for t in document.tokens]
-    lengths = np.array([len(p) for p in pieces])
-    text = np.frombuffer(b"".join(pieces), np.uint8)
-    ends = np.cumsum(lengths)
-    # A UTF-8 character starts at every byte that is not 10xxxxxx, and at the end of the text.
-    starts_character = np.append((text & 0xC0) != 0x80, True)
-    whole_at_end = starts_character[ends]
-    whole_at_start = np.append(True, whole_at_end[:-1]) if len(ends) else whole_at_end
-    length = len(pieces)
-    next_whole = np.full(length + 1, length + num_tokens)
-    for index in range(length - 1, -1, -1):
-        next_whole[index] = index if whole_at_end[index] else next_whole[index + 1]
-    reachable = next_whole[:length] - np.arange(length) < num_tokens
-    return (np.arange(length) >= min_context_tokens) & whole_at_start & (lengths > 0) & reachable
+    length, numbers = len(tokens), np.arange(len(tokens))
+    has_bytes = facts.lengths[tokens] > 0
+    # A boundary is whole where the next byte, if any, starts a character.
+    next_with_bytes = _next_true(has_bytes, default=length)
+    inside = np.append(facts.starts_inside[tokens], False)
+    is_whole = ~inside[next_with_bytes]
+    next_whole_end = _next_true(is_whole[1:], default=length + num_tokens)[:length]
+    reachable = next_whole_end - numbers < num_tokens
+    return (numbers >= min_context_tokens) & is_whole[:length] & has_bytes & reachable
+
+
+def _next_true(flags: np.ndarray, *, default: int) -> np.ndarray:
+    """i64 [length + 1]: index of the first True at or after each place."""
+    places = np.append(np.where(flags, np.arange(len(flags)), default), default)
+    return np.minimum.accumulate(places[::-1])[::-1]

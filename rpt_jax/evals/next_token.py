@@ -5,6 +5,7 @@ sample of its positions; every figure comes with its number of positions and sta
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -15,7 +16,8 @@ from jax.sharding import Mesh
 from rpt_jax.config import Config
 from rpt_jax.data.documents import Document
 from rpt_jax.data.pipeline import TaskSource
-from rpt_jax.data.positions import PositionTable, score_documents
+from rpt_jax.data.positions import PositionTable, Proxy, Windows, score_documents
+from rpt_jax.data.prompts import token_facts
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rewards.prefix import prefix_match_reward
 from rpt_jax.rewards.reward import Reward
@@ -24,9 +26,17 @@ from rpt_jax.rollout.engine import generate, rollout_key, to_sequences
 from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE, Tokenizer
 from rpt_jax.types import Rollouts, TaskBatch
 
+# Steps are below 2^31 - 1: evaluation noise is never a training step's.
+EVALUATION_STEP = 2**31 - 1
+
 
 def difficulty_splits(
-    table: PositionTable, documents: list[Document], thresholds: tuple[float, float, float], limit: int, *, seed: int
+    table: PositionTable,
+    documents: Sequence[Document],
+    thresholds: tuple[float, float, float],
+    limit: int,
+    *,
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """Name -> position ids, at most `limit` drawn uniformly from each split.
 
@@ -36,9 +46,10 @@ def difficulty_splits(
     """
     easy, medium, hard = (table.entropy > t for t in thresholds)
     masks = {"all": np.ones(len(table), bool), "settled": ~easy, "easy": easy, "medium": medium, "hard": hard}
-    rows = {(int(d), int(i)): row for row, (d, i) in enumerate(zip(table.document, table.index, strict=True))}
-    for number, document in enumerate(documents):
-        for index, label in document.labels:
+    labels = [(number, d.labels) for number, d in enumerate(documents) if d.labels]
+    rows = {(int(d), int(i)): row for row, (d, i) in enumerate(zip(table.document, table.index))} if labels else {}
+    for number, document_labels in labels:
+        for index, label in document_labels:
             row = rows.get((number, index))
             for name in {label, label.split("/")[0]} if row is not None else ():
                 masks.setdefault(name, np.zeros(len(table), bool))[row] = True
@@ -86,25 +97,28 @@ class Evaluator:
         results = {}
         for name, members in self.splits.items():
             rows = [row_of[int(i)] for i in members]
-            results[name] = {metric: _mean_with_error(values[rows]) for metric, values in columns.items()}
+            results[name] = {metric: mean_with_error(values[rows]) for metric, values in columns.items()}
         return results
 
     def _direct(self, params, ids) -> dict[str, np.ndarray]:
         source, settings = self.source, self.config
         needed = np.unique(source.table.document[ids])
-        table = score_documents(
-            settings.model,
-            params,
-            self.mesh,
-            [source.documents[d] for d in needed],
-            source.token_bytes,
+        proxy = Proxy(
+            config=settings.model,
+            params=params,
+            mesh=self.mesh,
             bos_id=self.tokenizer.bos_id,
+            batch_trunks=settings.eval.batch_trunks,
+            renormalize=settings.positions.renormalize,
+        )
+        windows = Windows(
             window=source.window,
             stride=source.stride,
-            batch_trunks=settings.eval.batch_trunks,
-            settings=settings.positions,
             continuation_tokens=source.continuation_tokens,
+            min_context_tokens=settings.positions.min_context_tokens,
         )
+        facts = token_facts(source.token_bytes)
+        table = score_documents([source.documents[d] for d in needed], facts, proxy, windows)
         rows = {(int(needed[d]), int(i)): r for r, (d, i) in enumerate(zip(table.document, table.index, strict=True))}
         take = [rows[int(source.table.document[i]), int(source.table.index[i])] for i in ids]
         targets = np.array([source.documents[source.table.document[i]].tokens[source.table.index[i]] for i in ids])
@@ -128,8 +142,7 @@ class Evaluator:
         trunks = self.source.group(ids, M)
         columns: dict[str, np.ndarray] = {}
         for first in range(0, len(trunks), U):
-            group = trunks[first : first + U]
-            group = group + [[]] * (U - len(group))
+            group = [trunks[i] if i < len(trunks) else [] for i in range(first, first + U)]
             parts = {}
             for style, group_size, temperature in (("sampled", k, settings.rollout.temperature), ("greedy", 1, 0.0)):
                 batch = self.source.make(group, prompts_per_trunk=M, group_size=group_size)
@@ -150,17 +163,13 @@ class Evaluator:
             settings.model,
             params,
             device_batch,
-            # Steps are below 2^31 - 1: evaluation noise is never a training step's.
-            rollout_key(settings.run.seed, 2**31 - 1),
-            max_completion_tokens=settings.rollout.max_completion_tokens,
-            temperature=temperature,
-            top_p=settings.rollout.top_p,
-            top_k=settings.rollout.top_k,
+            rollout_key(settings.run.seed, EVALUATION_STEP),
             eos_id=self.tokenizer.eos_id,
             vocab_size=self.tokenizer.vocab_size,
+            **settings.rollout.sampling | {"temperature": temperature},
         )
-        prefix, predictions = self.rewards["prefix"].fn(rollouts, device_batch, {})
-        first, _ = self.rewards["first_token"].fn(rollouts, device_batch, {})
+        prefix, predictions, _ = self.rewards["prefix"].fn(rollouts, device_batch, {})
+        first, _, _ = self.rewards["first_token"].fn(rollouts, device_batch, {})
         prefix, first = np.asarray(prefix), np.asarray(first)
         found, lengths = (np.asarray(a).reshape(U, M, G) for a in (predictions.found, predictions.lengths))
         figures = {
@@ -229,7 +238,7 @@ def _majority(texts, lengths, found, correct):
     return result
 
 
-def _mean_with_error(values: np.ndarray) -> dict:
+def mean_with_error(values: np.ndarray) -> dict:
     """Mean over positions and its standard error (sample deviation / sqrt n; 0 of a single position)."""
     n = len(values)
     error = values.std(ddof=1) / np.sqrt(n) if n > 1 else 0.0

@@ -11,9 +11,13 @@ import jax.numpy as jnp
 _MASKED = -1e30
 
 
-def causal_attention(q_ULHQ, k_ULKQ, v_ULKQ):
-    """Plain causal self-attention with grouped heads: [U, L, H, Q]. Right padding of trunks needs no mask."""
-    return jax.nn.dot_product_attention(q_ULHQ, k_ULKQ, v_ULKQ, is_causal=True)
+def causal_attention(q_ULHQ, k_ULKQ, v_ULKQ, segments_UL=None):
+    """Plain causal self-attention with grouped heads: [U, L, H, Q]. Right padding of trunks needs no mask.
+
+    segments_UL: i32, tokens see those of their own segment only; None: a row is one sequence.
+    """
+    mask = None if segments_UL is None else (segments_UL[:, :, None] == segments_UL[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(q_ULHQ, k_ULKQ, v_ULKQ, mask=mask, is_causal=True)
 
 
 def branch_attention(q_URTHQ, trunk_kv, cuts_UR, own_kv, own_mask_URTS):

@@ -121,10 +121,10 @@ class Block(nn.Module):
         y_TD = _rms_norm(x_TD, self.mlp_norm, self.config.norm_eps)
         return x_TD + self.linear("down", nn.silu(self.linear("gate", y_TD)) * self.linear("up", y_TD))
 
-    def __call__(self, streams, trunk_rope, branch_rope, cuts_UR, own_mask_URTS):
+    def __call__(self, streams, trunk_rope, segments_UL, branch_rope, cuts_UR, own_mask_URTS):
         trunk_ULD, branch_URTD = streams
         q, k, v = self.project(trunk_ULD, trunk_rope)
-        trunk_ULD = self.finish(trunk_ULD, causal_attention(q, k, v))
+        trunk_ULD = self.finish(trunk_ULD, causal_attention(q, k, v, segments_UL))
         trunk_kv = cache_layout(k, v)
         if branch_URTD is not None:
             q, k, v = self.project(branch_URTD, branch_rope)
@@ -159,15 +159,18 @@ class Decoder(nn.Module):
 
     def __call__(self, sequences: Sequences):
         c = self.config
-        trunk_rope = rope_angles(c, jnp.arange(sequences.trunk_tokens.shape[1])[None])
+        segments_UL = sequences.trunk_segments
+        trunk_rope = rope_angles(c, trunk_positions(sequences.trunk_tokens.shape[1], segments_UL))
         trunk_ULD, branch_URTD = self.embed(sequences.trunk_tokens), None
         branch_rope = own_mask_URTS = None
         if sequences.branch_tokens.shape[1]:
+            if segments_UL is not None:
+                raise ValueError("branches cannot leave a trunk of packed sequences; give trunk_segments=None")
             branch_URTD = self.embed(sequences.branch_tokens)
             branch_rope = rope_angles(c, branch_positions(sequences.cuts, sequences.branch_mask))
             own_mask_URTS = own_mask(sequences.branch_mask)
         (trunk_ULD, branch_URTD), trunk_kv = self.layers(
-            (trunk_ULD, branch_URTD), trunk_rope, branch_rope, sequences.cuts, own_mask_URTS
+            (trunk_ULD, branch_URTD), trunk_rope, segments_UL, branch_rope, sequences.cuts, own_mask_URTS
         )
         trunk_ULD = self.normalize(trunk_ULD)
         branch_URTD = None if branch_URTD is None else self.normalize(branch_URTD)
@@ -178,6 +181,15 @@ class Decoder(nn.Module):
 
     def normalize(self, x):
         return _rms_norm(x, self.final_norm, self.config.norm_eps)
+
+
+def trunk_positions(length: int, segments_UL=None):
+    """Rotary positions i32 [1 or U, L]: from 0, and from 0 again where a segment begins."""
+    columns = jnp.arange(length)[None]
+    if segments_UL is None:
+        return columns
+    begins = jnp.pad(jnp.diff(segments_UL, axis=1) != 0, ((0, 0), (1, 0)))
+    return columns - jax.lax.cummax(jnp.where(begins, columns, 0), axis=1)
 
 
 def branch_positions(cuts_UR, branch_mask_URT):

@@ -132,7 +132,7 @@ def _refuse_unsupported(path: Path, raw: dict, filled, family: Family) -> None:
     for what, is_present in refusals.items():
         if is_present:
             raise CheckpointError(
-                f"{path}: {what} is not supported; the model must be a plain {family.architecture} with full attention, "
+                f"{path}: {what} is not supported; the model must be a plain {family.architecture}, full attention, "
                 "silu and unquantised weights. Convert it or choose another."
             )
 

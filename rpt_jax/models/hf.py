@@ -197,8 +197,8 @@ def _read_header(file: Path) -> Iterator[tuple[str, _Entry]]:
     if not file.exists():
         others = sorted(p.name for p in file.parent.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
         raise CheckpointError(
-            f"{file} is missing (weights there: {others[:5]}); weights must be safetensors, pickled files are not read. "
-            "Convert them, or complete the download."
+            f"{file} is missing (weights there: {others[:5]}); weights must be safetensors, pickled files are not "
+            "read. Convert them, or complete the download."
         )
     total = file.stat().st_size
     with file.open("rb") as stream:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from rpt_jax.config import RewardConfig
 from rpt_jax.errors import ConfigError
 from rpt_jax.rewards.answer import Predictions, answer_tables, extract_predictions
+from rpt_jax.rewards.host import make_host_reward_fn
 from rpt_jax.rewards.prefix import first_token_reward, prefix_match_reward
 from rpt_jax.rewards.vocabulary import longest_prefix_tokens, vocabulary_index
 from rpt_jax.types import Rollouts, TaskBatch
@@ -26,18 +27,27 @@ class Reward:
     Attributes:
         requests: names of scoring passes; "direct_logprobs" is f32 [U, M, V], the policy's next-token law at each
             position from document tokens alone.
-        fn: (rollouts, batch, {request: result}) -> (rewards f32 [U, M, G], predictions with leading [U, R]).
+        fn: (rollouts, batch, {request: result}) -> (rewards f32 [U, M, G], predictions with leading [U, R],
+            faults bool [U, M, G]); a faulty reward is 0.
     """
 
     requests: tuple[str, ...]
-    fn: Callable[[Rollouts, TaskBatch, dict], tuple[jax.Array, Predictions]]
+    fn: Callable[[Rollouts, TaskBatch, dict], tuple[jax.Array, Predictions, jax.Array]]
 
 
-def make_reward(config: RewardConfig, tokenizer) -> Reward:
+# Judges of questions, by the reward's name.
+_JUDGES = {name: f"rpt_jax.rewards.judges:{name}" for name in ("math", "choice", "exact")}
+# Bytes of an answer that a host function is given; longer ones are no answer.
+_MAX_ANSWER_BYTES = 512
+
+
+def make_reward(config: RewardConfig, tokenizer, columns: Callable[[int], dict] | None = None) -> Reward:
     """The reward called `config.name`.
 
+    Args:
+        columns: of a task id, for rewards that run on the host (`pipeline.Source.columns`).
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name, or a function that cannot be imported.
     """
     table, lengths = (jnp.asarray(a) for a in tokenizer.byte_table())
     tables = answer_tables(table, lengths)
@@ -58,7 +68,17 @@ def make_reward(config: RewardConfig, tokenizer) -> Reward:
         return Reward(
             ("direct_logprobs",), jax.jit(partial(_dense_reward, extract, index, config.unescape_newline, conditional))
         )
-    raise ConfigError(f"reward.name={config.name!r}; it must be prefix, first_token, dense or conditional_dense.")
+    if config.name in _JUDGES or config.name == "custom":
+        function = _JUDGES.get(config.name, config.function)
+        window = partial(extract, max_prediction_bytes=_MAX_ANSWER_BYTES)
+        judge = make_host_reward_fn(config, function, tokenizer, window, columns)
+
+        def judged(rollouts, batch, requested):
+            rewards, predictions, faults = judge(rollouts, batch, requested)
+            return rewards, _per_trunk(predictions, batch), faults
+
+        return Reward((), judged)
+    raise ConfigError(f"reward.name={config.name!r}; no such reward. See --help for the names.")
 
 
 def _rows(batch: TaskBatch):
@@ -89,7 +109,12 @@ def _matched(extract, match, unescape: bool, rollouts: Rollouts, batch: TaskBatc
 
 def _match_reward(extract, match, unescape, rollouts, batch, requested):
     rewards, predictions = _matched(extract, match, unescape, rollouts, batch)
-    return rewards.reshape(batch.row_ids.shape), _per_trunk(predictions, batch)
+    return _checked(rewards.reshape(batch.row_ids.shape), predictions, batch)
+
+
+def _checked(rewards_UMG, predictions: Predictions, batch: TaskBatch):
+    faults_UMG = ~jnp.isfinite(rewards_UMG)
+    return jnp.where(faults_UMG, 0.0, rewards_UMG), _per_trunk(predictions, batch), faults_UMG
 
 
 def _dense_reward(extract, index, unescape, conditional, rollouts, batch, requested):
@@ -106,4 +131,4 @@ def _dense_reward(extract, index, unescape, conditional, rollouts, batch, reques
     rewards = jnp.where(first_UMG > 0, 1.0, jnp.where(chosen_UMG >= 0, probability, 0.0))
     if conditional:
         rewards = rewards * (first_UMG.max(-1, keepdims=True) > 0)
-    return rewards, _per_trunk(predictions, batch)
+    return _checked(rewards, predictions, batch)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import DecoderConfig, LossConfig, OptimizerConfig
 from rpt_jax.models import decoder
+from rpt_jax.models.lora import Frozen, join
 from rpt_jax.parallel.mesh import replicated
 from rpt_jax.rl.advantages import compute_advantages
 from rpt_jax.rl.losses import aggregation_weights, clipped_surrogate, kl_term
@@ -34,6 +35,7 @@ _MATRICES = {
     "down_proj": ((1,), (2,)),
 }
 _DECAYED = {*_MATRICES, "embedding", "head"}
+_ADAPTER_SUFFIXES = ("_lora_a", "_lora_b")
 
 
 def _by_leaf_name(params, value_of: Callable[[str], Any]):
@@ -72,7 +74,9 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=lambda params: _by_leaf_name(params, lambda name: name in _DECAYED),
+            mask=lambda params: _by_leaf_name(
+                params, lambda name: name in _DECAYED or name.endswith(_ADAPTER_SUFFIXES)
+            ),
         )
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     return optax.chain(clip, rule)
@@ -155,20 +159,23 @@ def policy_loss(config: DecoderConfig, loss: LossConfig, temperature: float, par
 
 
 @partial(jax.jit, static_argnames=("loss_fn", "optimizer", "num_microbatches"), donate_argnums=0)
-def update(state: TrainState, batch: TrainBatch, *, loss_fn, optimizer, num_microbatches: int):
+def update(
+    state: TrainState, batch: TrainBatch, *, loss_fn, optimizer, num_microbatches: int, frozen: Frozen | None = None
+):
     """One optimizer step.
 
     A step whose loss or gradient is not finite changes neither parameters nor optimizer state, bit for bit; it is
     counted in `state.skipped`, which the next good step sets back to 0.
 
     Args:
-        loss_fn: (params, batch) -> (scalar, dict of scalars); a static, hashable callable.
+        loss_fn: (policy's parameters, batch) -> (scalar, dict of scalars); a static, hashable callable.
+        frozen: what the trained parameters are adapters of; None: they are the whole policy.
         num_microbatches: the batch's trunks are run in so many passes whose gradients add up.
     Returns:
         (TrainState, dict of f32 scalars: loss, grad_norm, skipped and those of the loss; names ending in _max are
         maxima, the others sums over microbatches).
     """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    value_and_grad = jax.value_and_grad(lambda params, batch: loss_fn(join(frozen, params), batch), has_aux=True)
 
     def split(x):
         # Every n-th trunk: each pass then has trunks of every device.

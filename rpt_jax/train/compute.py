@@ -1,6 +1,7 @@
 """Compute counted as tokens actually run: 2N per token sampled or prefilled, 6N per token of the update.
 
-N is the number of parameters. A trunk counts once however many branches leave it; what prompts repeated for every
+N is the number of parameters; where only adapters are trained the update takes 4N, for their weights' own gradients are
+never formed. A trunk counts once however many branches leave it; what prompts repeated for every
 rollout would have cost is counted beside it. Padding is not counted.
 """
 
@@ -14,6 +15,7 @@ from rpt_jax.types import Experience
 
 FORWARD_FLOPS_PER_PARAMETER = 2
 UPDATE_FLOPS_PER_PARAMETER = 6
+ADAPTER_UPDATE_FLOPS_PER_PARAMETER = 4
 
 
 def num_parameters(params: Any) -> int:
@@ -38,8 +40,26 @@ def count_tokens(experience: Experience) -> dict[str, jax.Array]:
     }
 
 
-def update_flops(num_params: int, num_tokens: float) -> float:
-    return UPDATE_FLOPS_PER_PARAMETER * num_params * num_tokens
+@jax.jit
+def _checksum(params):
+    """Two u32 sums over the bits of all numbers, each weighted by its place: the same on any mesh."""
+    total = jnp.zeros(2, jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(params)):
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32)
+        place = jax.lax.iota(jnp.uint32, leaf.size).reshape(leaf.shape) * jnp.uint32(2654435761) + number
+        mixed = (bits.astype(jnp.uint32) ^ place) * jnp.uint32(2246822519)
+        total = total + jnp.stack([jnp.sum(mixed), jnp.sum(mixed ^ (mixed >> 15))])
+    return total
+
+
+def fingerprint(params: Any) -> str:
+    """What tells one set of parameters from another; a checksum, no proof against intent."""
+    return "-".join(f"{int(part):08x}" for part in _checksum(params))
+
+
+def update_flops(config: Config, num_params: int, num_tokens: float) -> float:
+    each = ADAPTER_UPDATE_FLOPS_PER_PARAMETER if config.lora.rank else UPDATE_FLOPS_PER_PARAMETER
+    return each * num_params * num_tokens
 
 
 def step_flops(config: Config, num_params: int, rounds: list[dict], kept: dict) -> float:
@@ -53,4 +73,4 @@ def step_flops(config: Config, num_params: int, rounds: list[dict], kept: dict) 
     forward += kept["tokens_updated"] * ((config.loss.kl_coef > 0) + (config.loss.num_minibatches > 1))
     if "dense" in config.reward.name:
         forward += sum(r["tokens_trunks"] for r in rounds)
-    return FORWARD_FLOPS_PER_PARAMETER * num_params * forward + update_flops(num_params, kept["tokens_updated"])
+    return FORWARD_FLOPS_PER_PARAMETER * num_params * forward + update_flops(config, num_params, kept["tokens_updated"])

@@ -6,6 +6,7 @@ busy: metrics of a step are read while the next one runs.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from rpt_jax.data.pipeline import TrainIterator
 from rpt_jax.errors import CheckpointError
@@ -24,21 +25,22 @@ def train(
     tasks: TrainIterator,
     run: RunDirectory,
     checkpoints: Checkpoints,
-    evaluate: Callable[[int, TrainState, float], None],
+    evaluate: Callable[[int, Any, float], None],
     *,
     stop_at_step: int | None = None,
 ) -> tuple[TrainState, float]:
-    """Run RPT from the newest checkpoint, or from `state`, to the last step.
+    """Run RL from the newest checkpoint, or from `state`, to the last step.
 
     Args:
-        evaluate: called with (step, state, FLOPs so far) before the first step, every eval.every_steps and at the end.
+        evaluate: called with (step, the policy's parameters, FLOPs so far) before the first step, every
+            eval.every_steps and at the end.
         stop_at_step: stop and save here as an interruption would; None runs to run.num_steps.
     Returns:
         (state, FLOPs of all rollouts and updates).
     Raises:
         CheckpointError: too many updates in a row were skipped for non-finite numbers.
     """
-    config, first, recorder = trainer.config, 0, StepRecorder(trainer.config, trainer.tokenizer, run, state.params)
+    config, first, recorder = trainer.config, 0, StepRecorder(trainer, run, trainer.policy(state))
     if checkpoints.latest_step is not None:
         state, record = checkpoints.restore(state)
         first = record["step"]
@@ -51,15 +53,17 @@ def train(
         for step in range(first, last):
             if step % config.eval.every_steps == 0:
                 progress(step, "evaluating")
-                evaluate(step, state, recorder.flush())
+                evaluate(step, trainer.policy(state), recorder.flush())
             dynamic = 0 <= config.loss.dynamic_sampling_from_step <= step
             experience, spent = collect(
                 lambda: shard_batch(trainer.mesh, next(tasks)),
-                partial(trainer.roll_out, state.params, step),
+                partial(trainer.roll_out, trainer.policy(state), step),
                 rounds=config.loss.dynamic_sampling_rounds if dynamic else 1,
             )
+            for rollouts in spent:
+                tasks.observe(rollouts.tasks, rollouts.rewards)
             state, metrics = trainer.learn(state, experience)
-            recorder.add(step, experience, spent, metrics)
+            recorder.add(step, experience, spent, metrics, trunks_passed_over=tasks.num_passed_over)
             progress(step + 1, recorder.note)
             if recorder.num_skipped >= config.loss.max_skipped_updates:
                 raise CheckpointError(
@@ -71,5 +75,5 @@ def train(
                 checkpoints.save(step + 1, state, {"step": step + 1, "tasks": tasks.get_state(), "flops": flops})
         if last == config.run.num_steps:
             progress(last, "evaluating")
-            evaluate(last, state, recorder.flush())
+            evaluate(last, trainer.policy(state), recorder.flush())
     return state, recorder.flush()

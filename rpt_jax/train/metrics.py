@@ -31,8 +31,8 @@ _FREE_FIELDS = {
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Iterator:
-    """A rich progress bar; yields update(completed, note)."""
+def progress_bar(description: str, total: int | None) -> Iterator:
+    """A rich progress bar; yields update(completed, note). total: None where it is not known."""
     columns = (
         TextColumn("[bold]{task.description:<24}"),
         BarColumn(),

@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpt_jax.config import Config
 from rpt_jax.rl.advantages import degenerate_groups
-from rpt_jax.tokenizer import Tokenizer
 from rpt_jax.train.compute import count_tokens, num_parameters, step_flops
 from rpt_jax.train.metrics import RunDirectory, to_host
+from rpt_jax.train.trainer import Trainer
 from rpt_jax.types import Experience
 
 
@@ -28,6 +27,7 @@ def experience_metrics(experience: Experience) -> dict[str, jax.Array]:
     return {
         "reward": jnp.sum(experience.rewards * groups[..., None]) / num_rows,
         "reward_any_in_group": jnp.sum(groups & (experience.rewards.max(-1) > 0)) / num_groups,
+        "reward_fault_fraction": jnp.sum(experience.faults & groups[..., None]) / num_rows,
         "degenerate_group_fraction": jnp.sum(groups & degenerate) / num_groups,
         "completion_tokens": jnp.sum(lengths) / num_rows,
         "truncated_fraction": fraction(rollouts.truncated),
@@ -47,31 +47,40 @@ _WEIGHTED = ("kl", "entropy", "clip_fraction", "sampler_mismatch")
 class StepRecorder:
     """Holds one step's device metrics until the next step is under way, then writes them."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, run: RunDirectory, params):
-        self._config, self._tokenizer, self._run = config, tokenizer, run
+    def __init__(self, trainer: Trainer, run: RunDirectory, params):
+        self._config, self._trainer, self._run = trainer.config, trainer, run
         self._num_params = num_parameters(params)
         self._pending = None
         self.flops = 0.0
         self.num_skipped = 0
         self.note = ""
 
-    def add(self, step: int, experience: Experience, spent: list[Experience], updates: list[dict]) -> None:
-        """Take a step's results; writes the previous step's."""
+    def add(
+        self,
+        step: int,
+        experience: Experience,
+        spent: list[Experience],
+        updates: list[dict],
+        *,
+        trunks_passed_over: int,
+    ) -> None:
+        """Take a step's results; writes the previous step's. trunks_passed_over: since the run began."""
         # Rewards are those of everything sampled; what dynamic sampling kept would flatter them.
         metrics = [experience_metrics(e) for e in spent]
         masked = 1 - jnp.sum(experience.group_mask) / jnp.maximum(1, jnp.sum(experience.tasks.position_mask))
-        pending = (step, metrics, masked, [count_tokens(e) for e in spent], count_tokens(experience), updates)
+        tokens = [count_tokens(e) for e in spent], count_tokens(experience)
+        pending = (step, metrics, masked, *tokens, updates, trunks_passed_over)
         self.flush()
         self._pending = pending
         every = self._config.run.completions_every_steps
         if every and step % every == 0:
-            self._run.write_completions(step + 1, completion_columns(experience, self._tokenizer))
+            self._run.write_completions(step + 1, completion_columns(experience, self._trainer))
 
     def flush(self) -> float:
         """Write what is held; returns FLOPs so far."""
         if self._pending is None:
             return self.flops
-        step, metrics, masked, spent, kept, updates = self._pending
+        step, metrics, masked, spent, kept, updates, passed_over = self._pending
         self._pending = None
         metrics, rounds, updates = ([to_host(x) for x in xs] for xs in (metrics, spent, updates))
         kept = to_host(kept)
@@ -88,40 +97,47 @@ class StepRecorder:
             else:
                 record[name] = max(values) if name.endswith("_max") else float(np.mean(values))
         record |= {"skipped": updates[-1]["skipped"], "masked_group_fraction": float(masked)}
-        record |= {"rollout_rounds": len(rounds), "flops": self.flops}
+        record |= {"rollout_rounds": len(rounds), "trunks_passed_over": passed_over, "flops": self.flops}
         self.num_skipped = int(updates[-1]["skipped"])
         self.note = f"reward {record['reward']:.3f}  tokens {record['completion_tokens']:.1f}"
         self._run.log("rpt", step + 1, record)
         return self.flops
 
 
-def completion_columns(experience: Experience, tokenizer: Tokenizer) -> dict[str, list]:
-    """One row per rollout of a real position: context, completion, prediction, truth, reward."""
+def completion_columns(experience: Experience, trainer: Trainer) -> dict[str, list]:
+    """One row per rollout of a real task: context, completion, prediction, truth, reward, and the token ids."""
     tasks, rollouts, predictions = jax.tree.map(
         np.asarray, (experience.tasks, experience.rollouts, experience.predictions)
     )
-    rewards = np.asarray(experience.rewards)
+    rewards, tokenizer = np.asarray(experience.rewards), trainer.tokenizer
     U, M, G = rewards.shape
-    names = ("position_id", "rollout", "context", "completion", "prediction", "truth", "reward", "tokens", "truncated")
-    columns: dict[str, list] = {name: [] for name in names}
+    rows = []
     for u, m, g in np.ndindex(U, M, G):
         if not tasks.position_mask[u, m]:
             continue
-        r = m * G + g
-        boundaries = np.flatnonzero(tasks.boundary_mask[u, m])
-        truth = tasks.continuation_bytes[u, m, : boundaries[-1] + 1].tobytes() if len(boundaries) else b""
+        r, task_id = m * G + g, int(tasks.position_ids[u, m])
+        trunk, completion = tasks.trunk_tokens[u, : tasks.cuts[u, m]], rollouts.tokens[u, r][rollouts.mask[u, r]]
         prediction = predictions.bytes[u, r, : predictions.lengths[u, r]].tobytes()
-        row = (
-            int(tasks.position_ids[u, m]),
-            g,
-            tokenizer.decode(tasks.trunk_tokens[u, : tasks.cuts[u, m]]),
-            tokenizer.decode(rollouts.tokens[u, r][rollouts.mask[u, r]]),
-            prediction.decode("utf-8", errors="replace") if predictions.found[u, r] else None,
-            truth.decode("utf-8", errors="replace"),
-            float(rewards[u, m, g]),
-            int(rollouts.mask[u, r].sum()),
-            bool(rollouts.truncated[u, r]),
+        rows.append(
+            {
+                "position_id": task_id,
+                "rollout": g,
+                "context": tokenizer.decode(trunk),
+                "completion": tokenizer.decode(completion),
+                "prediction": prediction.decode("utf-8", errors="replace") if predictions.found[u, r] else None,
+                "truth": _truth(trainer.columns(task_id)),
+                "reward": float(rewards[u, m, g]),
+                "tokens": len(completion),
+                "truncated": bool(rollouts.truncated[u, r]),
+                "trunk_tokens": trunk.tolist(),
+                "completion_tokens": completion.tolist(),
+            }
         )
-        for name, value in zip(names, row, strict=True):
-            columns[name].append(value)
-    return columns
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _truth(columns: dict) -> str:
+    """How the text goes on, as far as a prediction may reach, or the accepted answers."""
+    if "answers" in columns:
+        return " or ".join(columns["answers"])
+    return columns["continuation"][: columns["boundaries"][-1]].decode("utf-8", errors="replace")

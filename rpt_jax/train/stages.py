@@ -1,68 +1,108 @@
 """The stages of a run, in order, each leaving its result in the run directory.
 
-corpus -> warm start -> positions -> RPT -> control. A finished stage is not run again; RPT goes on from its newest
-checkpoint, an interrupted warm start or control begins anew. Everything that can be wrong with the input is found in
-`prepare`, before anything compiles.
+corpus or questions -> policy -> warm start -> tasks -> RL -> control. A finished stage is not run again; RL goes on from
+its newest checkpoint, an interrupted warm start or control begins anew. Everything that can be wrong with the input is
+found in `prepare`, before anything compiles.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from rpt_jax.config import Config
+from rpt_jax.config import Config, OptimizerConfig
 from rpt_jax.data import documents as documents_lib
 from rpt_jax.data.documents import Document
-from rpt_jax.data.pipeline import TaskSource, TrainIterator, make_source
-from rpt_jax.data.positions import PositionTable, score_documents, select_positions
-from rpt_jax.data.prompts import Template, make_template
+from rpt_jax.data.pipeline import Source, TrainIterator, make_source
+from rpt_jax.data.positions import (
+    UNSCORED_SELECTORS,
+    PositionTable,
+    Proxy,
+    ScoredCorpus,
+    Windows,
+    parts_key,
+    select_from_corpus,
+)
+from rpt_jax.data.prompts import Template, make_template, token_facts
+from rpt_jax.data.questions import (
+    Question,
+    QuestionSource,
+    make_question_source,
+    make_question_template,
+    read_questions,
+)
+from rpt_jax.data.readers import Corpus, read_texts, training_corpora
 from rpt_jax.errors import ConfigError
 from rpt_jax.evals.next_token import Evaluator, difficulty_splits
+from rpt_jax.evals.questions import QuestionEvaluator, category_splits
+from rpt_jax.models import lora
 from rpt_jax.models.decoder import init_params
+from rpt_jax.models.families import config_json, read_config
+from rpt_jax.models.hf import load_hf
+from rpt_jax.models.lora import Frozen, join, merge
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.rewards.reward import Reward, make_reward
 from rpt_jax.rl.update import init_state, make_optimizer
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
 from rpt_jax.train.checkpoint import Checkpoints
+from rpt_jax.train.compute import fingerprint
 from rpt_jax.train.loop import train
 from rpt_jax.train.metrics import RunDirectory, console, progress_bar, read_records
-from rpt_jax.train.supervised import (
-    Sequence,
-    document_sequences,
-    draft_sequences,
-    read_sequences,
-    train_supervised,
-)
+from rpt_jax.train.supervised import Example, document_examples, draft_examples, read_examples, train_supervised
 from rpt_jax.train.trainer import Trainer
 from rpt_jax.types import TrainState
+
+# Documents that a tokenizer is trained on, at most, in characters.
+_TOKENIZER_CHARACTERS = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A checked run: what the stages share. `config` has the vocabulary size filled in."""
+    """A checked run: what the stages share. `config` has the model's shape filled in.
+
+    Documents are empty where the tasks are questions, and the other way round.
+    """
 
     config: Config
     mesh: Any
     run: RunDirectory
     tokenizer: Tokenizer
     template: Template
-    train_documents: list[Document]
-    heldout_documents: list[Document]
-    warm_sequences: list[Sequence]
+    train_documents: Sequence[Document] = ()
+    heldout_documents: Sequence[Document] = ()
+    corpus_weights: tuple[float, ...] = (1.0,)
+    train_questions: QuestionSource | None = None
+    heldout_questions: QuestionSource | None = None
+    warm_examples: Sequence[Example] = ()
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
         return [self.tokenizer.token_bytes(i) for i in range(self.tokenizer.vocab_size)]
 
     @property
-    def window(self) -> int:
-        return self.config.data.trunk_length - len(self.template.header)
+    def windows(self) -> Windows:
+        data = self.config.data
+        return Windows(
+            window=data.trunk_length - len(self.template.header),
+            stride=data.window_stride,
+            continuation_tokens=data.continuation_tokens,
+            min_context_tokens=self.config.positions.min_context_tokens,
+        )
+
+    @property
+    def cache(self) -> Path:
+        return cache_directory(self.config)
 
     def checkpoints(self, stage: str) -> Checkpoints:
         return Checkpoints(self.run.path / "checkpoints" / stage, keep=self.config.checkpoint.keep)
+
+
+def cache_directory(config: Config) -> Path:
+    return Path(config.data.cache or config.run.directory)
 
 
 def prepare(config: Config) -> Prepared:
@@ -77,81 +117,210 @@ def prepare(config: Config) -> Prepared:
             f"{jax.process_count()} processes; a run is one process over all its devices. Start one process."
         )
     mesh = make_mesh(config.mesh)
-    train_texts, heldout_texts = _read_corpus(config)
-    if config.data.tokenizer:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-    else:
-        tokenizer = train_byte_level((t.text for t in train_texts), config.data.tokenizer_vocab_size)
-    config = replace(config, model=_fit_vocabulary(config, tokenizer))
-    template = make_template(tokenizer, config.data)
-    split = {"training": train_texts, "held-out": heldout_texts}
-    documents = {}
-    for where, texts in split.items():
-        documents[where] = documents_lib.tokenize(texts, tokenizer)
-        short = documents_lib.check_lengths(documents[where], config.positions.min_context_tokens, where)
-        if short:
-            console.print(f"{short} of {len(texts)} {where} documents are too short to hold a position")
-    warm = []
+    tokenizer = find_tokenizer(config)
+    config = resolve_model(config, tokenizer)
+    lora.check_targets(config.model, config.lora)
+    config_json(config.model, "float32", {})  # a model that no family can hold could not be exported in the end
+    tasks = _prepare_questions(config, tokenizer) if config.questions.path else _prepare_documents(config, tokenizer)
+    template = tasks["template"]
+    _check_positions(config, template)
     if config.supervised.num_steps:
-        if config.supervised.path:
-            warm = read_sequences(config.supervised.path, tokenizer, template, config)
-        else:
-            # Beside drafts, plain text weighs like their contexts, or it would drown their few tokens.
-            weight = config.supervised.context_weight if config.supervised.draft_fraction else 1.0
-            warm = document_sequences(documents["training"], tokenizer, config.data.trunk_length, weight=weight)
-            drafts = draft_sequences(documents["training"], tokenizer, template, config, len(warm))
-            if config.supervised.draft_fraction:
-                console.print(f"warm start: {len(warm):,} plain sequences, {len(drafts):,} drafts")
-            warm += drafts
-    corpus = {
-        where: {
-            "documents": len(found),
-            "tokens": sum(len(d.tokens) for d in found),
-            "sha256": documents_lib.fingerprint(found),
-        }
-        for where, found in documents.items()
-    }
-    run = RunDirectory(config, corpus | {"tokenizer": {"sha256": tokenizer.fingerprint}})
+        tasks["warm_examples"] = _warm_examples(config, tokenizer, template, tasks.get("train_documents", ()))
+    run = RunDirectory(config, tasks.pop("identity") | {"tokenizer": {"sha256": tokenizer.fingerprint}})
     tokenizer.save(run.path / "tokenizer")
-    return Prepared(
-        config=config,
-        mesh=mesh,
-        run=run,
-        tokenizer=tokenizer,
-        template=template,
-        train_documents=documents["training"],
-        heldout_documents=documents["held-out"],
-        warm_sequences=warm,
-    )
+    return Prepared(config=config, mesh=mesh, run=run, tokenizer=tokenizer, **tasks)
 
 
-def _read_corpus(config: Config):
-    data = config.data
-    texts = documents_lib.read_texts(data.path, text_template=data.text_template)
-    if data.heldout_path:
-        return texts, documents_lib.read_texts(data.heldout_path, text_template=data.text_template)
-    return documents_lib.split_heldout(texts, data.heldout_fraction)
+def find_tokenizer(config: Config) -> Tokenizer:
+    """data.tokenizer; else that of policy.path; else the run's own, trained on its documents."""
+    if config.data.tokenizer or config.policy.path:
+        return load_tokenizer(config.data.tokenizer or config.policy.path)
+    own = Path(config.run.directory) / "tokenizer"
+    if (own / "tokenizer.json").exists():
+        return load_tokenizer(own)
+    if config.questions.path:
+        raise ConfigError("questions.path without a tokenizer; questions train none. Set --data.tokenizer.")
+
+    def texts():
+        left = _TOKENIZER_CHARACTERS
+        for corpus in training_corpora(config.data):
+            for text in read_texts(corpus.path, text_template=corpus.text_template):
+                yield text.text
+                left -= len(text.text)
+                if left < 0:
+                    return
+
+    return train_byte_level(texts(), config.data.tokenizer_vocab_size)
 
 
-def _fit_vocabulary(config: Config, tokenizer: Tokenizer):
-    """The model's vocabulary: as configured, else the tokenizer's, rounded up to the tensor axis."""
-    size, shards = config.model.vocab_size, config.mesh.tensor
+def resolve_model(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config with its model section filled in: the checkpoint's, or a vocabulary entry for every id."""
+    model = config.model
+    if config.policy.path:
+        shape = read_config(config.policy.path)
+        model = replace(shape, activation_dtype=model.activation_dtype, remat=model.remat)
+    size, shards = model.vocab_size, config.mesh.tensor
     if size and size < tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size={size}; the tokenizer has {tokenizer.vocab_size} ids and each needs an entry. "
-            "Raise --model.vocab-size, or use 0."
+            "Raise --model.vocab-size, use 0, or give the tokenizer that belongs to the checkpoint."
         )
-    return replace(config.model, vocab_size=size or -(-tokenizer.vocab_size // shards) * shards)
+    config = replace(config, model=replace(model, vocab_size=size or -(-tokenizer.vocab_size // shards) * shards))
+    config.validate()
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedPolicy:
+    """A Hugging Face model to judge, without a run around it."""
+
+    config: Config
+    mesh: Any
+    tokenizer: Tokenizer
+    params: Any
+
+
+def load_policy(config: Config) -> LoadedPolicy:
+    """The model and tokenizer that the config names."""
+    mesh, tokenizer = make_mesh(config.mesh), find_tokenizer(config)
+    config = resolve_model(config, tokenizer)
+    _check_positions(config, make_question_template(tokenizer, config.questions, config.data))
+    _, params = load_hf(config.policy.path, mesh, dtype=config.policy.param_dtype)
+    return LoadedPolicy(config=config, mesh=mesh, tokenizer=tokenizer, params=params)
+
+
+def _check_positions(config: Config, template: Template) -> None:
+    longest = config.data.trunk_length + len(template.tail) + config.rollout.max_completion_tokens
+    if longest > config.model.max_positions:
+        raise ConfigError(
+            f"data.trunk_length={config.data.trunk_length}, a tail of {len(template.tail)} and "
+            f"rollout.max_completion_tokens={config.rollout.max_completion_tokens} make {longest} positions; the model "
+            f"has {config.model.max_positions}. Lower one of the two."
+        )
+
+
+def open_questions(questions: str | list[Question], where: str, config: Config, tokenizer: Tokenizer) -> QuestionSource:
+    """Questions of a path, or these ones, as tasks; says how many are too long for data.trunk_length."""
+    found = read_questions(questions) if isinstance(questions, str) else questions
+    source, num_long = make_question_source(found, tokenizer, config.questions, config.data)
+    if num_long:
+        console.print(f"{num_long} of {len(found)} {where} questions are longer than data.trunk_length; left out")
+    return source
+
+
+def _prepare_questions(config: Config, tokenizer: Tokenizer) -> dict:
+    if config.rollout.prompts_per_trunk != 1:
+        raise ConfigError(
+            f"rollout.prompts_per_trunk={config.rollout.prompts_per_trunk}; a question is a trunk of its own. "
+            "Set --rollout.prompts-per-trunk 1."
+        )
+    training = read_questions(config.questions.path)
+    if config.questions.heldout_path:
+        heldout = read_questions(config.questions.heldout_path)
+    else:
+        cut = min(len(training) - 1, max(1, round(len(training) * (1 - config.data.heldout_fraction))))
+        training, heldout = training[:cut], training[cut:]
+    if not training:
+        raise ConfigError("one question leaves none to hold out. Set --questions.heldout-path, or give more questions.")
+    sources = {
+        where: open_questions(found, where, config, tokenizer)
+        for where, found in (("training", training), ("held-out", heldout[: config.eval.max_documents]))
+    }
+    return dict(
+        template=make_question_template(tokenizer, config.questions, config.data),
+        train_questions=sources["training"],
+        heldout_questions=sources["held-out"],
+        identity={where: source.identity for where, source in sources.items()},
+    )
+
+
+def _prepare_documents(config: Config, tokenizer: Tokenizer) -> dict:
+    if config.reward.name in ("math", "choice", "exact"):
+        raise ConfigError(
+            f"reward.name={config.reward.name!r} needs questions. Set --questions.path, or --reward.name prefix."
+        )
+    template = make_template(tokenizer, config.data)
+    corpora = training_corpora(config.data)
+    open_documents = partial(
+        documents_lib.open_documents,
+        tokenizer=tokenizer,
+        cache=cache_directory(config),
+        progress=partial(_counted, "tokenising"),
+    )
+    training = open_documents(corpora)
+    if config.data.heldout_path:
+        heldout = open_documents([Corpus(path=config.data.heldout_path, text_template=config.data.text_template)])
+    else:
+        training, heldout = documents_lib.split_heldout(training, config.data.heldout_fraction, tokenizer)
+    heldout = documents_lib.first(heldout, config.eval.max_documents)
+    for where, found in (("training", training), ("held-out", heldout)):
+        short = documents_lib.check_lengths(found, config.positions.min_context_tokens, where)
+        if short:
+            console.print(f"{short} of {len(found)} {where} documents are too short to hold a position")
+    return dict(
+        template=template,
+        train_documents=training,
+        heldout_documents=heldout,
+        corpus_weights=tuple(c.weight for c in corpora),
+        identity={"training": _identity(training), "held-out": _identity(heldout)},
+    )
+
+
+def _identity(documents: Sequence[Document]) -> dict:
+    return {
+        "documents": len(documents),
+        "tokens": int(documents_lib.lengths_of(documents).sum()),
+        "sha256": documents_lib.view_fingerprint(documents),
+    }
+
+
+def _warm_examples(config: Config, tokenizer: Tokenizer, template: Template, documents) -> Sequence[Example]:
+    supervised = config.supervised
+    if supervised.path:
+        return read_examples(supervised.path, tokenizer, template, config)
+    if not documents:
+        raise ConfigError("a warm start on questions needs their solutions. Set --supervised.path to a file of them.")
+    # Beside drafts, plain text weighs like their contexts, or it would drown their few tokens.
+    weight = supervised.context_weight if supervised.draft_fraction else 1.0
+    plain = document_examples(documents, tokenizer, config.data.trunk_length, weight=weight)
+    if not supervised.draft_fraction:
+        return plain
+    # No more than the warm start can use: of a large corpus only a part is ever seen.
+    plain = plain.head(supervised.num_steps * supervised.batch_size)
+    drafts = draft_examples(documents, tokenizer, template, config, len(plain))
+    console.print(f"warm start: {len(plain):,} plain sequences, {len(drafts):,} drafts")
+    return [*plain, *drafts]
+
+
+def start_params(p: Prepared) -> Any:
+    """The policy's parameters before any training: from policy.path, or random."""
+    config = p.config
+    if config.policy.path:
+        _, params = load_hf(config.policy.path, p.mesh, dtype=config.policy.param_dtype)
+        return params
+    params = init_params(config.model, p.mesh, jax.random.key(config.run.seed))
+    return jax.tree.map(lambda x: x.astype(config.policy.param_dtype), params)
+
+
+def trainable(p: Prepared, params) -> tuple[Any, Frozen | None]:
+    """(what a stage trains, what stays beside it): a copy of the parameters, or fresh adapters on the parameters."""
+    settings = p.config.lora
+    if not settings.rank:
+        # The first update donates its state: keep the start's own buffers for the control and the reference.
+        return jax.tree.map(lambda x: x.copy(), params), None
+    adapters = lora.init_adapters(p.config.model, settings, p.mesh, jax.random.key(p.config.run.seed + 1))
+    return adapters, Frozen(params=params, scale=np.float32(settings.alpha / settings.rank))
 
 
 def warm_start(p: Prepared) -> Any:
-    """Parameters that RPT and the control start from: random, then supervised.num_steps of supervised training."""
+    """Parameters that RL and the control start from: the policy's, after supervised.num_steps of supervised training."""
     config = p.config
-    params = init_params(config.model, p.mesh, jax.random.key(config.run.seed))
+    params = start_params(p)
     if not config.supervised.num_steps:
         return params
     optimizer = make_optimizer(config.supervised.optimizer, config.supervised.num_steps)
-    state, checkpoints = init_state(params, optimizer, p.mesh), p.checkpoints("warm_start")
+    trained, frozen = trainable(p, params)
+    state, checkpoints = init_state(trained, optimizer, p.mesh), p.checkpoints("warm_start")
     if checkpoints.latest_step == config.supervised.num_steps:
         state, _ = checkpoints.restore(state)
     else:
@@ -162,7 +331,8 @@ def warm_start(p: Prepared) -> Any:
             state,
             optimizer,
             p.mesh,
-            p.warm_sequences,
+            p.warm_examples,
+            frozen=frozen,
             tail=p.template.tail,
             shuffle=not config.supervised.path,
             num_steps=config.supervised.num_steps,
@@ -171,52 +341,94 @@ def warm_start(p: Prepared) -> Any:
         )
         checkpoints.save(config.supervised.num_steps, state, {"flops": flops})
     checkpoints.close()
-    return state.params
+    return merge(frozen, state.params)
 
 
-def choose_positions(p: Prepared, params) -> tuple[TaskSource, np.ndarray, TaskSource]:
-    """(training tasks, ids of the selected training positions, held-out tasks), by the warm policy's own entropy."""
-    config = p.config
-    training = p.train_documents[: config.positions.max_documents or None]
-    sources = []
-    for name, documents in (("train", training), ("heldout", p.heldout_documents)):
-        path = p.run.path / f"positions_{name}.npz"
-        if path.exists():
-            with np.load(path) as columns:
-                table = PositionTable(**columns)
-        else:
-            table = score_documents(
-                config.model,
-                params,
-                p.mesh,
-                documents,
-                p.token_bytes,
-                bos_id=p.tokenizer.bos_id,
-                window=p.window,
-                stride=config.data.window_stride,
-                batch_trunks=config.eval.batch_trunks,
-                settings=config.positions,
-                continuation_tokens=config.data.continuation_tokens,
-                progress=lambda batches, name=name: _tracked(f"entropy, {name}", batches),
-            )
-            with path.with_suffix(".partial").open("wb") as file:
-                np.savez(file, **vars(table))
-            path.with_suffix(".partial").rename(path)
-        sources.append(
-            make_source(
-                documents,
-                table,
-                p.template,
-                p.token_bytes,
-                trunk_length=config.data.trunk_length,
-                stride=config.data.window_stride,
-                continuation_tokens=config.data.continuation_tokens,
-            )
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """What RL trains and is judged on."""
+
+    training: Source
+    ids: np.ndarray
+    """Tasks of `training` to train on."""
+    heldout: Source
+    corpora: np.ndarray | None = None
+    """Part of the mixture of each trunk; None: there is one part."""
+
+
+def choose_tasks(p: Prepared, params) -> Tasks:
+    """Questions, or the positions that the proxy's entropy selects; `params` is the policy that RL starts from."""
+    if p.train_questions is not None:
+        return Tasks(
+            training=p.train_questions, ids=np.arange(len(p.train_questions.questions)), heldout=p.heldout_questions
         )
-    selected = select_positions(
-        sources[0].table, config.positions, stride=config.data.window_stride, seed=config.run.seed
+    proxy, identity = _proxy(p, params)
+    training = p.train_documents
+    if p.config.positions.max_documents:
+        training = documents_lib.first(training, p.config.positions.max_documents)
+    selected = select_from_corpus(
+        scored_corpus(p, training, proxy, identity), p.config.positions, seed=p.config.run.seed
     )
-    return sources[0], selected, sources[1]
+    heldout = PositionTable.concatenate(list(scored_corpus(p, p.heldout_documents, proxy, identity, always=True)))
+    source, heldout_source = (
+        make_source(
+            documents,
+            table,
+            p.template,
+            p.token_bytes,
+            trunk_length=p.config.data.trunk_length,
+            stride=p.config.data.window_stride,
+            continuation_tokens=p.config.data.continuation_tokens,
+        )
+        for documents, table in ((p.train_documents, selected), (p.heldout_documents, heldout))
+    )
+    ids, corpora = np.arange(len(selected)), None
+    if len(p.corpus_weights) > 1:
+        trunks = source.group(ids, p.config.rollout.prompts_per_trunk)
+        corpora = p.train_documents.corpora[selected.document[trunks.ids[trunks.ends - 1]]]
+    return Tasks(training=source, ids=ids, heldout=heldout_source, corpora=corpora)
+
+
+def _proxy(p: Prepared, params) -> tuple[Proxy, str]:
+    """The model that scores positions, and its fingerprint.
+
+    Raises:
+        ConfigError: the proxy's vocabulary is not the policy's.
+    """
+    model, path = p.config.model, p.config.proxy.path
+    if path:
+        model = replace(read_config(path), activation_dtype=model.activation_dtype)
+        if load_tokenizer(path).fingerprint != p.tokenizer.fingerprint:
+            raise ConfigError(
+                f"the tokenizer in proxy.path={path!r} is not the policy's; positions are token indices, so both must "
+                "share one. Choose a proxy of the same family."
+            )
+        _, params = load_hf(path, p.mesh)
+    proxy = Proxy(
+        config=model,
+        params=params,
+        mesh=p.mesh,
+        bos_id=p.tokenizer.bos_id,
+        batch_trunks=p.config.eval.batch_trunks,
+        renormalize=p.config.positions.renormalize,
+    )
+    return proxy, f"{model}{fingerprint(params)}"
+
+
+def scored_corpus(p: Prepared, documents, proxy: Proxy, identity: str, *, always: bool = False) -> ScoredCorpus:
+    """Positions of the documents; without scores where the selector needs none, unless `always`."""
+    name = documents_lib.view_fingerprint(documents)
+    key = parts_key(name, p.tokenizer.fingerprint, identity, p.windows, renormalize=p.config.positions.renormalize)
+    is_scored = always or p.config.positions.selector not in UNSCORED_SELECTORS
+    return ScoredCorpus(
+        documents=documents,
+        lengths=documents_lib.lengths_of(documents),
+        facts=token_facts(p.token_bytes),
+        windows=p.windows,
+        proxy=proxy if is_scored else None,
+        directory=p.cache / key,
+        progress=_tracked,
+    )
 
 
 def _tracked(description: str, batches: Iterable) -> Iterable:
@@ -227,116 +439,174 @@ def _tracked(description: str, batches: Iterable) -> Iterable:
             progress(number)
 
 
+def _counted(description: str, items: Iterable) -> Iterable:
+    """Passes items on and shows how many there were; their total is not known."""
+    with progress_bar(description, None) as progress:
+        for number, item in enumerate(items, start=1):
+            yield item
+            if number % 100 == 0:
+                progress(number)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluations:
-    """Evaluates at the loop's request and logs the figures; the first and last evaluation use more positions."""
+    """Evaluates at the loop's request and logs the figures; the first and last evaluation use more tasks."""
 
     prepared: Prepared
-    source: TaskSource
+    source: Source
 
-    def __call__(self, step: int, state: TrainState, flops: float) -> None:
+    def __call__(self, step: int, params, flops: float) -> None:
         is_end = step in (0, self.prepared.config.run.num_steps)
-        figures = self.evaluate(state.params, thinking=True, final=is_end)
+        figures = self.evaluate(params, thinking=True, final=is_end)
         self.prepared.run.log("evaluation", step, {"flops": flops, "splits": figures})
 
     def evaluate(self, params, *, thinking: bool, final: bool) -> dict:
-        """Figures per split (`Evaluator.evaluate`); final: on eval.final_num_positions instead of num_positions."""
+        """Figures per split; final: on eval.final_num_positions tasks of each instead of num_positions."""
         p = self.prepared
         limit = p.config.eval.final_num_positions if final else p.config.eval.num_positions
-        thresholds = p.config.positions.difficulty_thresholds
-        splits = difficulty_splits(self.source.table, p.heldout_documents, thresholds, limit, seed=p.config.run.seed)
-        evaluator = Evaluator(
-            config=p.config,
-            mesh=p.mesh,
-            tokenizer=p.tokenizer,
-            source=self.source,
-            splits=splits,
-            rewards=self._rewards,
-        )
+        if isinstance(self.source, QuestionSource):
+            splits = category_splits(self.source.questions, limit, seed=p.config.run.seed)
+            evaluator = QuestionEvaluator(
+                config=p.config,
+                mesh=p.mesh,
+                tokenizer=p.tokenizer,
+                source=self.source,
+                splits=splits,
+                reward=self._rewards[p.config.reward.name],
+            )
+        else:
+            thresholds = p.config.positions.difficulty_thresholds
+            splits = difficulty_splits(
+                self.source.table, p.heldout_documents, thresholds, limit, seed=p.config.run.seed
+            )
+            evaluator = Evaluator(
+                config=p.config,
+                mesh=p.mesh,
+                tokenizer=p.tokenizer,
+                source=self.source,
+                splits=splits,
+                rewards=self._rewards,
+            )
         return evaluator.evaluate(params, thinking=thinking)
 
     @cached_property
     def _rewards(self) -> dict[str, Reward]:
-        """Made once: every new one would compile anew."""
-        p = self.prepared
+        """Made once: every new one would compile anew, or start processes anew."""
+        p, names = self.prepared, ("prefix", "first_token")
+        if isinstance(self.source, QuestionSource):
+            names = (p.config.reward.name,)
         return {
-            name: make_reward(replace(p.config.reward, name=name), p.tokenizer) for name in ("prefix", "first_token")
+            name: make_reward(replace(p.config.reward, name=name), p.tokenizer, self.source.columns) for name in names
         }
 
 
-def run_rpt(
-    p: Prepared, params, source: TaskSource, selected, evaluations, *, stop_at_step=None
-) -> tuple[TrainState, float]:
-    """Reinforcement pre-training from `params`; (state, FLOPs)."""
+def run_rl(p: Prepared, params, tasks: Tasks, evaluations, *, stop_at_step=None) -> tuple[Any, float]:
+    """Reinforcement learning from `params` on the chosen tasks; (parameters, FLOPs)."""
     config = p.config
-    tasks = TrainIterator(
-        source,
-        selected,
+    is_banded = config.positions.selector == "pass_rate_band" and not config.questions.path
+    iterator = TrainIterator(
+        tasks.training,
+        tasks.ids,
         num_trunks=config.rollout.num_trunks,
         prompts_per_trunk=config.rollout.prompts_per_trunk,
         group_size=config.rollout.group_size,
         seed=config.run.seed,
+        corpora=tasks.corpora,
+        weights=p.corpus_weights,
+        band=config.positions.pass_rate_band if is_banded else None,
     )
+    trainer, state = make_trainer(p, params, tasks.training)
+    checkpoints = p.checkpoints("rpt")
+    state, flops = train(trainer, state, iterator, p.run, checkpoints, evaluations, stop_at_step=stop_at_step)
+    checkpoints.close()
+    return merge(trainer.frozen, state.params), flops
+
+
+def make_trainer(p: Prepared, params, source: Source) -> tuple[Trainer, TrainState]:
+    """The trainer of the RL stage and its state at step 0."""
+    config = p.config
     optimizer = make_optimizer(config.optimizer, config.num_updates)
+    trained, frozen = trainable(p, params)
     trainer = Trainer(
         config=config,
         mesh=p.mesh,
         tokenizer=p.tokenizer,
         header_length=len(p.template.header),
-        reward=make_reward(config.reward, p.tokenizer),
+        reward=make_reward(config.reward, p.tokenizer, source.columns),
         optimizer=optimizer,
+        columns=source.columns,
+        frozen=frozen,
+        # With adapters these are the very arrays under them: the adapter switched off.
         reference=params if config.loss.kl_coef else None,
     )
-    # The first update donates its state: keep the start's own buffers for the control and the reference.
-    state = init_state(jax.tree.map(lambda x: x.copy(), params), optimizer, p.mesh)
+    return trainer, init_state(trained, optimizer, p.mesh)
+
+
+def newest_state(p: Prepared) -> tuple[TrainState, Frozen | None, int]:
+    """(state of the newest RL checkpoint, what its adapters sit on, its step).
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    # The shapes are all that the warm start's result is needed for, but adapters sit on its very values.
+    trained, frozen = trainable(p, warm_start(p))
+    like = init_state(trained, make_optimizer(p.config.optimizer, p.config.num_updates), p.mesh)
     checkpoints = p.checkpoints("rpt")
-    result = train(trainer, state, tasks, p.run, checkpoints, evaluations, stop_at_step=stop_at_step)
+    state, record = checkpoints.restore(like)
     checkpoints.close()
-    return result
+    return state, frozen, record["step"]
 
 
 def continue_supervised(
-    p: Prepared, params, sequences, optimizer_config, max_flops: float, *, log, on_step
-) -> TrainState:
-    """Supervised training from a copy of `params` until `max_flops` are spent: what a control is."""
+    p: Prepared,
+    params,
+    sequences: Sequence[Example],
+    optimizer_config: OptimizerConfig,
+    max_flops: float,
+    *,
+    log=lambda *_: None,
+    on_step=lambda *_: None,
+) -> Any:
+    """Parameters after supervised training from `params` until `max_flops` are spent: what a control is."""
     optimizer = make_optimizer(optimizer_config, p.config.run.num_steps)
-    state = init_state(jax.tree.map(lambda x: x.copy(), params), optimizer, p.mesh)
+    trained, frozen = trainable(p, params)
     state, _ = train_supervised(
         "control",
         p.config,
-        state,
+        init_state(trained, optimizer, p.mesh),
         optimizer,
         p.mesh,
         sequences,
+        frozen=frozen,
         tail=p.template.tail,
         shuffle=True,
         num_steps=None,
         max_flops=max_flops,
         log=log,
-        on_step=on_step,
+        on_step=lambda step, state, flops: on_step(step, join(frozen, state.params), flops),
     )
-    return state
+    return merge(frozen, state.params)
 
 
 def run_control(p: Prepared, params, max_flops: float, evaluations: Evaluations, *, num_evaluations: int = 5) -> None:
     """Next-token training on the training documents at matched compute, evaluated on the way and at the end."""
     if any(r["stage"] == "control_evaluation" and r.get("final") for r in read_records(p.run.path)):
         return
-    sequences = document_sequences(p.train_documents, p.tokenizer, p.config.data.trunk_length)
+    sequences = document_examples(p.train_documents, p.tokenizer, p.config.data.trunk_length)
     p.run.cut_metrics("control", -1)
     p.run.cut_metrics("control_evaluation", -1)
     marks = list(np.linspace(0, max_flops, num_evaluations + 1)[1:-1])
-    spent = [0.0]
+    last = [0, 0.0]
 
-    def on_step(step: int, state: TrainState, flops: float) -> None:
-        spent[0] = flops
+    def on_step(step: int, params, flops: float) -> None:
+        last[:] = step, flops
         if marks and flops >= marks[0]:
             marks.pop(0)
-            figures = evaluations.evaluate(state.params, thinking=False, final=False)
+            figures = evaluations.evaluate(params, thinking=False, final=False)
             p.run.log("control_evaluation", step, {"flops": flops, "splits": figures})
 
-    state = continue_supervised(
+    trained = continue_supervised(
         p, params, sequences, p.config.supervised.control_optimizer, max_flops, log=p.run.log, on_step=on_step
     )
-    figures = evaluations.evaluate(state.params, thinking=True, final=True)
-    p.run.log("control_evaluation", int(state.step), {"flops": spent[0], "splits": figures, "final": True})
+    figures = evaluations.evaluate(trained, thinking=True, final=True)
+    p.run.log("control_evaluation", last[0], {"flops": last[1], "splits": figures, "final": True})

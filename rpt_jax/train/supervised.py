@@ -3,7 +3,8 @@
 It is the warm start (documents and worked thoughts) and the control (documents at matched compute).
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,11 @@ import grain
 import numpy as np
 
 from rpt_jax.config import Config
-from rpt_jax.data.documents import Document, decode_utf8, parse_json_line
+from rpt_jax.data.documents import Document, lengths_of
 from rpt_jax.data.prompts import Template
+from rpt_jax.data.readers import read_records
 from rpt_jax.errors import DataError
+from rpt_jax.models.lora import Frozen, join
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rl.update import supervised_loss, update
 from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE, Tokenizer
@@ -24,7 +27,7 @@ from rpt_jax.types import Sequences, TrainBatch, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequence:
+class Example:
     """One text, and what the loss sees of it."""
 
     trunk: list[int]
@@ -39,52 +42,86 @@ class Sequence:
         return len(self.trunk) + (tail_length + len(self.completion) if self.completion is not None else 0)
 
 
-def read_sequences(path: str, tokenizer: Tokenizer, template: Template, config: Config) -> list[Sequence]:
-    """A warm-start file, line by line.
+def read_examples(path: str, tokenizer: Tokenizer, template: Template, config: Config) -> list[Example]:
+    """A supervised file, line by line.
 
     A line is {"text", "completion"?, "text_weight"?}. With a completion the text becomes the template's prompt and the
     completion, with the end token, its answer; without one it is plain text. Completion tokens have loss weight 1,
     text tokens `text_weight`: by default 1 in plain text, supervised.context_weight in prompts.
+    Or a line is {"trunk_tokens", "completion_tokens", "tokenizer"}: ids as a rollout had them, never encoded again;
+    only the completion has weight.
 
     Raises:
-        DataError: missing file, bad line, or a sequence that does not fit; names file and line.
+        DataError: missing file, bad line, ids of another tokenizer, or a sequence that does not fit; names file and
+            line.
     """
     file = Path(path)
     if not file.is_file():
         raise DataError(f"supervised.path {path!r} is no file; it must be a jsonl of texts. Set --supervised.path.")
-    L, C = config.data.trunk_length, config.rollout.max_completion_tokens
-    sequences = []
-    for number, raw in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        record = parse_json_line(decode_utf8(raw, file, number), file, number)
-        if not isinstance(record.get("text"), str) or not isinstance(record.get("completion", ""), str | None):
-            raise DataError(
-                f"{file} line {number} has fields {sorted(record)}; it needs a string 'text', and any 'completion' "
-                "must be a string. Correct it."
-            )
-        if not isinstance(record.get("text_weight", 1.0), int | float):
-            raise DataError(f"{file} line {number}: text_weight is no number; it must be at least 0. Correct it.")
-        text, completion = tokenizer.encode(record["text"]), record.get("completion")
-        if completion is None:
-            trunk, ids = plain_trunk(text, tokenizer), None
-        else:
-            trunk, ids = [*template.header, *text], [*tokenizer.encode_continuation(completion), tokenizer.eos_id]
-        for name, size, limit, knob in (
-            ("text", len(trunk), L, "data.trunk_length"),
-            ("completion", len(ids or ()), C, "rollout.max_completion_tokens"),
+    examples = []
+    for name, number, record in read_records(path):
+        where = f"{name} line {number}"
+        build = _from_tokens if "trunk_tokens" in record else _from_text
+        example = build(record, where, tokenizer, template, config)
+        for what, size, limit, knob in (
+            ("text", len(example.trunk), config.data.trunk_length, "data.trunk_length"),
+            (
+                "completion",
+                len(example.completion or ()),
+                config.rollout.max_completion_tokens,
+                "rollout.max_completion_tokens",
+            ),
         ):
             if size > limit:
                 raise DataError(
-                    f"{file} line {number}: the {name} takes {size} tokens; {knob}={limit} is the limit. "
-                    f"Shorten the {name} or raise --{knob.replace('_', '-')}."
+                    f"{where}: the {what} takes {size} tokens; {knob}={limit} is the limit. "
+                    f"Shorten the {what} or raise --{knob.replace('_', '-')}."
                 )
-        weight = record.get("text_weight", 1.0 if ids is None else config.supervised.context_weight)
-        first = 1 if ids is None else max(1, len(template.header))
-        sequences.append(Sequence(trunk=trunk, first=first, weight=float(weight), completion=ids))
-    if not sequences:
+        examples.append(example)
+    if not examples:
         raise DataError(f"{file} holds no sequence; supervised.path needs at least one line. Check the file.")
-    return sequences
+    return examples
+
+
+def _from_text(record: dict, where: str, tokenizer: Tokenizer, template: Template, config: Config) -> Example:
+    if not isinstance(record.get("text"), str) or not isinstance(record.get("completion", ""), str | None):
+        raise DataError(
+            f"{where} has fields {sorted(record)}; it needs a string 'text', and any 'completion' must be a string. "
+            "Correct it."
+        )
+    text, completion = tokenizer.encode(record["text"]), record.get("completion")
+    default = 1.0 if completion is None else config.supervised.context_weight
+    weight = record.get("text_weight", default)
+    if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+        raise DataError(f"{where}: text_weight is {weight!r}; it must be a number of at least 0. Correct it.")
+    if completion is None:
+        return Example(trunk=plain_trunk(text, tokenizer), first=1, weight=float(weight), completion=None)
+    return Example(
+        trunk=[*template.header.tolist(), *text],
+        first=max(1, len(template.header)),
+        weight=float(weight),
+        completion=[*tokenizer.encode_continuation(completion), tokenizer.eos_id],
+    )
+
+
+def _from_tokens(record: dict, where: str, tokenizer: Tokenizer, template: Template, config: Config) -> Example:
+    trunk, completion = record["trunk_tokens"], record.get("completion_tokens")
+    if record.get("tokenizer") != tokenizer.fingerprint:
+        raise DataError(
+            f"{where} has ids of tokenizer {record.get('tokenizer')!r}; this run's is {tokenizer.fingerprint}. "
+            "Sample again with this run's tokenizer."
+        )
+    for ids in (trunk, completion):
+        if (
+            not isinstance(ids, list)
+            or not ids
+            or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids)
+        ):
+            raise DataError(
+                f"{where}: trunk_tokens and completion_tokens must be lists of ids below {tokenizer.vocab_size}. "
+                "Write the file anew."
+            )
+    return Example(trunk=trunk, first=1, weight=0.0, completion=completion)
 
 
 def plain_trunk(tokens, tokenizer: Tokenizer) -> list[int]:
@@ -92,22 +129,48 @@ def plain_trunk(tokens, tokenizer: Tokenizer) -> list[int]:
     return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + [int(t) for t in tokens]
 
 
-def document_sequences(
-    documents: list[Document], tokenizer: Tokenizer, trunk_length: int, *, weight: float = 1.0
-) -> list[Sequence]:
-    """Plain-text sequences of documents. Long ones become windows that share one token, so that every token but a
-    document's first is predicted once."""
+@dataclass(frozen=True)
+class DocumentExamples(Sequence):
+    """Plain-text examples of documents, each made when it is asked for.
+
+    Long documents become windows that share one token, so that every token but a document's first is predicted once.
+    """
+
+    documents: Sequence[Document]
+    tokenizer: Tokenizer
+    size: int
+    """Document tokens of an example."""
+    weight: float
+    ends: np.ndarray
+    """i64 [documents], cumulative number of examples."""
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, number: int) -> Example:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        d = int(np.searchsorted(self.ends, number, side="right"))
+        first = (number - (int(self.ends[d - 1]) if d else 0)) * (self.size - 1)
+        tokens = self.documents[d].tokens[first : first + self.size]
+        return Example(trunk=plain_trunk(tokens, self.tokenizer), first=1, weight=self.weight, completion=None)
+
+    def head(self, number: int) -> list[Example]:
+        return [self[i] for i in range(min(number, len(self)))]
+
+
+def document_examples(
+    documents: Sequence[Document], tokenizer: Tokenizer, trunk_length: int, *, weight: float = 1.0
+) -> DocumentExamples:
+    """Plain-text examples of trunk_length tokens, BOS included."""
     size = trunk_length - (tokenizer.bos_id is not None)
-    return [
-        Sequence(trunk=plain_trunk(d.tokens[first : first + size], tokenizer), first=1, weight=weight, completion=None)
-        for d in documents
-        for first in range(0, max(1, len(d.tokens) - 1), size - 1)
-    ]
+    counts = np.maximum(1, -(-(lengths_of(documents) - 1) // (size - 1)))
+    return DocumentExamples(documents, tokenizer, size, weight, np.cumsum(counts))
 
 
-def draft_sequences(
-    documents: list[Document], tokenizer: Tokenizer, template: Template, config: Config, num_plain: int
-) -> list[Sequence]:
+def draft_examples(
+    documents: Sequence[Document], tokenizer: Tokenizer, template: Template, config: Config, num_plain: int
+) -> list[Example]:
     """Cold start for a corpus without worked thoughts: supervised.draft_fraction of all sequences, beside `num_plain`.
 
     At a random position the completion is the true next tokens as a draft, then the first of them in the box, all in
@@ -121,12 +184,13 @@ def draft_sequences(
     window = config.data.trunk_length - len(template.header)
     opening, closing = tokenizer.encode_continuation(THINK_CLOSE + BOX_OPEN), tokenizer.encode_continuation("}")
     size, minimum = config.supervised.draft_tokens, config.positions.min_context_tokens
-    usable = [d for d in documents if len(d.tokens) > minimum + size]
-    weights = np.array([len(d.tokens) for d in usable], float)
-    sequences: list[Sequence] = []
-    wanted = round(num_plain * share / (1 - share)) if usable else 0
-    for number in rng.choice(len(usable), wanted, p=weights / weights.sum()) if wanted else ():
-        tokens = usable[number].tokens
+    lengths = lengths_of(documents)
+    (usable,) = np.nonzero(lengths > minimum + size)
+    weights = lengths[usable].astype(float)
+    sequences: list[Example] = []
+    wanted = round(num_plain * share / (1 - share)) if len(usable) else 0
+    for number in rng.choice(usable, wanted, p=weights / weights.sum()) if wanted else ():
+        tokens = documents[number].tokens
         index = int(rng.integers(minimum, len(tokens) - size))
         target = tokenizer.token_bytes(int(tokens[index]))
         if not target or b"{" in target or b"}" in target or "\ufffd" in target.decode(errors="replace"):
@@ -140,7 +204,7 @@ def draft_sequences(
             )
         trunk = [*template.header, *tokens[max(0, index - window) : index]]
         sequences.append(
-            Sequence(
+            Example(
                 trunk=[int(t) for t in trunk],
                 first=max(1, len(template.header)),
                 weight=config.supervised.context_weight,
@@ -150,25 +214,69 @@ def draft_sequences(
     return sequences
 
 
-def make_batch(sequences: list[Sequence], config: Config, tail) -> TrainBatch:
-    """Dense numpy TrainBatch; R is 1 where any sequence has a completion, else 0."""
-    U, L = len(sequences), config.data.trunk_length
-    has_branches = any(s.completion is not None for s in sequences)
+def make_batch(examples: list[Example], config: Config, tail) -> TrainBatch:
+    """Dense numpy TrainBatch, an example a row; R is 1 where any example has a completion, else 0."""
+    U, L = len(examples), config.data.trunk_length
+    has_branches = any(e.completion is not None for e in examples)
     R, E, C = int(has_branches), len(tail), config.rollout.max_completion_tokens
     trunk_tokens, trunk_weights = np.zeros((U, L), np.int32), np.zeros((U, L), np.float32)
     cuts = np.ones((U, R), np.int32)
     branch_tokens, branch_mask = np.zeros((U, R, E + C), np.int32), np.zeros((U, R, E + C), bool)
-    for u, s in enumerate(sequences):
-        trunk_tokens[u, : len(s.trunk)] = s.trunk
-        trunk_weights[u, s.first : len(s.trunk)] = s.weight
-        if s.completion is not None:
-            cuts[u, 0] = len(s.trunk)
-            branch_tokens[u, 0, : E + len(s.completion)] = [*tail, *s.completion]
-            branch_mask[u, 0, : E + len(s.completion)] = True
-    completion_mask = branch_mask[:, :, E:]
+    for u, e in enumerate(examples):
+        trunk_tokens[u, : len(e.trunk)] = e.trunk
+        trunk_weights[u, e.first : len(e.trunk)] = e.weight
+        if e.completion is not None:
+            cuts[u, 0] = len(e.trunk)
+            branch_tokens[u, 0, : E + len(e.completion)] = [*tail, *e.completion]
+            branch_mask[u, 0, : E + len(e.completion)] = True
+    sequences = Sequences(trunk_tokens=trunk_tokens, cuts=cuts, branch_tokens=branch_tokens, branch_mask=branch_mask)
+    return _weighted(sequences, branch_mask[:, :, E:], trunk_weights)
+
+
+def make_packed_batch(
+    next_example: Callable[[], Example], num_rows: int, config: Config, tail
+) -> tuple[TrainBatch, int, int]:
+    """(TrainBatch of rows filled in order, examples taken, their tokens); the last example drawn is not among them.
+
+    A row is trunk_length + tail + max_completion_tokens long, so that every example fits. Examples go to the first row
+    with room; the batch is complete when one finds none, and that one begins the next batch. Prompt, tail and
+    completion are one segment of the trunk, completions weighted 1.
+    """
+    L = config.data.trunk_length + len(tail) + config.rollout.max_completion_tokens
+    tokens, weights = np.zeros((num_rows, L), np.int32), np.zeros((num_rows, L), np.float32)
+    segments, used = np.zeros((num_rows, L), np.int32), np.zeros(num_rows, int)
+    taken = 0
+    while True:
+        example = next_example()
+        size = example.num_tokens(len(tail))
+        rows = np.flatnonzero(used + size <= L)
+        if not len(rows):
+            break
+        row, start = rows[0], used[rows[0]]
+        completion = [] if example.completion is None else [*tail, *example.completion]
+        tokens[row, start : start + size] = [*example.trunk, *completion]
+        weights[row, start + example.first : start + len(example.trunk)] = example.weight
+        weights[row, start + size - len(example.completion or ()) : start + size] = (
+            1.0 if completion else example.weight
+        )
+        segments[row, start : start + size] = taken + 1
+        used[row] += size
+        taken += 1
+    sequences = Sequences(
+        trunk_tokens=tokens,
+        trunk_segments=segments,
+        cuts=np.ones((num_rows, 0), np.int32),
+        branch_tokens=np.zeros((num_rows, 0, 1), np.int32),
+        branch_mask=np.zeros((num_rows, 0, 1), bool),
+    )
+    return _weighted(sequences, np.zeros((num_rows, 0, 1), bool), weights), taken, int(used.sum())
+
+
+def _weighted(sequences: Sequences, completion_mask, trunk_weights) -> TrainBatch:
+    """The batch with weights that sum to 1."""
     total = max(1e-9, trunk_weights.sum() + completion_mask.sum())
     return TrainBatch(
-        sequences=Sequences(trunk_tokens=trunk_tokens, cuts=cuts, branch_tokens=branch_tokens, branch_mask=branch_mask),
+        sequences=sequences,
         completion_mask=completion_mask,
         token_weights=(completion_mask / total).astype(np.float32),
         trunk_weights=(trunk_weights / total).astype(np.float32),
@@ -179,10 +287,26 @@ def make_batch(sequences: list[Sequence], config: Config, tail) -> TrainBatch:
     )
 
 
-def sequence_order(num_sequences: int, *, shuffle: bool, seed: int) -> grain.MapDataset:
+def example_order(num_examples: int, *, shuffle: bool, seed: int) -> grain.MapDataset:
     """Endless indices: file order, or reshuffled each epoch."""
-    order = grain.MapDataset.range(num_sequences)
+    order = grain.MapDataset.range(num_examples)
     return (order.seed(seed).shuffle() if shuffle else order).repeat()
+
+
+def batches(examples: Sequence[Example], config: Config, tail, *, shuffle: bool) -> Iterator[tuple[TrainBatch, int]]:
+    """Endless (batch, tokens in it), one after the other, each example once an epoch."""
+    order = example_order(len(examples), shuffle=shuffle, seed=config.run.seed)
+    size, position = config.supervised.batch_size, 0
+    while True:
+        if config.supervised.pack:
+            following = (examples[order[i]] for i in itertools.count(position))
+            batch, taken, num_tokens = make_packed_batch(following.__next__, size, config, tail)
+        else:
+            rows = [examples[order[position + i]] for i in range(size)]
+            batch, taken = make_batch(rows, config, tail), size
+            num_tokens = sum(e.num_tokens(len(tail)) for e in rows)
+        position += taken
+        yield batch, num_tokens
 
 
 def train_supervised(
@@ -191,8 +315,9 @@ def train_supervised(
     state: TrainState,
     optimizer,
     mesh,
-    sequences: list[Sequence],
+    examples: Sequence[Example],
     *,
+    frozen: Frozen | None,
     tail,
     shuffle: bool,
     num_steps: int | None,
@@ -203,25 +328,24 @@ def train_supervised(
     """Run updates until `num_steps` or until `max_flops` are spent, whichever is given.
 
     Args:
+        frozen: what the state's adapters sit on; None: the state holds the whole policy.
         on_step: called with (steps done, state, FLOPs spent) after every update.
     Returns:
         (state, FLOPs spent).
     """
     loss_fn = partial(supervised_loss, config.model)
-    order = sequence_order(len(sequences), shuffle=shuffle, seed=config.run.seed)
-    size, num_params = config.supervised.batch_size, num_parameters(state.params)
+    num_params = num_parameters(join(frozen, state.params))
     flops, step = 0.0, 0
     total = num_steps if num_steps is not None else 100
+    stream = batches(examples, config, tail, shuffle=shuffle)
     with progress_bar(stage, total) as progress:
         while (step < num_steps) if num_steps is not None else (flops < max_flops):
-            rows = [sequences[order[step * size + i]] for i in range(size)]
-            batch = make_batch(rows, config, tail)
-            num_tokens = sum(s.num_tokens(len(tail)) for s in rows)
+            batch, num_tokens = next(stream)
             state, metrics = update(
-                state, shard_batch(mesh, batch), loss_fn=loss_fn, optimizer=optimizer, num_microbatches=1
+                state, shard_batch(mesh, batch), loss_fn=loss_fn, optimizer=optimizer, num_microbatches=1, frozen=frozen
             )
             step += 1
-            flops += update_flops(num_params, num_tokens)
+            flops += update_flops(config, num_params, num_tokens)
             if step % 10 == 0 or step == num_steps:
                 record = to_host(metrics)
                 log(stage, step, record | {"flops": flops})

@@ -1,5 +1,6 @@
 """The two halves of a step: completions with rewards from parameters, new parameters from completions with rewards."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from rpt_jax.config import Config
+from rpt_jax.models.lora import Frozen, join
 from rpt_jax.rewards.reward import Reward
 from rpt_jax.rl.scoring import direct_logprobs, score
 from rpt_jax.rl.update import policy_batch, policy_loss, split_minibatches, update
@@ -17,7 +19,13 @@ from rpt_jax.types import Experience, TaskBatch, TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """What a step needs beside the state. `reference` is the policy that RPT started from; None without a KL term."""
+    """What a step needs beside the state.
+
+    Attributes:
+        columns: what is known of a task, by its id (`pipeline.Source.columns`).
+        frozen: what the trained adapters sit on; None: the state holds the whole policy.
+        reference: the policy that RL started from; None without a KL term.
+    """
 
     config: Config
     mesh: Mesh
@@ -25,7 +33,13 @@ class Trainer:
     header_length: int
     reward: Reward
     optimizer: Any
+    columns: Callable[[int], dict]
+    frozen: Frozen | None = None
     reference: Any = None
+
+    def policy(self, state: TrainState) -> Any:
+        """The parameters that sample and are judged."""
+        return join(self.frozen, state.params)
 
     def roll_out(self, params, step: int, tasks: TaskBatch, round_number: int) -> Experience:
         """Sample G completions for each prompt, read their predictions and reward them."""
@@ -41,9 +55,14 @@ class Trainer:
         direct = partial(direct_logprobs, header_length=self.header_length, bos_id=self.tokenizer.bos_id)
         passes = {"direct_logprobs": direct}
         requested = {name: passes[name](self.config.model, params, tasks) for name in self.reward.requests}
-        rewards, predictions = self.reward.fn(rollouts, tasks, requested)
+        rewards, predictions, faults = self.reward.fn(rollouts, tasks, requested)
         return Experience(
-            tasks=tasks, rollouts=rollouts, rewards=rewards, predictions=predictions, group_mask=tasks.position_mask
+            tasks=tasks,
+            rollouts=rollouts,
+            rewards=rewards,
+            predictions=predictions,
+            faults=faults,
+            group_mask=tasks.position_mask,
         )
 
     def learn(self, state: TrainState, experience: Experience) -> tuple[TrainState, list[dict]]:
@@ -54,7 +73,7 @@ class Trainer:
         if self.reference is not None:
             batch = replace(batch, ref_logprobs=score_fn(self.config.model, self.reference, batch.sequences))
         if loss.num_minibatches > 1:
-            batch = replace(batch, old_logprobs=score_fn(self.config.model, state.params, batch.sequences))
+            batch = replace(batch, old_logprobs=score_fn(self.config.model, self.policy(state), batch.sequences))
         metrics = []
         for minibatch in split_minibatches(batch, loss.num_minibatches):
             size = minibatch.advantages.shape[0]
@@ -64,6 +83,7 @@ class Trainer:
                 loss_fn=self.loss_fn,
                 optimizer=self.optimizer,
                 num_microbatches=size // (loss.microbatch_trunks or size),
+                frozen=self.frozen,
             )
             metrics.append(step_metrics)
         return state, metrics

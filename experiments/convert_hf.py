@@ -1,0 +1,45 @@
+"""Export a run's newest policy as a Hugging Face model directory, tokenizer included.
+
+python -m experiments.convert_hf --run runs/tiny_text --out exported [--dtype bfloat16]
+python -m experiments.convert_hf --run runs/tiny_text --out adapters --adapters      # PEFT layout, a LoRA run only
+"""
+
+import argparse
+from pathlib import Path
+
+from experiments.cli import load_run, run_script
+from rpt_jax.errors import ConfigError
+from rpt_jax.models.hf import save_hf
+from rpt_jax.models.lora import save_adapters
+from rpt_jax.train import stages
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="run directory with an RL checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="a new directory")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as trained")
+    parser.add_argument("--adapters", action="store_true", help="only the adapters of the RL stage, not merged")
+    args = parser.parse_args(argv)
+    prepared = stages.prepare(load_run(args.run))
+    config = prepared.config
+    if args.adapters and not config.lora.rank:
+        raise ConfigError(f"--adapters of {args.run}, which trained every parameter. Leave --adapters out.")
+    if args.adapters and config.supervised.num_steps:
+        raise ConfigError(
+            f"--adapters of {args.run}, whose adapters sit on a warm-started policy that is no checkpoint. "
+            "Leave --adapters out to export the merged policy."
+        )
+    state, frozen, step = stages.newest_state(prepared)
+    if args.adapters:
+        save_adapters(args.out, config.lora, state.params, base=config.policy.path)
+    else:
+        save_hf(
+            args.out, config.model, stages.merge(frozen, state.params), dtype=args.dtype, tokenizer=prepared.tokenizer
+        )
+    print(f"step {step} of {args.run} -> {args.out}")
+    prepared.run.close()
+
+
+if __name__ == "__main__":
+    run_script(main)

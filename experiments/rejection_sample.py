@@ -1,0 +1,68 @@
+"""Sample rollouts of a preset's policy and keep those that earned reward, as a file for a cold start.
+
+python -m experiments.rejection_sample --preset tiny_text --data.path my.txt --policy.path DIR --out cold_start.jsonl
+    [--batches 10] [--per-prompt 2] [--min-reward 1]
+
+The policy is the run directory's newest RL checkpoint, or where there is none its warm start. The file goes to
+--supervised.path. Prints how many rollouts were kept and why the others were not.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from experiments.cli import describe, parse_config, run_script
+from rpt_jax.data.pipeline import TrainIterator
+from rpt_jax.errors import DataError
+from rpt_jax.parallel.mesh import shard_batch
+from rpt_jax.train import stages
+from rpt_jax.train.metrics import progress_bar
+from rpt_jax.train.records import completion_columns
+from rpt_jax.train.rejection import accepted_rows, write_examples
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--batches", type=int, default=10)
+    parser.add_argument("--per-prompt", type=int, default=2)
+    parser.add_argument("--min-reward", type=float, default=1.0)
+    args, rest = parser.parse_known_args(argv)
+    config, dry_run = parse_config(rest)
+    if dry_run:
+        print(describe(config))
+        return
+    prepared = stages.prepare(config)
+    params = stages.warm_start(prepared)
+    tasks = stages.choose_tasks(prepared, params)
+    trainer, _ = stages.make_trainer(prepared, params, tasks.training)
+    if prepared.checkpoints("rpt").latest_step is not None:
+        state, trainer_frozen, _ = stages.newest_state(prepared)
+        params = stages.merge(trainer_frozen, state.params)
+    rollout = config.rollout
+    shape = dict(num_trunks=rollout.num_trunks, prompts_per_trunk=rollout.prompts_per_trunk)
+    # A seed of its own: the prompts are not those that training starts with.
+    iterator = TrainIterator(
+        tasks.training, tasks.ids, group_size=rollout.group_size, seed=config.run.seed + 1, **shape
+    )
+    rows = []
+    with progress_bar("rollouts", args.batches) as progress:
+        for number in range(args.batches):
+            batch = shard_batch(prepared.mesh, next(iterator))
+            # Training's steps are counted from 0 up: these keys are its only where a run is longer than 2^30 steps.
+            columns = completion_columns(trainer.roll_out(params, 2**30 + number, batch, 0), trainer)
+            rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            progress(number + 1)
+    kept, counts = accepted_rows(rows, min_reward=args.min_reward, per_prompt=args.per_prompt)
+    print(json.dumps(counts))
+    if not kept:
+        raise DataError(
+            f"none of {len(rows)} rollouts earned {args.min_reward} and ended; a cold start needs some. Sample more "
+            "(--batches), from a better policy, or lower --min-reward."
+        )
+    write_examples(args.out, kept, prepared.tokenizer.fingerprint)
+    prepared.run.close()
+
+
+if __name__ == "__main__":
+    run_script(main)

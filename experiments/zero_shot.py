@@ -1,0 +1,63 @@
+"""Judge a Hugging Face model on questions: thinking, and of multiple choice direct, by category.
+
+python -m experiments.zero_shot --policy.path DIR --questions.path mmlu_pro_test.jsonl [--eval.num-positions 200]
+    [--data.chat] [--eval.num-samples 8] [--rollout.max-completion-tokens 4096] [--json figures.json]
+
+--eval.num-positions questions are drawn, and as many of each category. arXiv:2506.08007 Table 3.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.cli import describe, parse_config, run_script
+from rpt_jax.data.questions import read_questions
+from rpt_jax.errors import ConfigError
+from rpt_jax.evals.questions import QuestionEvaluator, category_splits
+from rpt_jax.rewards.reward import make_reward
+from rpt_jax.train import stages
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--json", type=Path)
+    args, rest = parser.parse_known_args(argv)
+    config, dry_run = parse_config(rest, default_preset="questions")
+    if not (config.policy.path and config.questions.path):
+        raise ConfigError("zero_shot judges a model on questions. Set --policy.path and --questions.path.")
+    if any(q.choices for q in read_questions(config.questions.path)):
+        config = replace(config, reward=replace(config.reward, name="choice"))
+    if dry_run:
+        print(describe(config))
+        return
+    model = stages.load_policy(config)
+    source = stages.open_questions(config.questions.path, "evaluation", config, model.tokenizer)
+    evaluator = QuestionEvaluator(
+        config=model.config,
+        mesh=model.mesh,
+        tokenizer=model.tokenizer,
+        source=source,
+        splits=category_splits(source.questions, config.eval.num_positions, seed=config.run.seed),
+        reward=make_reward(config.reward, model.tokenizer, source.columns),
+    )
+    figures = evaluator.evaluate(model.params)
+    print(table(figures))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2))
+
+
+def table(figures: dict) -> str:
+    """One line per category, value ± standard error per metric."""
+    metrics = list(dict.fromkeys(m for cells in figures.values() for m in cells))
+    width = max(len(name) for name in figures) + 2
+    lines = [" " * width + f"{'n':>6}" + "".join(f"{m:>16}" for m in metrics)]
+    for name, cells in figures.items():
+        values = (f"{cells[m]['value']:.3f} ± {cells[m]['standard_error']:.3f}" if m in cells else "–" for m in metrics)
+        n = next(iter(cells.values()))["n"]
+        lines.append(f"{name:<{width}}{n:>6}" + "".join(f"{v:>16}" for v in values))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,241 @@
+"""Questions with answers, as tasks: a trunk is one prompt, with one cut at its end.
+
+Read from jsonl, parquet or ArrayRecord in the layouts that are in use; each is told by its fields.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from rpt_jax.config import DataConfig, QuestionsConfig
+from rpt_jax.data.pipeline import Trunks, empty_tasks, row_ids
+from rpt_jax.data.prompts import Template, check_marks, open_thought
+from rpt_jax.data.readers import read_records
+from rpt_jax.errors import ConfigError, DataError
+from rpt_jax.tokenizer import Tokenizer
+from rpt_jax.types import TaskBatch
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_ASK_BOXED = "\n\nReason step by step, then put the final answer within \\boxed{}."
+_ASK_LETTER = "\n\nReason step by step, then put the letter of the right option within \\boxed{}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    id: str
+    messages: tuple[tuple[str, str], ...]
+    """(role, content); the last one is the user's."""
+    answers: tuple[str, ...]
+    """Accepted answers; of multiple choice the letter."""
+    choices: tuple[str, ...] = ()
+    category: str = ""
+    record: dict[str, Any] = field(default_factory=dict)
+    """The record as read."""
+
+
+def read_questions(path: str) -> list[Question]:
+    """All questions of a path or glob.
+
+    Layouts: verl and Skywork-OR1 (prompt, reward_model.ground_truth); MMLU-Pro (question, options, answer); ARC
+    (question.stem and choices, or question and choices.text / label, with answerKey); question or problem with answer
+    (GSM8K's answer is what follows its last ####).
+
+    Raises:
+        DataError: unknown layout, no answer, or no question; names file and record.
+    """
+    questions = [_question(record, f"{name}:{number}") for name, number, record in read_records(path)]
+    if not questions:
+        raise DataError(f"questions path {path!r} holds no question; give at least one. Check the file.")
+    return questions
+
+
+def _question(record: dict, where: str) -> Question:
+    try:
+        for matches, build in _LAYOUTS:
+            if matches(record):
+                question = Question(id=where, record=record, **build(record))
+                break
+        else:
+            raise KeyError("fields of a known layout")
+        if not all(isinstance(text, str) and text for _, text in question.messages):
+            raise TypeError("a question that is text")
+        if not question.answers or not all(isinstance(a, str) and a.strip() for a in question.answers):
+            raise TypeError("an answer")
+        if question.choices and not all(a in LETTERS[: len(question.choices)] for a in question.answers):
+            raise ValueError(f"an answer among its {len(question.choices)} options")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"{where} has fields {sorted(record)}; a question record needs {error} (verl: prompt and "
+            "reward_model.ground_truth; MMLU-Pro: question, options, answer; ARC: question, choices, answerKey; or "
+            "question or problem with answer). Correct the record."
+        ) from error
+    return question
+
+
+def _verl(record: dict) -> dict:
+    truth = record["reward_model"]["ground_truth"]
+    messages = tuple((m["role"], m["content"]) for m in record["prompt"])
+    if not messages or messages[-1][0] != "user":
+        raise ValueError("a prompt whose last message is the user's")
+    if isinstance(truth, str) and truth.startswith("["):
+        # Skywork-OR1 keeps a list of accepted answers as JSON text; an interval also begins with a bracket.
+        with contextlib.suppress(json.JSONDecodeError):
+            truth = json.loads(truth)
+    answers = truth if isinstance(truth, list | tuple) else [truth]
+    return dict(
+        messages=messages, answers=tuple(str(a) for a in answers if a is not None), category=record.get("ability") or ""
+    )
+
+
+def _choice(stem: str, texts: list[str], answer: str, category: str) -> dict:
+    if not 2 <= len(texts) <= len(LETTERS) or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f"2 to {len(LETTERS)} options that are text")
+    lines = [stem, *(f"{letter}. {text}" for letter, text in zip(LETTERS, texts))]
+    return dict(messages=(("user", "\n".join(lines)),), answers=(answer,), choices=tuple(texts), category=category)
+
+
+def _mmlu_pro(record: dict) -> dict:
+    return _choice(record["question"], record["options"], record["answer"], record.get("category") or "")
+
+
+def _arc(record: dict) -> dict:
+    stem, choices = record["question"], record.get("choices")
+    if isinstance(stem, dict):
+        stem, choices = stem["stem"], stem["choices"]
+    if isinstance(choices, dict):
+        choices = [{"text": t, "label": label} for t, label in zip(choices["text"], choices["label"], strict=True)]
+    labels = [c["label"] for c in choices]
+    # Some questions label their options 1 to 4.
+    letter = LETTERS[labels.index(record["answerKey"])]
+    return _choice(stem, [c["text"] for c in choices], letter, record.get("category") or "")
+
+
+def _plain(record: dict) -> dict:
+    answer = record["answer"]
+    answers = answer if isinstance(answer, list) else [answer]
+    final = [re.sub(r"(?<=\d),(?=\d{3})", "", a.split("####")[-1].strip()) if "####" in str(a) else a for a in answers]
+    text = record.get("question", record.get("problem"))
+    category = record.get("category") or record.get("domain") or ""
+    return dict(
+        messages=(("user", text),),
+        answers=tuple(str(a) for a in final if a is not None),
+        category=category if isinstance(category, str) else "",
+    )
+
+
+_LAYOUTS = (
+    (lambda r: "prompt" in r and "reward_model" in r, _verl),
+    (lambda r: "options" in r, _mmlu_pro),
+    (lambda r: "answerKey" in r, _arc),
+    (lambda r: "answer" in r and ("question" in r or "problem" in r), _plain),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionSource:
+    """Prompts of questions as tasks; a task id is an index into `questions`.
+
+    Attributes:
+        prompts: token ids of each question's trunk; tail: what every prompt ends with, <think> last.
+        direct_prompts, direct_tail: the same without the request to reason; an option's letter follows.
+        trunk_length: L, the longest prompt, rounded up to a multiple of 16.
+    """
+
+    questions: list[Question]
+    prompts: list[np.ndarray]
+    tail: np.ndarray
+    direct_prompts: list[np.ndarray]
+    direct_tail: np.ndarray
+    trunk_length: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Number and sha256 of the questions, as their tokens and answers."""
+        digest = hashlib.sha256()
+        for question, prompt in zip(self.questions, self.prompts, strict=True):
+            digest.update(prompt.tobytes() + repr(question.answers).encode())
+        return {"questions": len(self.questions), "sha256": digest.hexdigest()}
+
+    def group(self, task_ids, prompts_per_trunk: int) -> Trunks:
+        """One question a trunk."""
+        ids = np.asarray(task_ids, np.int64)
+        return Trunks(ids, np.arange(1, len(ids) + 1))
+
+    def make(self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int) -> TaskBatch:
+        """TaskBatch of numpy arrays; continuations are empty. An empty list is a padded trunk."""
+        batch = empty_tasks(len(trunks), prompts_per_trunk, self.trunk_length, self.tail, 8)
+        for u, ids in enumerate(trunks):
+            for i in ids:
+                prompt = self.prompts[i]
+                batch["trunk_tokens"][u, : len(prompt)] = prompt
+                batch["trunk_lengths"][u] = batch["cuts"][u, 0] = len(prompt)
+                batch["position_mask"][u, 0] = True
+                batch["position_ids"][u, 0] = i
+        ids = row_ids(trunks, batch["position_ids"], len(self.questions), group_size)
+        return TaskBatch(**batch, row_ids=ids)
+
+    def columns(self, task_id: int) -> dict[str, Any]:
+        """id, answers, choices, category and the record as read."""
+        q = self.questions[task_id]
+        return {"id": q.id, "answers": q.answers, "choices": q.choices, "category": q.category, "record": q.record}
+
+
+def make_question_template(tokenizer: Tokenizer, questions: QuestionsConfig, data: DataConfig) -> Template:
+    """What stands before a question's own text (BOS) and after every prompt (the assistant's turn, <think>).
+
+    Raises:
+        ConfigError, DataError: see `prompts.make_template`.
+    """
+    tail = tokenizer.chat_parts()[1] if data.chat else "\n"
+    check_marks(tokenizer)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    tail_ids = tokenizer.encode_continuation(open_thought(tail, "\n"), specials=True)
+    return Template(header=np.asarray(bos, np.int32), tail=np.asarray(tail_ids, np.int32))
+
+
+def make_question_source(
+    questions: list[Question], tokenizer: Tokenizer, config: QuestionsConfig, data: DataConfig
+) -> tuple[QuestionSource, int]:
+    """The source of the questions whose prompts fit data.trunk_length, and the number of those left out.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    template = make_question_template(tokenizer, config, data)
+
+    def encode(question: Question, kind: QuestionsConfig):
+        text = _prompt(question, tokenizer, kind, data)
+        return np.concatenate([template.header, tokenizer.encode(text, specials=data.chat)]).astype(np.int32)
+
+    prompts = [encode(q, config) for q in questions]
+    direct_tail = (tokenizer.chat_parts()[1] if data.chat else "\n") + "Answer:"
+    kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= data.trunk_length]
+    if not kept:
+        raise ConfigError(
+            f"all {len(questions)} prompts are longer than data.trunk_length={data.trunk_length} tokens (shortest: "
+            f"{min(map(len, prompts))}); a prompt must fit. Raise --data.trunk-length."
+        )
+    longest = max(len(prompts[i]) for i in kept)  # the direct prompts are beginnings of these
+    source = QuestionSource(
+        questions=[questions[i] for i in kept],
+        prompts=[prompts[i] for i in kept],
+        tail=template.tail,
+        direct_prompts=[encode(questions[i], replace(config, template="none")) for i in kept],
+        direct_tail=np.asarray(tokenizer.encode_continuation(direct_tail, specials=True), np.int32),
+        trunk_length=-(-longest // 16) * 16,
+    )
+    return source, len(questions) - len(kept)
+
+
+def _prompt(question: Question, tokenizer: Tokenizer, config: QuestionsConfig, data: DataConfig) -> str:
+    ask = "" if config.template == "none" else (_ASK_LETTER if question.choices else _ASK_BOXED)
+    *before, (role, last) = question.messages
+    messages = [*before, (role, last + ask)]
+    if data.chat:
+        return tokenizer.chat_prompt(messages)
+    return "\n\n".join(content for _, content in messages)

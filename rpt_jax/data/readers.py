@@ -1,0 +1,299 @@
+"""Files to texts, one record at a time: txt, jsonl, parquet, ArrayRecord, globs of them, a Hugging Face dataset.
+
+Every way a corpus can be unusable is found here, with file and line. Nothing is held but the record in hand.
+"""
+
+import glob
+import json
+import os
+import string
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet
+
+from rpt_jax.config import DataConfig
+from rpt_jax.errors import ConfigError, DataError
+
+# A .txt file is read in blocks of about this size, each ending behind a newline where there is one.
+_BLOCK_BYTES = 2**20
+_HUGGING_FACE = "hf:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """One document before tokenisation, or a piece of a long one."""
+
+    id: str
+    """File name and record number: stable across runs."""
+    text: str
+    is_continued: bool = False
+    """The next text belongs to the same document."""
+    labels: tuple[tuple[int, str], ...] = ()
+    """(byte offset of a position, name): positions that evaluation reports by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A part of the training data: where it is, how a record becomes a document, how much of the data it gives."""
+
+    path: str
+    text_template: str
+    weight: float = 1.0
+
+
+def training_corpora(data: DataConfig) -> list[Corpus]:
+    """The parts of the training data: data.path alone, or data.mixture.
+
+    Raises:
+        ConfigError: an entry of data.mixture is not WEIGHT=PATH or WEIGHT=PATH=TEMPLATE.
+    """
+    if not data.mixture:
+        return [Corpus(path=data.path, text_template=data.text_template)]
+    parts = []
+    for entry in data.mixture:
+        weight, _, rest = entry.partition("=")
+        path, _, template = rest.partition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = 0.0
+        if not (0 < value < float("inf") and path):
+            raise ConfigError(
+                f"data.mixture holds {entry!r}; an entry is WEIGHT=PATH or WEIGHT=PATH=TEMPLATE with a weight above 0. "
+                "Correct it."
+            )
+        parts.append(Corpus(path=path, text_template=template or data.text_template, weight=value))
+    return parts
+
+
+def read_texts(path: str, *, text_template: str) -> Iterator[Text]:
+    """Texts of all files that `path` names, in the order of their names; blank ones are left out.
+
+    Args:
+        path: a .txt (one document a file), .jsonl, .parquet or .array_record (one document a record) file, a glob of
+            them, or hf:NAME[:CONFIG][:SPLIT], a dataset of the `datasets` package or a directory that it saved.
+        text_template: str.format template over a record's fields; backslash-n in it is a newline.
+    Raises:
+        DataError: no such file, unknown kind, empty, not UTF-8, not JSON, or a record without a needed field.
+    """
+    num_texts = 0
+    for name, records in _sources(path):
+        for number, record in enumerate(records, start=1):
+            if isinstance(record, Text):
+                num_texts += bool(record.text.strip())
+                yield record
+                continue
+            text = _fill(text_template, record, name, number)
+            if text.strip():
+                num_texts += 1
+                labels = _read_labels(record.get("position_labels"), name, number)
+                yield Text(id=f"{name}:{number}", text=text, labels=labels)
+    if not num_texts:
+        raise DataError(f"data path {path!r} holds no text; at least one document must be non-empty. Check the file.")
+
+
+def read_records(path: str) -> Iterator[tuple[str, int, dict]]:
+    """(file name, record number, record) of every jsonl, parquet or ArrayRecord record, or of a dataset's rows.
+
+    Raises:
+        DataError: as `read_texts`; a .txt file has no records.
+    """
+    for name, records in _sources(path):
+        for number, record in enumerate(records, start=1):
+            if isinstance(record, Text):
+                raise DataError(f"{name} is plain text; records are read from .jsonl or .parquet. Convert it.")
+            if record:
+                yield name, number, record
+
+
+def file_stamps(path: str) -> list[tuple[str, int, int]]:
+    """(path, bytes, modification time in ns) of every file that `path` names; of a dataset, its name alone."""
+    if path.startswith(_HUGGING_FACE):
+        return [(path, 0, 0)]
+    return [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in matching_files(path)]
+
+
+def matching_files(path: str) -> list[str]:
+    """Files of a path or glob, sorted; raises DataError where there is none."""
+    files = [f for f in sorted(glob.glob(path, recursive=True)) if Path(f).is_file()] if path else []
+    if not files:
+        raise DataError(
+            f"data path {path!r} matches no file; it must name a .txt, .jsonl, .parquet or .array_record file, a glob "
+            "of them, or hf:DATASET. Set --data.path."
+        )
+    return files
+
+
+def _sources(path: str) -> Iterator[tuple[str, Iterable]]:
+    """(name within the corpus, records) of every file."""
+    if path.startswith(_HUGGING_FACE):
+        yield path, _read_dataset(path)
+        return
+    files = matching_files(path)
+    root = os.path.dirname(files[0]) if len(files) == 1 else os.path.commonpath([os.path.dirname(f) for f in files])
+    for file in files:
+        yield os.path.relpath(file, root or "."), _read_file(Path(file), os.path.relpath(file, root or "."))
+
+
+def _read_file(path: Path, name: str) -> Iterator:
+    if path.suffix == ".txt":
+        return _read_blocks(path, name)
+    if path.suffix == ".jsonl":
+        return _read_lines(path)
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    if path.suffix in (".array_record", ".arrayrecord"):
+        return _read_array_record(path)
+    raise DataError(
+        f"{path} ends in {path.suffix!r}; .txt, .jsonl, .parquet and .array_record are read. Convert or rename it."
+    )
+
+
+def _read_blocks(path: Path, name: str) -> Iterator[Text]:
+    """A .txt file as one document, in pieces that end behind a newline."""
+    with path.open("rb") as file:
+        held, start = file.read(_BLOCK_BYTES), 0
+        while held:
+            more = file.read(_BLOCK_BYTES)
+            cut = len(held)
+            if more:
+                newline = held.rfind(b"\n")
+                cut = newline + 1 if newline >= 0 else _last_character_start(held)
+            text = _decode(held[:cut], path, start)
+            yield Text(id=f"{name}:1", text=text, is_continued=bool(more))
+            start += cut
+            held = held[cut:] + more
+
+
+def _last_character_start(data: bytes) -> int:
+    """Where the last UTF-8 character of a block begins; a cut there splits none."""
+    for back in range(1, min(4, len(data) - 1) + 1):
+        if data[-back] & 0xC0 != 0x80:
+            return len(data) - back
+    return len(data)
+
+
+def _read_lines(path: Path) -> Iterator[dict]:
+    # Binary lines end at "\n" only: strings may hold Unicode line separators.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield parse_json_line(decode_utf8(line, path, number), path, number) if line.strip() else {}
+
+
+def _read_parquet(path: Path) -> Iterator[dict]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file ({error}); write it anew.") from error
+
+
+def _read_array_record(path: Path) -> Iterator[dict]:
+    from array_record.python.array_record_module import ArrayRecordReader  # comes with grain
+
+    try:
+        reader = ArrayRecordReader(str(path))
+        num_records = reader.num_records()
+        for first in range(0, num_records, 256):
+            for offset, raw in enumerate(reader.read(list(range(first, min(num_records, first + 256))))):
+                number = first + offset + 1
+                yield parse_json_line(decode_utf8(raw, path, number), path, number)
+        reader.close()
+    except (RuntimeError, IndexError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{path} is not a readable ArrayRecord file ({error}); each record must be one JSON object. Write it anew."
+        ) from error
+
+
+def _read_dataset(path: str) -> Iterator[dict]:
+    """Rows of a Hugging Face dataset, streamed; no code of the dataset runs."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{path!r} needs the `datasets` package; pip install datasets, or give files.") from error
+    name, config, split = ([*path.removeprefix(_HUGGING_FACE).split(":"), "", ""])[:3]
+    if config and not split:
+        config, split = "", config
+    try:
+        if Path(name, "dataset_info.json").exists() or Path(name, "dataset_dict.json").exists():
+            rows = datasets.load_from_disk(name)
+            rows = rows[split or "train"] if isinstance(rows, dict) else rows
+        else:
+            rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        yield from rows
+    except DataError:
+        raise
+    except Exception as error:  # the library raises its own classes, OSError, ValueError and more
+        raise DataError(
+            f"{path!r} does not load ({error}); it must be hf:NAME[:CONFIG][:SPLIT] of a dataset. Check it."
+        ) from error
+
+
+def _decode(data: bytes, path: Path, start: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(str(path), data[error.start], start + error.start) from error
+
+
+def decode_utf8(data: bytes, path: Path, line: int) -> str:
+    """Text of a line; raises DataError with file and line where it is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(f"{path} line {line}", data[error.start], error.start) from error
+
+
+def _not_utf8(where: str, byte: int, offset: int) -> DataError:
+    return DataError(
+        f"{where}: byte {byte:#04x} at offset {offset} is not UTF-8; text must be UTF-8. "
+        "Convert the file (iconv -t utf-8)."
+    )
+
+
+def parse_json_line(line: str, path: Path, number: int) -> dict:
+    """One jsonl record; raises DataError with file and line where it is not a JSON object."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} line {number} is not JSON ({error}); each line must be one object.") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path} line {number} is a {type(record).__name__}; each line must be one JSON object.")
+    return record
+
+
+def _read_labels(value, path: str, number: int) -> tuple[tuple[int, str], ...]:
+    try:
+        return tuple((int(offset), str(label)) for offset, label in value or ())
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} record {number}: position_labels is {value!r}; it must be a list of [byte offset, name] pairs. "
+            "Correct or remove it."
+        ) from error
+
+
+def _fill(template: str, record: dict, path: str, number: int) -> str:
+    if not record:
+        return ""
+    used = [field for _, field, _, _ in string.Formatter().parse(template) if field]
+    nulls = [field for field in used if field in record and record[field] is None]
+    if nulls:
+        raise DataError(f"{path} record {number}: {nulls} is null; data.text_template needs text in it. Fill it.")
+    try:
+        text = template.replace("\\n", "\n").format(**record)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{path} record {number} holds half of a surrogate pair ({error}); text must be Unicode. Correct it."
+        ) from error
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(
+            f"{path} record {number} has fields {sorted(record)}; data.text_template={template!r} needs {error}. "
+            "Set --data.text-template to the fields that are there."
+        ) from error
+    return text

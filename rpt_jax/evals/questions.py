@@ -1,0 +1,182 @@
+"""Accuracy on questions with answers: thinking (sampled and greedy) and, of multiple choice, direct.
+
+Zero-shot evaluation (arXiv:2506.08007 Table 3) and the evaluation of RL on questions (Table 2). Every figure comes with
+its number of questions and standard error.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import Mesh
+
+from rpt_jax.config import Config
+from rpt_jax.data.questions import LETTERS, Question, QuestionSource
+from rpt_jax.evals.next_token import EVALUATION_STEP, mean_with_error
+from rpt_jax.parallel.mesh import shard_batch
+from rpt_jax.rewards.judges import named_letter
+from rpt_jax.rewards.reward import Reward
+from rpt_jax.rl.scoring import score
+from rpt_jax.rollout.engine import generate, rollout_key
+from rpt_jax.tokenizer import Tokenizer
+from rpt_jax.types import Sequences
+
+
+def category_splits(questions: list[Question], limit: int, *, seed: int) -> dict[str, np.ndarray]:
+    """Name -> question numbers, at most `limit` drawn uniformly: "all", and each category where there are several."""
+    order = np.random.default_rng(seed).permutation(len(questions))
+    names = sorted({q.category for q in questions if q.category})
+    splits = {"all": np.sort(order[:limit])}
+    for name in names if len(names) > 1 else ():
+        members = [i for i in order if questions[i].category == name]
+        splits[name] = np.sort(members[:limit])
+    return splits
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Chance that k of the samples, drawn without replacement, hold a right one. Source: arXiv:2107.03374 eq. 1."""
+    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionEvaluator:
+    """Evaluates parameters on fixed questions.
+
+    Attributes:
+        source: the questions; splits: name -> question numbers (`category_splits`).
+        reward: judges a completion; 1 is right.
+    """
+
+    config: Config
+    mesh: Mesh
+    tokenizer: Tokenizer
+    source: QuestionSource
+    splits: dict[str, np.ndarray]
+    reward: Reward
+
+    def evaluate(self, params, *, thinking: bool = True) -> dict:
+        """Figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
+
+        sampled: mean over k samples at the rollout temperature; greedy: temperature 0; pass@1, 2, 4 .. k (unbiased) and
+        majority@k over the samples; thought_tokens, truncated and no_prediction of the samples; direct: share of
+        multiple-choice questions whose right letter has the highest likelihood without thinking, absent where a split
+        has other questions.
+
+        Args:
+            thinking: False leaves out everything but the direct figures.
+        """
+        ids = np.unique(np.concatenate(list(self.splits.values())))
+        columns = self._direct(params, ids)
+        if thinking:
+            columns |= self._thinking(params, ids)
+        row_of = {int(i): row for row, i in enumerate(ids)}
+        results = {}
+        for name, members in self.splits.items():
+            rows = [row_of[int(i)] for i in members]
+            cells = {metric: values[rows] for metric, values in columns.items()}
+            results[name] = {m: mean_with_error(v) for m, v in cells.items() if not np.isnan(v).any()}
+        return results
+
+    def _batches(self, ids):
+        """Batches of eval.batch_trunks question numbers, the last one padded with None."""
+        size = self.config.eval.batch_trunks
+        for first in range(0, len(ids), size):
+            chosen = ids[first : first + size].tolist()
+            yield slice(first, first + len(chosen)), chosen + [None] * (size - len(chosen))
+
+    def _direct(self, params, ids) -> dict[str, np.ndarray]:
+        """Whether the right letter is the likeliest behind "Answer:", NaN for questions without options."""
+        source = self.source
+        num_options = max(len(source.questions[i].choices) for i in ids)
+        if not num_options:
+            return {}
+        letters = [self.tokenizer.encode_continuation(f" {letter}") for letter in LETTERS[:num_options]]
+        width, tail = max(map(len, letters)), source.direct_tail.tolist()
+        own = np.zeros((num_options, len(tail) + width), np.int32)
+        own_mask = np.zeros(own.shape, bool)
+        for row, letter in enumerate(letters):
+            own[row, : len(tail) + len(letter)] = tail + letter
+            own_mask[row, : len(tail) + len(letter)] = True
+        result = np.full(len(ids), np.nan, np.float32)
+        for place, chosen in self._batches(ids):
+            U = len(chosen)
+            trunks = np.zeros((U, source.trunk_length), np.int32)
+            cuts = np.ones((U, num_options), np.int32)
+            for u, i in enumerate(chosen):
+                if i is not None:
+                    prompt = source.direct_prompts[i]
+                    trunks[u, : len(prompt)], cuts[u] = prompt, len(prompt)
+            sequences = Sequences(
+                trunk_tokens=trunks,
+                cuts=cuts,
+                branch_tokens=np.broadcast_to(own, (U, *own.shape)),
+                branch_mask=np.broadcast_to(own_mask, (U, *own.shape)),
+            )
+            logprobs = score(
+                self.config.model, params, shard_batch(self.mesh, sequences), num_completion=width, temperature=1.0
+            )
+            totals = np.where(own_mask[:, -width:], np.asarray(logprobs), 0.0).sum(-1)
+            right = []
+            for i, total in zip(chosen[: place.stop - place.start], totals):
+                question = source.questions[i]
+                options = total[: len(question.choices)]
+                right.append(LETTERS[options.argmax()] in question.answers if len(options) else np.nan)
+            result[place] = right
+        return {"direct": result}
+
+    def _thinking(self, params, ids) -> dict[str, np.ndarray]:
+        settings, k = self.config, self.config.eval.num_samples
+        columns: dict[str, np.ndarray] = {}
+        for place, chosen in self._batches(ids):
+            trunks = [[] if i is None else [i] for i in chosen]
+            for style, group_size, temperature in (("sampled", k, settings.rollout.temperature), ("greedy", 1, 0.0)):
+                batch = shard_batch(self.mesh, self.source.make(trunks, prompts_per_trunk=1, group_size=group_size))
+                rollouts = generate(
+                    settings.model,
+                    params,
+                    batch,
+                    rollout_key(settings.run.seed, EVALUATION_STEP),
+                    eos_id=self.tokenizer.eos_id,
+                    vocab_size=self.tokenizer.vocab_size,
+                    **settings.rollout.sampling | {"temperature": temperature},
+                )
+                rewards, predictions, _ = self.reward.fn(rollouts, batch, {})
+                figures = self._figures(style, rollouts, np.asarray(rewards)[:, 0], predictions, chosen)
+                for metric, values in figures.items():
+                    columns.setdefault(metric, np.zeros(len(ids), np.float32))[place] = values
+        return columns
+
+    def _figures(self, style: str, rollouts, rewards_UG, predictions, chosen) -> dict[str, list[float]]:
+        """Per question of the batch, padding left out."""
+        num_real, k = sum(i is not None for i in chosen), rewards_UG.shape[1]
+        right = rewards_UG[:num_real] == 1
+        figures = {style: right.mean(-1)}
+        if style == "sampled":
+            counts = right.sum(-1)
+            for size in [2**i for i in range(k.bit_length()) if 2**i < k] + [k]:
+                figures[f"pass@{size}"] = [pass_at_k(k, int(n), size) for n in counts]
+            votes = self._votes(predictions, num_real)
+            figures[f"majority@{k}"] = [_majority(v, r) for v, r in zip(votes, right)]
+            figures["thought_tokens"] = np.asarray(rollouts.mask).sum(-1)[:num_real].mean(-1)
+            figures["truncated"] = np.asarray(rollouts.truncated)[:num_real].mean(-1)
+            figures["no_prediction"] = 1 - np.asarray(predictions.found)[:num_real].mean(-1)
+        return figures
+
+    def _votes(self, predictions, num_real: int) -> list[list[str | None]]:
+        """What each rollout votes for: the letter, or the answer without outer space; None does not vote."""
+        texts, lengths, found = (np.asarray(a) for a in (predictions.bytes, predictions.lengths, predictions.found))
+        votes = []
+        for u in range(num_real):
+            row = []
+            for r in range(texts.shape[1]):
+                text = texts[u, r, : lengths[u, r]].tobytes().decode(errors="replace").strip()
+                row.append((named_letter(text) or text) if found[u, r] else None)
+            votes.append(row)
+        return votes
+
+
+def _majority(votes: list[str | None], right: np.ndarray) -> float:
+    """Whether the most frequent answer is right; the first seen wins a tie."""
+    counted = Counter(v for v in votes if v is not None)
+    return float(right[votes.index(counted.most_common(1)[0][0])]) if counted else 0.0

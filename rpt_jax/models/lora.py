@@ -1,0 +1,145 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on any of the decoder's weights, beside frozen parameters.
+
+The graph adds an adapter wherever the parameter tree has one, so the tree decides: `join` gives the policy, the frozen
+parameters alone are the policy with the adapter switched off, which is the reference policy.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rpt_jax.config import DecoderConfig, LoraConfig
+from rpt_jax.errors import ConfigError
+from rpt_jax.models.decoder import abstract_params
+from rpt_jax.models.families import LAYER_TENSORS
+from rpt_jax.types import record
+
+
+@record
+class Frozen:
+    """Parameters that training leaves alone, and the scale of the adapters beside them."""
+
+    params: Any  # tree of the decoder's parameters
+    scale: Any  # f32 [], alpha / rank
+
+
+def check_targets(config: DecoderConfig, lora: LoraConfig) -> None:
+    """Raises ConfigError where the adapters cannot be made."""
+    if lora.rank and "head" in lora.targets and config.tie_embeddings:
+        raise ConfigError(
+            "lora.targets holds 'head' and the head is tied to the embedding, which an adapter would untie. "
+            "Leave 'head' out of --lora.targets."
+        )
+    if lora.rank and not lora.targets:
+        raise ConfigError("lora.targets is empty; there would be nothing to train. Name weights, or set --lora.rank 0.")
+
+
+def init_adapters(config: DecoderConfig, lora: LoraConfig, mesh: Mesh, key) -> Any:
+    """Adapters that change nothing yet: a uniform in ±in^-0.5, b zero; f32, sharded like the weights they adapt.
+
+    Returns:
+        {"layers": {"<target>_lora_a": [N, *in, r], "<target>_lora_b": [N, r, *out]}, "head_lora_a": [D, r], ...}.
+    """
+    abstract = abstract_params(config, mesh)
+    adapters: dict[str, Any] = {"layers": {}}
+    for number, name in enumerate(sorted(lora.targets)):
+        at_top = name == "head"
+        weight = abstract[name] if at_top else abstract["layers"][name]
+        # Of [V, D] the head's input is the last axis; a layer's weight is [N, *in, *out].
+        axes = [(size, axis) for size, axis in zip(weight.shape, (*weight.sharding.spec, *[None] * weight.ndim))]
+        num_in = 2 if name == "o_proj" else 1
+        lead, inputs, outputs = (
+            ([], axes[1:], axes[:1]) if at_top else (axes[:1], axes[1 : 1 + num_in], axes[1 + num_in :])
+        )
+        rank, bound = (lora.rank, None), math.prod(size for size, _ in inputs) ** -0.5
+
+        def make(parts, init, salt):
+            shape, spec = tuple(size for size, _ in parts), PartitionSpec(*(axis for _, axis in parts))
+            sharding = NamedSharding(mesh, spec)
+            return jax.jit(lambda k: init(k, shape), out_shardings=sharding)(jax.random.fold_in(key, salt))
+
+        tree = adapters if at_top else adapters["layers"]
+        tree[f"{name}_lora_a"] = make(
+            [*lead, *inputs, rank], lambda k, shape, b=bound: jax.random.uniform(k, shape, minval=-b, maxval=b), number
+        )
+        tree[f"{name}_lora_b"] = make([*lead, rank, *outputs], lambda k, shape: jnp.zeros(shape), number)
+    return adapters
+
+
+def join(frozen: Frozen | None, trainable: Any) -> Any:
+    """The policy's parameters: the trainable ones, or the frozen ones with the adapters beside them."""
+    if frozen is None:
+        return trainable
+
+    def scaled(tree):
+        return {name: leaf * frozen.scale if name.endswith("_lora_a") else leaf for name, leaf in tree.items()}
+
+    top = scaled({name: leaf for name, leaf in trainable.items() if name != "layers"})
+    return frozen.params | top | {"layers": frozen.params["layers"] | scaled(trainable["layers"])}
+
+
+@jax.jit
+def merge(frozen: Frozen | None, trainable: Any) -> Any:
+    """Plain parameters that compute what `join` does: W + scale * a b, in the type of W."""
+    if frozen is None:
+        return trainable
+
+    def merged(params, adapters):
+        out = dict(params)
+        for name in (n.removesuffix("_lora_a") for n in adapters if n.endswith("_lora_a")):
+            a, b = adapters[f"{name}_lora_a"], adapters[f"{name}_lora_b"]
+            if name == "head":
+                delta = jnp.einsum("dr,rv->vd", a, b)
+            else:
+                delta = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
+            out[name] = (params[name] + frozen.scale * delta).astype(params[name].dtype)
+        return out
+
+    top = {name: leaf for name, leaf in trainable.items() if name != "layers"}
+    return merged(frozen.params, top) | {"layers": merged(frozen.params["layers"], trainable["layers"])}
+
+
+def save_adapters(directory: str | Path, lora: LoraConfig, adapters: Any, *, base: str) -> None:
+    """Write adapters in the layout of Hugging Face PEFT.
+
+    Args:
+        base: directory or name of the model that they belong to, as PEFT will look for it.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, np.ndarray] = {}
+
+    def put(prefix: str, a, b, num_in: int) -> None:
+        """PEFT keeps lora_A as [r, in] and lora_B as [out, r]."""
+        a, b = np.asarray(a), np.asarray(b)
+        a = a.reshape(math.prod(a.shape[:num_in]), -1)
+        tensors[f"base_model.model.{prefix}.lora_A.weight"] = np.ascontiguousarray(a.T)
+        tensors[f"base_model.model.{prefix}.lora_B.weight"] = np.ascontiguousarray(b.reshape(len(b), -1).T)
+
+    for name in sorted(lora.targets):
+        if name == "head":
+            put("lm_head", adapters["head_lora_a"], adapters["head_lora_b"], 1)
+            continue
+        a, b = (adapters["layers"][f"{name}_lora_{part}"] for part in "ab")
+        for layer in range(a.shape[0]):
+            module = LAYER_TENSORS[name].removesuffix(".weight")
+            put(f"model.layers.{layer}.{module}", a[layer], b[layer], 2 if name == "o_proj" else 1)
+    safetensors.numpy.save_file(tensors, str(directory / "adapter_model.safetensors"), {"format": "pt"})
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted("lm_head" if name == "head" else name for name in lora.targets),
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")

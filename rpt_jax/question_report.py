@@ -1,0 +1,108 @@
+"""A run of RL on questions becomes plots and one self-contained report.html."""
+
+import base64
+import html
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from rpt_jax.errors import CheckpointError
+from rpt_jax.report import PAGE_STYLE, completion_examples, plot_training, series
+from rpt_jax.train.metrics import read_records, write_atomically
+
+
+def write_report(directory: Path) -> Path:
+    """Write results.json, plots/*.png and report.html into `directory`; the path of the page.
+
+    Raises:
+        CheckpointError: the directory holds fewer than two evaluations.
+    """
+    records = read_records(directory)
+    evaluations = [r for r in records if r["stage"] == "evaluation"]
+    if len(evaluations) < 2:
+        raise CheckpointError(
+            f"{directory} holds {len(evaluations)} evaluation(s); a report compares at least two. Finish the run first."
+        )
+    results = {name: json.loads((directory / f"{name}.json").read_text()) for name in ("config", "versions", "corpus")}
+    results |= {
+        "steps": [r["step"] for r in evaluations],
+        "flops": [r["flops"] for r in evaluations],
+        "before": evaluations[0]["splits"],
+        "after": evaluations[-1]["splits"],
+        "curve": [r["splits"] for r in evaluations],
+    }
+    write_atomically(directory / "results.json", json.dumps(results, indent=2))
+    plots = directory / "plots"
+    plots.mkdir(exist_ok=True)
+    pictures = {
+        "learning": _plot_learning(results),
+        "training": plot_training([r for r in records if r["stage"] == "rpt"]),
+    }
+    for name, figure in pictures.items():
+        figure.savefig(plots / f"{name}.png", dpi=110, bbox_inches="tight")
+        plt.close(figure)
+    page = directory / "report.html"
+    write_atomically(page, _page(directory, results, {name: plots / f"{name}.png" for name in pictures}))
+    return page
+
+
+def _plot_learning(results: dict):
+    figure, axis = plt.subplots(figsize=(6.4, 4))
+    for metric, style in (("sampled", "-o"), ("greedy", "--s"), ("direct", ":"), ("no_prediction", "-.")):
+        value, error = series(results["curve"], "all", metric)
+        if len(value):
+            axis.errorbar(results["steps"], value, 2 * error, fmt=style, capsize=2, label=metric, ms=4)
+    axis.set_xlabel("RL step")
+    axis.set_ylim(0, 1.02)
+    axis.set_title(f"Held-out questions (n={results['after']['all']['sampled']['n']}; bars: two standard errors)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _table(results: dict) -> str:
+    metrics = [m for m in results["after"]["all"] if m not in ("truncated", "no_prediction")]
+    head = "".join(f"<th>{html.escape(m)}: before</th><th>after</th>" for m in metrics)
+    rows = []
+    for split, after in results["after"].items():
+        cells = ""
+        for metric in metrics:
+            for figures in (results["before"].get(split, {}), after):
+                f = figures.get(metric)
+                cells += (
+                    "<td>–</td>"
+                    if f is None
+                    else f"<td>{f['value']:.3f} <small>± {f['standard_error']:.3f}</small></td>"
+                )
+        rows.append(f"<tr><th>{html.escape(split)}</th><td>{after['sampled']['n']}</td>{cells}</tr>")
+    return f"<table><tr><th>category</th><th>n</th>{head}</tr>{''.join(rows)}</table>"
+
+
+def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
+    before, after = (results[k]["all"]["sampled"] for k in ("before", "after"))
+    gain = after["value"] - before["value"]
+    error = (before["standard_error"] ** 2 + after["standard_error"] ** 2) ** 0.5
+    word = "rose" if gain > 2 * error else "fell" if gain < -2 * error else "did not change beyond noise"
+
+    def picture(name: str) -> str:
+        data = base64.b64encode(pictures[name].read_bytes()).decode()
+        return f"<img alt='{name}' src='data:image/png;base64,{data}'>"
+
+    config, corpus = results["config"], results["corpus"]
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>RL on questions</title>
+<style>{PAGE_STYLE}</style>
+<h1>Reinforcement learning on questions: what this run did</h1>
+<p class="lead">On {after["n"]} held-out questions the accuracy of a sampled thought's answer {word}:
+<b>{before["value"]:.3f} → {after["value"]:.3f}</b> (change {gain:+.3f} ± {error:.3f}).</p>
+<p>{results["steps"][-1]} steps on {corpus["training"]["questions"]:,} questions,
+{config["rollout"]["group_size"]} rollouts each, judged by {html.escape(config["reward"]["name"])} {html.escape(config["reward"]["function"])}.</p>
+{picture("learning")}{_table(results)}
+<p>± is one standard error over questions. <b>sampled</b>: mean of {config["eval"]["num_samples"]} thoughts;
+<b>greedy</b>: the thought at temperature 0; <b>direct</b>: the likeliest letter without thinking (multiple choice only).</p>
+<h2>How training went</h2>{picture("training")}
+<h2>Thoughts from the last logged batch</h2>{completion_examples(directory)}
+<h2>The run</h2><p>seed {config["run"]["seed"]} · {html.escape(results["versions"]["devices"])} · code
+{html.escape(results["versions"]["commit"][:12])}</p>
+<details><summary>configuration</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre></details></html>
+"""

@@ -1,0 +1,181 @@
+"""Rewards that are Python functions: run in processes of their own, with a time limit and a fault policy.
+
+A call that raises, hangs, or returns no finite number is a fault of that one completion; a value is never guessed or
+carried over. A function is ordinary code with the user's rights: it is isolated from the run's state, not from the
+machine.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import queue
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rpt_jax.config import RewardConfig
+from rpt_jax.errors import ConfigError, RewardError
+from rpt_jax.types import Rollouts, TaskBatch
+
+# A worker may take so long to import its function; math libraries take seconds on a busy machine.
+_START_SECONDS = 60.0
+
+
+class _Worker:
+    """One process and the pipe to it; replaced when it hangs or dies."""
+
+    def __init__(self, function: str, time_limit: float):
+        self._function, self._time_limit = function, time_limit
+        self._process: subprocess.Popen | None = None
+
+    def call(self, request: tuple) -> float | str:
+        """The reward, or a sentence that says what went wrong."""
+        try:
+            if self._process is None:
+                self.start()
+            self._process.stdin.write(pickle.dumps(request))
+            self._process.stdin.flush()
+            reply = self._receive(self._time_limit)
+        except (BrokenPipeError, EOFError, ValueError):
+            self.stop()
+            return "ended its process"
+        if reply is None:
+            self.stop()
+            return f"took longer than reward.time_limit_seconds={self._time_limit}"
+        return reply["reward"] if "reward" in reply else reply["fault"]
+
+    def start(self) -> None:
+        """Start the process and wait until its function is imported; raises ConfigError where it cannot be."""
+        paths = os.pathsep.join([os.getcwd(), *(p for p in [os.environ.get("PYTHONPATH")] if p)])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "rpt_jax.rewards.worker", self._function],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": paths},
+        )
+        try:
+            reply = self._receive(_START_SECONDS)
+        except (EOFError, ValueError):
+            reply = {"fault": "its process ended"}
+        if reply is None or "fault" in reply:
+            self.stop()
+            problem = f"importing it took over {_START_SECONDS:g} s" if reply is None else reply["fault"]
+            raise ConfigError(
+                f"reward.function={self._function!r} cannot be used ({problem}); it must be package.module:function, "
+                "importable from the working directory. Correct --reward.function."
+            )
+
+    def _receive(self, seconds: float) -> dict | None:
+        """The next reply; None after `seconds` without one."""
+        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
+        if not ready:
+            return None
+        line = self._process.stdout.readline()
+        if not line:
+            raise EOFError
+        return json.loads(line)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):  # what was still to be written to a dead process is not needed
+                    stream.close()
+            self._process = None
+
+
+class JudgePool:
+    """Processes that call one function on many completions.
+
+    Raises:
+        ConfigError: the function cannot be imported.
+    """
+
+    def __init__(self, function: str, *, num_workers: int, time_limit: float):
+        self._workers = [_Worker(function, time_limit) for _ in range(num_workers)]
+        self._workers[0].start()
+
+    def judge(self, requests: list[tuple]) -> list[float | str]:
+        """A reward or a fault for each (completion, prediction, columns), in order."""
+        results: list[Any] = [None] * len(requests)
+        waiting: queue.SimpleQueue = queue.SimpleQueue()
+        for item in enumerate(requests):
+            waiting.put(item)
+
+        def work(worker: _Worker) -> None:
+            while True:
+                try:
+                    number, request = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    results[number] = worker.call(request)
+                except ConfigError as error:
+                    results[number] = str(error)
+
+        threads = [threading.Thread(target=work, args=(w,)) for w in self._workers[: max(1, len(requests))]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.stop()
+
+    def __del__(self):
+        self.close()
+
+
+def make_host_reward_fn(
+    config: RewardConfig, function: str, tokenizer, extract: Callable, columns: Callable[[int], dict]
+) -> Callable:
+    """(rollouts, tasks, requested) -> (rewards, predictions, faults), the judging done by `function` on the host.
+
+    Args:
+        extract: (tokens_BC, mask_BC, max_prediction_bytes=) -> Predictions.
+        columns: of a task id; what the function may know of it.
+    Raises:
+        ConfigError: the function cannot be imported.
+    """
+    pool = JudgePool(function, num_workers=config.num_workers, time_limit=config.time_limit_seconds)
+
+    def judge(rollouts: Rollouts, tasks: TaskBatch, requested: dict):
+        U, M, G = tasks.row_ids.shape
+        flat = [a.reshape(U * M * G, -1) for a in (rollouts.tokens, rollouts.mask)]
+        predictions = extract(*flat)
+        tokens, mask = (np.asarray(a) for a in flat)
+        texts, lengths, found = (np.asarray(a) for a in (predictions.bytes, predictions.lengths, predictions.found))
+        ids = np.repeat(np.asarray(tasks.position_ids).ravel(), G)
+        (rows,) = np.nonzero(ids >= 0)
+        requests = []
+        for b in rows:
+            completion = b"".join(tokenizer.token_bytes(int(t)) for t in tokens[b][mask[b]])
+            # Longer than the window: no answer of a question is.
+            has_answer = found[b] and lengths[b] <= texts.shape[1]
+            prediction = texts[b, : lengths[b]].tobytes() if has_answer else None
+            requests.append((completion, prediction, columns(int(ids[b]))))
+        rewards, faults = np.zeros(len(ids), np.float32), np.zeros(len(ids), bool)
+        for b, result, request in zip(rows, pool.judge(requests), requests, strict=True):
+            if isinstance(result, str):
+                if config.on_fault == "fail":
+                    raise RewardError(
+                        f"reward {function!r} {result} on task {ids[b]} ({request[2]!r:.200}), completion "
+                        f"{request[0]!r:.200}. Mend the function, or set --reward.on-fault zero to count such faults."
+                    )
+                faults[b] = True
+            else:
+                rewards[b] = result
+        shape = (U, M, G)
+        return jnp.asarray(rewards.reshape(shape)), predictions, jnp.asarray(faults.reshape(shape))
+
+    return judge

@@ -1,0 +1,41 @@
+"""Judges of answers to questions: plain Python, run by rewards/host.py in processes of their own.
+
+A judge is called as judge(completion, prediction, columns) -> float. `prediction` is the string in the last box after
+the thought, None where there is none; columns["answers"] are the accepted answers.
+"""
+
+import re
+from functools import lru_cache
+
+
+def math(completion: bytes, prediction: bytes | None, columns: dict) -> float:
+    """1 if math-verify finds the prediction equal to an accepted answer."""
+    if prediction is None:
+        return 0.0
+    from math_verify import verify
+
+    found = _parse(prediction.decode(errors="replace"))
+    return float(any(verify(list(_parse(answer)), list(found)) for answer in columns["answers"]))
+
+
+@lru_cache(maxsize=10_000)
+def _parse(text: str) -> tuple:
+    from math_verify import parse
+
+    return tuple(parse(f"\\boxed{{{text}}}"))
+
+
+def choice(completion: bytes, prediction: bytes | None, columns: dict) -> float:
+    """1 if the prediction names the right letter: B, (B), B., or B and its text."""
+    return float(prediction is not None and named_letter(prediction.decode(errors="replace")) in columns["answers"])
+
+
+def named_letter(text: str) -> str | None:
+    """The letter that an answer names, upper case; None where it begins with none."""
+    found = re.match(r"\s*(?:\\text(?:bf)?\{)?\s*\(?([A-Za-z])\)?(?![A-Za-z])", text)
+    return found[1].upper() if found else None
+
+
+def exact(completion: bytes, prediction: bytes | None, columns: dict) -> float:
+    """1 if the prediction, outer whitespace aside, is an accepted answer."""
+    return float(prediction is not None and prediction.decode(errors="replace").strip() in columns["answers"])

@@ -1,0 +1,53 @@
+"""The process that runs one judge: python -m rpt_jax.rewards.worker package.module:function.
+
+Requests are pickled by the parent, which is trusted; answers are JSON. Whatever the function prints goes to stderr, so
+it cannot be mistaken for an answer.
+"""
+
+import importlib
+import json
+import os
+import pickle
+import sys
+import traceback
+
+
+def answer(function, request) -> dict:
+    """{"reward": float} or {"fault": what went wrong}."""
+    try:
+        value = function(*request)
+    except Exception:
+        return {"fault": "raised " + traceback.format_exc(limit=-1).strip().splitlines()[-1]}
+    # A bool or a NumPy number is a number; a string, None or an array is not.
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__") or getattr(value, "ndim", 0):
+        return {"fault": f"returned {value!r:.80}, which is no number"}
+    number = float(value)
+    if number != number or number in (float("inf"), float("-inf")):
+        return {"fault": f"returned {number}"}
+    return {"reward": number}
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    requests = os.fdopen(os.dup(0), "rb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    try:
+        module, _, name = sys.argv[1].partition(":")
+        function = getattr(importlib.import_module(module), name)
+        if not callable(function):
+            raise TypeError(f"{name} is not callable")
+        replies.write(json.dumps({"ready": True}) + "\n")
+    except BaseException as error:
+        replies.write(json.dumps({"fault": f"{type(error).__name__}: {error}"}) + "\n")
+        return
+    while True:
+        try:
+            request = pickle.load(requests)
+        except EOFError:
+            return
+        replies.write(json.dumps(answer(function, request)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Vocabulary files that are not tokenizer.json, rebuilt as a `tokenizers` pipeline: SentencePiece and tiktoken.
+
+The library converters assume one model's settings; these follow what the file itself says.
+"""
+
+import base64
+import binascii
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from rpt_jax.errors import DataError
+
+_SPACE = "\u2581"
+_UNIGRAM, _BPE = 1, 2
+_CONTROL, _USER_DEFINED = 3, 4
+
+# A tiktoken file does not say how text is split before merging; its name must. Qwen splits digits one by one, GPT-2
+# (r50k, p50k) takes them together, all others (cl100k, Llama 3) up to three.
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN_PATTERN, _PATTERN = (_LETTERS + digits + _REST for digits in (r"\p{N}", r"\p{N}{1,3}"))
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_PATTERNS = {"qwen": _QWEN_PATTERN, "gpt2": _GPT2_PATTERN, "r50k": _GPT2_PATTERN, "p50k": _GPT2_PATTERN}
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte, inverted. Source: openai/gpt-2 src/encoder.py bytes_to_unicode."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def is_tiktoken(path: Path) -> bool:
+    """The file's first line is a base64 token and its rank."""
+    with path.open("rb") as file:
+        parts = file.readline(1000).split()
+    try:
+        return len(parts) == 2 and bool(base64.b64decode(parts[0], validate=True)) and int(parts[1]) >= 0
+    except (binascii.Error, ValueError):
+        return False
+
+
+def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """(pipeline, {"bos_token", "eos_token", "unk_token"} as far as the file has them) of a SentencePiece model.
+
+    Raises:
+        DataError: it is damaged, or asks for what the pipeline cannot do.
+    """
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+    SentencePieceProcessor(str(path))  # refuses damaged files
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    trainer, spec = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix or not spec.escape_whitespaces:
+        raise DataError(
+            f"{path} is a SentencePiece model of type {trainer.model_type} or with unusual whitespace; unigram and BPE "
+            "with escaped, leading spaces are read. Use another tokenizer."
+        )
+    pieces = list(proto.pieces)
+    if trainer.model_type == _UNIGRAM:
+        vocab = [(p.piece, p.score) for p in pieces]
+        model = models.Unigram(vocab, trainer.unk_id, byte_fallback=trainer.byte_fallback)
+    else:
+        by_score = sorted((p for p in pieces if p.type not in (_CONTROL, _USER_DEFINED)), key=lambda p: -p.score)
+        vocab = {p.piece: i for i, p in enumerate(pieces)}
+        model = models.BPE(
+            vocab,
+            _merges([p.piece for p in by_score], vocab),
+            unk_token=pieces[trainer.unk_id].piece,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
+    backend = tokenizers.Tokenizer(model)
+    has_symbols = any(p.type == _USER_DEFINED for p in pieces)
+    steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix and not has_symbols:
+        steps.append(normalizers.Prepend(_SPACE))
+    steps.append(normalizers.Replace(" ", _SPACE))
+    backend.normalizer = normalizers.Sequence(steps)
+    if spec.add_dummy_prefix and has_symbols:
+        # A normaliser would put a space behind every symbol.
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type == _CONTROL])
+    backend.add_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type == _USER_DEFINED])
+    ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id}
+    return backend, {name: pieces[i].piece for name, i in ids.items() if 0 <= i < len(pieces)}
+
+
+def read_tiktoken(path: Path) -> tokenizers.Tokenizer:
+    """The byte-level BPE of a tiktoken file: lines of a base64 token and its rank, which is its id.
+
+    Special tokens are those of the tokenizer_config.json beside it (added_tokens_decoder); without one,
+    <|endoftext|> follows the vocabulary.
+
+    Raises:
+        DataError: a line that does not parse, or ids with gaps; names file and line.
+    """
+    letters = {byte: character for character, byte in byte_level_alphabet().items()}
+    vocab: dict[str, int] = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            entry = "".join(letters[b] for b in base64.b64decode(token, validate=True))
+            vocab[entry] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise DataError(f"{path} line {number}: {line[:40]!r} is no base64 token and rank ({error}).") from error
+    special = _special_tokens(path.parent / "tokenizer_config.json")
+    first = len(vocab)
+    if sorted(vocab.values()) != list(range(first)):
+        raise DataError(f"{path} has {first} tokens whose ranks are not 0 to {first - 1}; replace the damaged file.")
+    special = special or {first: AddedToken("<|endoftext|>", special=True, normalized=False)}
+    for number in range(first, max(special) + 1):
+        special.setdefault(number, AddedToken(f"<|unused_{number}|>", special=True, normalized=False))
+    in_order = sorted(vocab, key=vocab.__getitem__)
+    backend = tokenizers.Tokenizer(models.BPE(vocab, _merges(in_order, vocab), ignore_merges=True))
+    pattern = next((p for name, p in _PATTERNS.items() if name in path.name.lower()), _PATTERN)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    for number in sorted(special):
+        token = special[number]
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        if backend.token_to_id(token.content) != number:
+            raise DataError(
+                f"{path.parent / 'tokenizer_config.json'}: token {token.content!r} should have id {number}, which the "
+                f"{first} tokens of {path.name} do not allow. Use the files that belong together."
+            )
+    return backend
+
+
+def _special_tokens(config: Path) -> dict[int, AddedToken]:
+    if not config.exists():
+        return {}
+    try:
+        entries = json.loads(config.read_text()).get("added_tokens_decoder", {})
+        return {
+            int(number): AddedToken(e["content"], special=bool(e.get("special", True)), normalized=False)
+            for number, e in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{config}: added_tokens_decoder does not parse ({error!r}); correct the file.") from error
+
+
+def _merges(in_order: list[str], vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Every pair of entries that makes an entry, best entries first: what BPE merges, from the vocabulary alone."""
+    merges = []
+    for entry in in_order:
+        pairs = [(entry[:i], entry[i:]) for i in range(1, len(entry)) if entry[:i] in vocab and entry[i:] in vocab]
+        merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+    return merges

@@ -1,0 +1,45 @@
+"""Rejection sampling: rollouts that earned reward become examples for a cold start, with the ids that they had."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def accepted_rows(rows: Iterable[dict], *, min_reward: float, per_prompt: int) -> tuple[list[dict], dict[str, int]]:
+    """Rows worth learning from: right, finished, different, at most `per_prompt` of a prompt, shortest first.
+
+    Args:
+        rows: of `records.completion_columns`.
+    Returns:
+        (rows, counts: rollouts, low_reward, truncated, repeated, over_limit, kept).
+    """
+    counts = dict.fromkeys(("rollouts", "low_reward", "truncated", "repeated", "over_limit", "kept"), 0)
+    by_prompt: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
+    for row in rows:
+        counts["rollouts"] += 1
+        completion = tuple(row["completion_tokens"])
+        prompt = by_prompt[tuple(row["trunk_tokens"])]
+        if row["reward"] < min_reward:
+            counts["low_reward"] += 1
+        elif row["truncated"]:
+            counts["truncated"] += 1
+        elif completion in prompt:
+            counts["repeated"] += 1
+        else:
+            prompt[completion] = row
+    kept = []
+    for prompt in by_prompt.values():
+        in_order = sorted(prompt.values(), key=lambda row: len(row["completion_tokens"]))
+        kept += in_order[:per_prompt]
+        counts["over_limit"] += len(in_order[per_prompt:])
+    counts["kept"] = len(kept)
+    return kept, counts
+
+
+def write_examples(path: Path, rows: list[dict], tokenizer_fingerprint: str) -> None:
+    """A file for supervised.path: one line per row, token ids and the tokenizer that they belong to."""
+    with path.open("w") as file:
+        for row in rows:
+            line = {name: row[name] for name in ("trunk_tokens", "completion_tokens")}
+            file.write(json.dumps(line | {"tokenizer": tokenizer_fingerprint}) + "\n")
