@@ -90,16 +90,18 @@ def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
         return f"<img alt='{name}' src='data:image/png;base64,{data}'>"
 
     config, corpus = results["config"], results["corpus"]
+    judge = config["reward"]["function"] or config["reward"]["name"]
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>RL on questions</title>
 <style>{PAGE_STYLE}</style>
 <h1>Reinforcement learning on questions: what this run did</h1>
 <p class="lead">On {after["n"]} held-out questions the accuracy of a sampled thought's answer {word}:
 <b>{before["value"]:.3f} → {after["value"]:.3f}</b> (change {gain:+.3f} ± {error:.3f}).</p>
 <p>{results["steps"][-1]} steps on {corpus["training"]["questions"]:,} questions,
-{config["rollout"]["group_size"]} rollouts each, judged by {html.escape(config["reward"]["name"])} {html.escape(config["reward"]["function"])}.</p>
+{config["rollout"]["group_size"]} rollouts each, judged by {html.escape(judge)}.</p>
 {picture("learning")}{_table(results)}
 <p>± is one standard error over questions. <b>sampled</b>: mean of {config["eval"]["num_samples"]} thoughts;
-<b>greedy</b>: the thought at temperature 0; <b>direct</b>: the likeliest letter without thinking (multiple choice only).</p>
+<b>greedy</b>: the thought at temperature 0; <b>direct</b>: the likeliest letter without thinking (options
+only).</p>
 <h2>How training went</h2>{picture("training")}
 <h2>Thoughts from the last logged batch</h2>{completion_examples(directory)}
 <h2>The run</h2><p>seed {config["run"]["seed"]} · {html.escape(results["versions"]["devices"])} · code

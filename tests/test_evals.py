@@ -12,7 +12,7 @@ from rpt_jax.data.documents import Document
 from rpt_jax.data.pipeline import make_source
 from rpt_jax.data.positions import PositionTable, Proxy, Windows, score_documents
 from rpt_jax.data.prompts import make_template, token_facts
-from rpt_jax.evals.next_token import Evaluator, _append_target, _majority, mean_with_error, difficulty_splits
+from rpt_jax.evals.next_token import Evaluator, _append_target, _majority, difficulty_splits, mean_with_error
 from rpt_jax.models import decoder
 from rpt_jax.rewards.reward import make_reward
 

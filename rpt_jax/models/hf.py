@@ -307,7 +307,9 @@ def _shard_path(directory: Path, number: int) -> Path:
 
 
 def _write_shard(directory: Path, number: int, tensors: dict[str, np.ndarray]) -> None:
-    safetensors.numpy.save_file(tensors, str(_shard_path(directory, number)), {"format": "pt"})
+    path = _shard_path(directory, number)
+    safetensors.numpy.save_file(tensors, str(path), {"format": "pt"})
+    path.chmod(0o644)  # the library leaves files that only their owner reads
 
 
 def _name_shards(directory: Path, number: int, weight_map: dict[str, int], total: int) -> None:

@@ -1,8 +1,8 @@
 """The stages of a run, in order, each leaving its result in the run directory.
 
-corpus or questions -> policy -> warm start -> tasks -> RL -> control. A finished stage is not run again; RL goes on from
-its newest checkpoint, an interrupted warm start or control begins anew. Everything that can be wrong with the input is
-found in `prepare`, before anything compiles.
+corpus or questions -> policy -> warm start -> tasks -> RL -> control. A finished stage is not run again; RL goes on
+from its newest checkpoint, an interrupted warm start or control begins anew. Everything that can be wrong with the
+input is found in `prepare`, before anything compiles.
 """
 
 from collections.abc import Iterable, Sequence
@@ -313,7 +313,7 @@ def trainable(p: Prepared, params) -> tuple[Any, Frozen | None]:
 
 
 def warm_start(p: Prepared) -> Any:
-    """Parameters that RL and the control start from: the policy's, after supervised.num_steps of supervised training."""
+    """Parameters that RL and the control start from: the policy's, after supervised.num_steps of training."""
     config = p.config
     params = start_params(p)
     if not config.supervised.num_steps:
