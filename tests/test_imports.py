@@ -18,7 +18,7 @@ LAYERS = [
     ["rpt_jax.train"],
     ["rpt_jax.scaling"],
     ["rpt_jax.report"],
-    ["rpt_jax.question_report"],
+    ["rpt_jax.question_report", "rpt_jax.position_report"],
     ["experiments"],
 ]
 

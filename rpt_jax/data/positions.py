@@ -94,8 +94,7 @@ def direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize: 
         hidden_UD, target_U = inputs
         logits_UV = jnp.einsum("ud,vd->uv", hidden_UD, head_VD.astype(hidden_UD.dtype)).astype(jnp.float32)
         total_U = jax.nn.logsumexp(logits_UV, axis=-1)
-        # The barrier keeps the product of both: using part of it alone makes XLA sort the whole vocabulary on a CPU.
-        top, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits_UV, num_top))
+        top, ids = _top_k(logits_UV, num_top)
         log_p = top - total_U[:, None]
         if renormalize:
             log_p = log_p - jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
@@ -105,6 +104,27 @@ def direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize: 
     # One column of logits at a time: [U, L, V] is never built.
     columns = jax.lax.map(column, (jnp.swapaxes(hidden_ULD, 0, 1)[:-1], tokens_UL.T[1:]))
     return tuple(jnp.pad(c.T, ((0, 0), (1, 0))) for c in columns)
+
+
+_TOP_K_BLOCK = 32
+
+
+def _top_k(x_UV, k: int):
+    """The k largest of each row and their indices. They lie in the k blocks of largest maxima, so only those are
+    searched: a sixth of the time at 152 thousand entries."""
+    U, V = x_UV.shape
+    num_blocks = -(-V // _TOP_K_BLOCK)
+    padding = ((0, 0), (0, num_blocks * _TOP_K_BLOCK - V))
+    blocks = jnp.pad(x_UV, padding, constant_values=-jnp.inf).reshape(U, num_blocks, _TOP_K_BLOCK)
+
+    def top(x, k):
+        # The barrier keeps both results: where only a part is used, XLA sorts whole rows on a CPU.
+        return jax.lax.optimization_barrier(jax.lax.top_k(x, k))
+
+    _, chosen = top(blocks.max(-1), min(k, num_blocks))
+    values, places = top(jnp.take_along_axis(blocks, chosen[..., None], axis=1).reshape(U, -1), k)
+    ids = jnp.take_along_axis(chosen, places // _TOP_K_BLOCK, axis=1) * _TOP_K_BLOCK + places % _TOP_K_BLOCK
+    return values, ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +261,7 @@ class ScoredCorpus:
         Raises:
             DataError: a damaged file.
         """
-        path = self.directory / f"part-{number:05d}.parquet"
+        path = self._path(number)
         if path.exists():
             return _read_part(path)
         begin, end = self._ranges()[number]
@@ -255,6 +275,14 @@ class ScoredCorpus:
         pyarrow.parquet.write_table(pyarrow.table(vars(table)), partial_path, compression="zstd")
         os.replace(partial_path, path)
         return table
+
+    @property
+    def is_scored(self) -> bool:
+        """Every part is on disk."""
+        return all(self._path(number).exists() for number in range(self.num_parts))
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"part-{number:05d}.parquet"
 
     def _ranges(self) -> list[tuple[int, int]]:
         """Document ranges of about `_PART_TOKENS` tokens."""
@@ -286,15 +314,24 @@ def _read_part(path: Path) -> PositionTable:
 # --- Selection ------------------------------------------------------------------------------------------------------
 
 
-def select_from_corpus(corpus: ScoredCorpus, settings: PositionsConfig, *, seed: int) -> PositionTable:
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Selected positions, and the entropy in nats that they lie above; NaN where the selector asks for none."""
+
+    table: PositionTable
+    threshold: float
+
+
+def select_from_corpus(corpus: ScoredCorpus, settings: PositionsConfig, *, seed: int) -> Selection:
     """The positions to train on, chosen part by part: only the selected ones are ever held.
 
     Raises:
         DataError: the corpus has no position, or the selector keeps nothing.
     """
-    threshold = settings.entropy_threshold
-    if settings.selector == "entropy_top_fraction":
-        threshold = top_fraction_threshold(corpus, settings.top_fraction)
+    threshold = {
+        "entropy_threshold": lambda: settings.entropy_threshold,
+        "entropy_top_fraction": lambda: top_fraction_threshold(corpus, settings.top_fraction),
+    }.get(settings.selector, lambda: float("nan"))()
     kept, num_candidates, highest = [], 0, -np.inf
     for number, table in enumerate(corpus):
         num_candidates += len(table)
@@ -309,7 +346,7 @@ def select_from_corpus(corpus: ScoredCorpus, settings: PositionsConfig, *, seed:
             f"no position has more than positions.entropy_threshold={threshold} nats "
             f"(highest: {highest:.3f}). Lower --positions.entropy-threshold."
         )
-    return selected
+    return Selection(table=selected, threshold=threshold)
 
 
 def top_fraction_threshold(corpus: ScoredCorpus, fraction: float) -> float:

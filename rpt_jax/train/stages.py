@@ -362,13 +362,10 @@ def choose_tasks(p: Prepared, params) -> Tasks:
         return Tasks(
             training=p.train_questions, ids=np.arange(len(p.train_questions.questions)), heldout=p.heldout_questions
         )
-    proxy, identity = _proxy(p, params)
-    training = p.train_documents
-    if p.config.positions.max_documents:
-        training = documents_lib.first(training, p.config.positions.max_documents)
+    proxy, identity = load_proxy(p, params)
     selected = select_from_corpus(
-        scored_corpus(p, training, proxy, identity), p.config.positions, seed=p.config.run.seed
-    )
+        training_positions(p, proxy, identity), p.config.positions, seed=p.config.run.seed
+    ).table
     heldout = PositionTable.concatenate(list(scored_corpus(p, p.heldout_documents, proxy, identity, always=True)))
     source, heldout_source = (
         make_source(
@@ -389,7 +386,15 @@ def choose_tasks(p: Prepared, params) -> Tasks:
     return Tasks(training=source, ids=ids, heldout=heldout_source, corpora=corpora)
 
 
-def _proxy(p: Prepared, params) -> tuple[Proxy, str]:
+def training_positions(p: Prepared, proxy: Proxy, identity: str) -> ScoredCorpus:
+    """Positions of the training documents that may be chosen."""
+    training = p.train_documents
+    if p.config.positions.max_documents:
+        training = documents_lib.first(training, p.config.positions.max_documents)
+    return scored_corpus(p, training, proxy, identity)
+
+
+def load_proxy(p: Prepared, params) -> tuple[Proxy, str]:
     """The model that scores positions, and its fingerprint.
 
     Raises:

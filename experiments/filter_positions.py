@@ -1,0 +1,77 @@
+"""Score a corpus with a proxy model and select positions, in bounded memory; run it again to go on where it stopped.
+
+python -m experiments.filter_positions --preset tiny_text --data.path 'corpus/*.parquet' --data.tokenizer DIR
+    --proxy.path DIR --data.cache cache [--positions.selector entropy_top_fraction]
+
+Leaves in the cache directory what a training run with the same data, tokenizer, proxy and cache then only reads: the
+tokenised documents and the scored positions. Writes into the run directory positions.json (counts, threshold, tokens
+per second, peak memory), positions.png (the entropies and what was kept) and positions.html (text in colour). Without
+--proxy.path the proxy is the preset's warm-started policy.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from experiments.benchmarks.memory import peak_bytes
+from experiments.cli import describe, parse_config, run_script
+from rpt_jax import position_report
+from rpt_jax.config import Config
+from rpt_jax.data.positions import UNSCORED_SELECTORS, select_from_corpus
+from rpt_jax.errors import ConfigError
+from rpt_jax.train import stages
+from rpt_jax.train.metrics import console
+
+
+def run(config: Config) -> dict:
+    """Score, select, draw; the figures."""
+    if config.positions.selector in UNSCORED_SELECTORS:
+        raise ConfigError(
+            f"positions.selector={config.positions.selector!r} asks no proxy; there is nothing to score. Choose "
+            "entropy_threshold or entropy_top_fraction."
+        )
+    started = time.perf_counter()
+    prepared = stages.prepare(config)
+    read = time.perf_counter()
+    params = stages.warm_start(prepared)
+    warm = time.perf_counter()
+    corpus = stages.training_positions(prepared, *stages.load_proxy(prepared, params))
+    is_new = not corpus.is_scored
+    selection = select_from_corpus(corpus, config.positions, seed=config.run.seed)
+    seconds = time.perf_counter() - warm
+    num_tokens = int(corpus.lengths.sum())
+    counts = position_report.entropy_counts(corpus, selection.table)
+    figures = {
+        "documents": len(corpus.documents),
+        "tokens": num_tokens,
+        "positions": int(counts.all.sum()),
+        "selected": len(selection.table),
+        "selector": config.positions.selector,
+        "threshold_nats": selection.threshold,
+        "reading_seconds": read - started,
+        "scoring_seconds": seconds,
+        "scored_now": is_new,
+        "tokens_per_second": num_tokens / seconds,
+        "peak_memory_bytes": peak_bytes(),
+    }
+    directory = Path(config.run.directory)
+    (directory / "positions.json").write_text(json.dumps(figures, indent=2))
+    position_report.write_picture(directory / "positions.png", counts, selection.threshold)
+    position_report.write_sample(
+        directory / "positions.html", corpus.part(0), selection, corpus.documents, prepared.tokenizer
+    )
+    prepared.run.close()
+    return figures
+
+
+def main(argv: list[str]) -> None:
+    config, dry_run = parse_config(argv)
+    if dry_run:
+        print(describe(config))
+        return
+    print(json.dumps(run(config), indent=2))
+    console.print(f"pictures: [bold]{config.run.directory}/positions.png[/], positions.html")
+
+
+if __name__ == "__main__":
+    run_script(main)
