@@ -6,7 +6,6 @@ entry itself, never from `decode([id])`: half of a UTF-8 character decodes to U+
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that PyTorch is absent; none is needed
 import transformers
 
 from rpt_jax.errors import DataError

@@ -31,7 +31,7 @@ class Question:
     messages: tuple[tuple[str, str], ...]
     """(role, content); the last one is the user's."""
     answers: tuple[str, ...]
-    """Accepted answers; of multiple choice the letter."""
+    """Accepted answers; of multiple choice the letter. Empty where the record leaves its answer blank."""
     choices: tuple[str, ...] = ()
     category: str = ""
     record: dict[str, Any] = field(default_factory=dict)
@@ -45,8 +45,10 @@ def read_questions(path: str) -> list[Question]:
     (question.stem and choices, or question and choices.text / label, with answerKey); question or problem with answer
     (GSM8K's answer is what follows its last ####).
 
+    A blank answer is not an error here: real files have some.
+
     Raises:
-        DataError: unknown layout, no answer, or no question; names file and record.
+        DataError: unknown layout, or no question; names file and record.
     """
     questions = [_question(record, f"{name}:{number}") for name, number, record in read_records(path)]
     if not questions:
@@ -64,8 +66,6 @@ def _question(record: dict, where: str) -> Question:
             raise KeyError("fields of a known layout")
         if not all(isinstance(text, str) and text for _, text in question.messages):
             raise TypeError("a question that is text")
-        if not question.answers or not all(isinstance(a, str) and a.strip() for a in question.answers):
-            raise TypeError("an answer")
         if question.choices and not all(a in LETTERS[: len(question.choices)] for a in question.answers):
             raise ValueError(f"an answer among its {len(question.choices)} options")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -87,9 +87,11 @@ def _verl(record: dict) -> dict:
         with contextlib.suppress(json.JSONDecodeError):
             truth = json.loads(truth)
     answers = truth if isinstance(truth, list | tuple) else [truth]
-    return dict(
-        messages=messages, answers=tuple(str(a) for a in answers if a is not None), category=record.get("ability") or ""
-    )
+    return dict(messages=messages, answers=_answers(answers), category=record.get("ability") or "")
+
+
+def _answers(values) -> tuple[str, ...]:
+    return tuple(str(a) for a in values if a is not None and str(a).strip())
 
 
 def _choice(stem: str, texts: list[str], answer: str, category: str) -> dict:
@@ -123,7 +125,7 @@ def _plain(record: dict) -> dict:
     category = record.get("category") or record.get("domain") or ""
     return dict(
         messages=(("user", text),),
-        answers=tuple(str(a) for a in final if a is not None),
+        answers=_answers(final),
         category=category if isinstance(category, str) else "",
     )
 
@@ -200,11 +202,11 @@ def make_question_template(tokenizer: Tokenizer, questions: QuestionsConfig, dat
 
 def make_question_source(
     questions: list[Question], tokenizer: Tokenizer, config: QuestionsConfig, data: DataConfig
-) -> tuple[QuestionSource, int]:
-    """The source of the questions whose prompts fit data.trunk_length, and the number of those left out.
+) -> tuple[QuestionSource, dict[str, int]]:
+    """The source of the questions that have an answer and fit data.trunk_length; counts of the others by reason.
 
     Raises:
-        ConfigError: none fits.
+        ConfigError: none is left.
     """
     template = make_question_template(tokenizer, config, data)
 
@@ -214,11 +216,17 @@ def make_question_source(
 
     prompts = [encode(q, config) for q in questions]
     direct_tail = (tokenizer.chat_parts()[1] if data.chat else "\n") + "Answer:"
-    kept = [i for i, prompt in enumerate(prompts) if len(prompt) <= data.trunk_length]
+    is_short = [len(prompt) <= data.trunk_length for prompt in prompts]
+    kept = [i for i, q in enumerate(questions) if q.answers and is_short[i]]
+    left_out = {
+        "have no answer": sum(not q.answers for q in questions),
+        "are longer than data.trunk_length": sum(bool(q.answers) and not is_short[i] for i, q in enumerate(questions)),
+    }
     if not kept:
         raise ConfigError(
-            f"all {len(questions)} prompts are longer than data.trunk_length={data.trunk_length} tokens (shortest: "
-            f"{min(map(len, prompts))}); a prompt must fit. Raise --data.trunk-length."
+            f"of {len(questions)} questions {left_out['have no answer']} have no answer, and the prompts of the others "
+            f"are longer than data.trunk_length={data.trunk_length} tokens (shortest: {min(map(len, prompts))}). "
+            "Raise --data.trunk-length."
         )
     longest = max(len(prompts[i]) for i in kept)  # the direct prompts are beginnings of these
     source = QuestionSource(
@@ -229,7 +237,7 @@ def make_question_source(
         direct_tail=np.asarray(tokenizer.encode_continuation(direct_tail, specials=True), np.int32),
         trunk_length=-(-longest // 16) * 16,
     )
-    return source, len(questions) - len(kept)
+    return source, left_out
 
 
 def _prompt(question: Question, tokenizer: Tokenizer, config: QuestionsConfig, data: DataConfig) -> str:

@@ -58,7 +58,7 @@ class QuestionEvaluator:
     def evaluate(self, params, *, thinking: bool = True) -> dict:
         """Figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
 
-        sampled: mean over k samples at the rollout temperature; greedy: temperature 0; pass@1, 2, 4 .. k (unbiased) and
+        sampled: mean over k samples at the rollout temperature; greedy: temperature 0; pass@2, 4 .. k (unbiased) and
         majority@k over the samples; thought_tokens, truncated and no_prediction of the samples; direct: share of
         multiple-choice questions whose right letter has the highest likelihood without thinking, absent where a split
         has other questions.
@@ -154,7 +154,7 @@ class QuestionEvaluator:
         figures = {style: right.mean(-1)}
         if style == "sampled":
             counts = right.sum(-1)
-            for size in [2**i for i in range(k.bit_length()) if 2**i < k] + [k]:
+            for size in [2**i for i in range(1, k.bit_length()) if 2**i < k] + [k]:
                 figures[f"pass@{size}"] = [pass_at_k(k, int(n), size) for n in counts]
             votes = self._votes(predictions, num_real)
             figures[f"majority@{k}"] = [_majority(v, r) for v, r in zip(votes, right)]

@@ -200,11 +200,12 @@ def _check_positions(config: Config, template: Template) -> None:
 
 
 def open_questions(questions: str | list[Question], where: str, config: Config, tokenizer: Tokenizer) -> QuestionSource:
-    """Questions of a path, or these ones, as tasks; says how many are too long for data.trunk_length."""
+    """Questions of a path, or these ones, as tasks; says how many cannot be asked."""
     found = read_questions(questions) if isinstance(questions, str) else questions
-    source, num_long = make_question_source(found, tokenizer, config.questions, config.data)
-    if num_long:
-        console.print(f"{num_long} of {len(found)} {where} questions are longer than data.trunk_length; left out")
+    source, left_out = make_question_source(found, tokenizer, config.questions, config.data)
+    for reason, count in left_out.items():
+        if count:
+            console.print(f"{count} of {len(found)} {where} questions {reason}; left out")
     return source
 
 

@@ -1,0 +1,125 @@
+"""Rewards that run on the host: judges by hand, and every way a user's function can fail."""
+
+import dataclasses
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpt_jax.config import RewardConfig
+from rpt_jax.data.pipeline import empty_tasks
+from rpt_jax.errors import ConfigError, RewardError
+from rpt_jax.rewards import judges
+from rpt_jax.rewards.host import JudgePool
+from rpt_jax.rewards.reward import make_reward
+from rpt_jax.types import Rollouts, TaskBatch
+
+MODULE = "tests.judges_for_tests"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("42", ("42",), 1),
+        (" 42 ", ("42",), 1),
+        ("\\frac{1}{2}", ("0.5",), 1),
+        ("0.5", ("\\frac12",), 1),
+        ("x^2+1", ("1+x^2",), 1),
+        ("1,000", ("1000",), 1),
+        ("43", ("42",), 0),
+        ("", ("42",), 0),
+        (None, ("42",), 0),
+        ("7", ("6", "7"), 1),
+        ("\\{1,2\\}", ("\\{2,1\\}",), 1),
+    ],
+)
+def test_math_answers(prediction, answers, expected):
+    encoded = None if prediction is None else prediction.encode()
+    assert judges.math(b"", encoded, {"answers": answers}) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [("B", 1), (" b", 1), ("(B)", 1), ("B.", 1), ("B. Paris", 1), ("\\text{B}", 1), ("A", 0), ("Because", 0), ("", 0)],
+)
+def test_letters(prediction, expected):
+    assert judges.choice(b"", prediction.encode(), {"answers": ("B",)}) == expected
+
+
+def test_exact_strings():
+    assert judges.exact(b"", b" Paris\n", {"answers": ("Paris",)}) == 1
+    assert judges.exact(b"", b"paris", {"answers": ("Paris",)}) == 0
+    assert judges.exact(b"", None, {"answers": ("None",)}) == 0
+
+
+def test_results_are_in_order_over_processes():
+    pool = JudgePool(f"{MODULE}:length", num_workers=2, time_limit=20.0)
+    requests = [(b"x" * n, None, {"bonus": n}) for n in range(40)]
+    assert pool.judge(requests) == [n / 10 + n for n in range(40)]
+    assert pool.judge([(b"", b"y", {})]) == [1.0]
+    pool.close()
+
+
+def test_every_fault_is_of_its_own_completion():
+    pool = JudgePool(f"{MODULE}:by_column", num_workers=1, time_limit=1.0)
+    kinds = ("one", "raise", "none", "nan", "inf", "string", "list", "array", "die", "bool", "numpy", "hang", "one")
+    started = time.perf_counter()
+    results = dict(zip(kinds[1:], pool.judge([(b"", None, {"do": k}) for k in kinds])[1:]))
+    assert time.perf_counter() - started < 30
+    assert results["one"] == 1.0 and results["bool"] == 1.0 and results["numpy"] == 0.5
+    assert "ValueError: on purpose" in results["raise"]
+    assert "time_limit_seconds=1.0" in results["hang"] and "ended its process" in results["die"]
+    for kind in ("none", "string", "list", "array"):
+        assert "which is no number" in results[kind], kind
+    assert results["nan"] == "returned nan" and results["inf"] == "returned inf"
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("no.such.module:f", "ModuleNotFoundError"), (f"{MODULE}:missing", "AttributeError"),
+     (f"{MODULE}:not_callable", "not callable"), ("nonsense", "cannot be used")],
+)  # fmt: skip
+def test_functions_that_cannot_be_used_are_named(function, message):
+    with pytest.raises(ConfigError, match=message):
+        JudgePool(function, num_workers=1, time_limit=1.0)
+
+
+def judged_batch(letters):
+    """Two tasks and a padded one, two rollouts each: boxed answers ab and c, one without an end, one open thought."""
+    texts = [["</think>\\boxed{ab}", "</think>\\boxed{c}"], ["</think>\\boxed{c", "a"], ["a", "a"]]
+    width = 12
+    tokens, mask = np.zeros((3, 2, width), np.int32), np.zeros((3, 2, width), bool)
+    for u in range(3):
+        for g in range(2):
+            ids = letters.encode(texts[u][g])
+            tokens[u, g, : len(ids)], mask[u, g, : len(ids)] = ids, True
+    fields = empty_tasks(3, 1, 4, [1], 8)
+    fields["position_ids"][:, 0] = [0, 1, -1]
+    fields["position_mask"][:2] = True
+    tasks = TaskBatch(**fields, row_ids=np.zeros((3, 1, 2), np.int32))
+    rollouts = Rollouts(
+        tokens=jnp.asarray(tokens), mask=jnp.asarray(mask), sampler_logprobs=None, truncated=None, num_rejected=None
+    )
+    return rollouts, tasks
+
+
+def test_rewards_of_questions_by_hand(letters):
+    columns = {0: {"answers": ("ab",)}, 1: {"answers": ("c",)}}
+    reward = make_reward(RewardConfig(name="exact"), letters, columns.__getitem__)
+    rewards, predictions, faults = reward.fn(*judged_batch(letters), {})
+    assert np.asarray(rewards)[:, 0].tolist() == [[1, 0], [0, 0], [0, 0]]
+    assert not np.asarray(faults).any()
+    assert np.asarray(predictions.found).tolist() == [[True, True], [False, False], [False, False]]
+
+
+def test_faults_follow_the_policy(letters):
+    columns = {0: {"do": "one"}, 1: {"do": "raise"}}
+    config = RewardConfig(name="custom", function=f"{MODULE}:by_column", on_fault="zero")
+    rewards, _, faults = make_reward(config, letters, columns.__getitem__).fn(*judged_batch(letters), {})
+    assert np.asarray(rewards)[:, 0].tolist() == [[1, 1], [0, 0], [0, 0]]
+    assert np.asarray(faults)[:, 0].tolist() == [[False, False], [True, True], [False, False]]
+    strict = make_reward(dataclasses.replace(config, on_fault="fail"), letters, columns.__getitem__)
+    with pytest.raises(RewardError, match="ValueError: on purpose on task 1 .*boxed"):
+        strict.fn(*judged_batch(letters), {})

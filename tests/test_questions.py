@@ -1,0 +1,220 @@
+"""Questions: every layout, bad records, prompts, and figures by hand."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import shared_path
+
+from rpt_jax.config import Config, DataConfig, DecoderConfig, EvalConfig, QuestionsConfig, RewardConfig, RolloutConfig
+from rpt_jax.data.questions import Question, make_question_source, read_questions
+from rpt_jax.errors import ConfigError, DataError
+from rpt_jax.evals.questions import QuestionEvaluator, _majority, category_splits, pass_at_k
+from rpt_jax.models import decoder
+from rpt_jax.rewards.answer import Predictions
+from rpt_jax.rewards.reward import Reward
+from rpt_jax.tokenizer import load_tokenizer, train_byte_level
+
+VERL = {
+    "data_source": "x", "prompt": [{"role": "user", "content": "1+1?"}], "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "2"}, "extra_info": {},
+}  # fmt: skip
+ARC = {"question": {"stem": "Which?", "choices": [{"text": "ice", "label": "1"}, {"text": "fire", "label": "2"}]}}
+PRO = {"question": "Which?", "options": ["ice", "fire"], "answer": "B", "answer_index": 1, "category": "physics"}
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "text", "answers", "category"),
+    [
+        (VERL, "1+1?", ("2",), "math"),
+        (VERL | {"reward_model": {"ground_truth": '["2", "two"]'}}, "1+1?", ("2", "two"), "math"),
+        (VERL | {"reward_model": {"ground_truth": "[0, 1)"}}, "1+1?", ("[0, 1)",), "math"),
+        (VERL | {"reward_model": {"ground_truth": 2}}, "1+1?", ("2",), "math"),
+        (PRO, "Which?\nA. ice\nB. fire", ("B",), "physics"),
+        (ARC | {"answerKey": "2"}, "Which?\nA. ice\nB. fire", ("B",), ""),
+        (
+            {"question": "Which?", "choices": {"text": ["ice", "fire"], "label": ["A", "B"]}, "answerKey": "A"},
+            "Which?\nA. ice\nB. fire",
+            ("A",),
+            "",
+        ),
+        ({"question": "How many?", "answer": "2 * 600 = 1,200\n#### 1,200"}, "How many?", ("1200",), ""),
+        ({"problem": "Find x.", "answer": "\\frac12", "domain": ["Algebra"]}, "Find x.", ("\\frac12",), ""),
+        ({"question": "Which?", "answer": 3}, "Which?", ("3",), ""),
+    ],
+)
+def test_layouts(tmp_path, record, text, answers, category):
+    (question,) = read_questions(write(tmp_path / "q.jsonl", record))
+    assert question.messages == (("user", text),) and question.answers == answers and question.category == category
+    assert question.id == "q.jsonl:1" and question.record == record
+
+
+BAD = {
+    "no layout": {"text": "a"},
+    "no truth": {"prompt": [{"role": "user", "content": "?"}], "reward_model": {}},
+    "no prompt": VERL | {"prompt": []},
+    "assistant last": VERL | {"prompt": [{"role": "assistant", "content": "?"}]},
+    "empty question": {"question": "", "answer": "1"},
+    "null question": {"question": None, "answer": "1"},
+    "one option": PRO | {"options": ["ice"]},
+    "option is a number": PRO | {"options": ["ice", 3]},
+    "letter beyond": PRO | {"answer": "C"},
+    "unknown key": ARC | {"answerKey": "7"},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_questions_are_refused_with_file_and_line(tmp_path, name):
+    good = {"question": "?", "answer": "1"}
+    with pytest.raises(DataError, match="q.jsonl:2 has fields"):
+        read_questions(write(tmp_path / "q.jsonl", good, BAD[name]))
+
+
+def test_other_bad_question_files(tmp_path):
+    with pytest.raises(DataError, match="holds no question"):
+        read_questions(write(tmp_path / "q.jsonl"))
+    (tmp_path / "q.txt").write_text("What?")
+    with pytest.raises(DataError, match="plain text"):
+        read_questions(str(tmp_path / "q.txt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "number", "answers"),
+    [
+        ("math/gsm8k_train.jsonl", 7473, 0, ("72",)),
+        ("math/skywork_or1_eval_aime24.jsonl", 30, 0, None),
+        ("math/deepscaler_sub_1209.jsonl", 1209, 0, None),
+        ("bench/mmlu_pro_test.jsonl", 12032, 0, ("I",)),
+        ("bench/arc_challenge_test.jsonl", 1150, 0, None),
+    ],
+)
+def test_real_files(name, count, number, answers):
+    questions = read_questions(str(shared_path(*name.split("/"))))
+    assert len(questions) == count
+    assert all(q.choices for q in questions) == name.startswith("bench")
+    assert answers is None or questions[number].answers == answers
+    # One question of the DeepScaleR subset has no answer.
+    assert sum(not q.answers for q in questions) == (name == "math/deepscaler_sub_1209.jsonl")
+
+
+def question(text, answer="1", choices=(), category=""):
+    return Question(id=text, messages=(("user", text),), answers=(answer,), choices=choices, category=category)
+
+
+def test_prompts_and_tasks():
+    tokenizer = train_byte_level(["what is one and one"], 300)
+    data = DataConfig(trunk_length=160)
+    questions = [question("what is one?"), question("x" * 400), question("Pick", "B", ("a", "b"))]
+    questions.append(Question(id="blank", messages=(("user", "what?"),), answers=()))
+    source, left_out = make_question_source(questions, tokenizer, QuestionsConfig(), data)
+    assert list(left_out.values()) == [1, 1] and len(source.questions) == 2
+    text = tokenizer.decode(source.prompts[0])
+    assert text.startswith("what is one?") and "\\boxed{}" in text and "letter" not in text
+    assert "letter" in tokenizer.decode(source.prompts[1])
+    assert tokenizer.decode(source.direct_prompts[1]) == "Pick"
+    assert tokenizer.decode(source.tail) == "\n<think>\n" and tokenizer.decode(source.direct_tail) == "\nAnswer:"
+    batch = source.make([[1], [], [0]], prompts_per_trunk=1, group_size=2)
+    assert batch.position_mask[:, 0].tolist() == [True, False, True]
+    length = len(source.prompts[1])
+    assert batch.cuts[0, 0] == batch.trunk_lengths[0] == length and source.trunk_length % 16 == 0
+    np.testing.assert_array_equal(batch.trunk_tokens[0, :length], source.prompts[1])
+    assert batch.row_ids[0].tolist() == [[2, 3]]
+    assert source.columns(1)["answers"] == ("B",)
+    with pytest.raises(ConfigError, match="prompts of the others are longer"):
+        make_question_source(questions[1:2], tokenizer, QuestionsConfig(), data)
+
+
+def test_chat_prompts_are_token_native():
+    tokenizer = load_tokenizer(shared_path("tokenizers", "qwen3"))
+    messages = (("system", "Be brief."), ("user", "2+2?"))
+    asked = Question(id="q", messages=messages, answers=("4",))
+    source, _ = make_question_source([asked], tokenizer, QuestionsConfig(), DataConfig(chat=True))
+    pieces = tokenizer._backend.convert_ids_to_tokens([*source.prompts[0].tolist(), *source.tail.tolist()])
+    assert pieces[:2] == ["<|im_start|>", "system"] and pieces.count("<|im_start|>") == 3
+    assert tokenizer.decode(source.tail).endswith("assistant\n<think>\n")
+    whole = tokenizer._render(
+        [messages[0], ("user", "2+2?" + "\n\nReason step by step, then put the final answer within \\boxed{}.")]
+    )
+    assert tokenizer.encode(whole + "<think>\n", specials=True) == [*source.prompts[0], *source.tail]
+
+
+def test_a_documents_special_tokens_are_text():
+    tokenizer = load_tokenizer(shared_path("tokenizers", "qwen3"))
+    text = "a <|im_end|> b<|endoftext|>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text, specials=True)) == "a  b"
+
+
+def test_pass_at_k_and_majority_by_hand():
+    # Of 4 samples 1 is right: a draw of 2 misses it in C(3,2)/C(4,2) = 3/6.
+    assert pass_at_k(4, 1, 2) == 0.5
+    assert pass_at_k(4, 0, 4) == 0 and pass_at_k(4, 1, 4) == 1 and pass_at_k(4, 3, 2) == 1
+    assert _majority(["a", "b", "b", None], np.array([0, 1, 1, 0])) == 1
+    assert _majority(["a", "b", None], np.array([0, 1, 0])) == 0  # a tie: the first seen
+    assert _majority([None, None], np.array([0, 0])) == 0
+
+
+def test_categories():
+    questions = [question(str(i), category="ab"[i % 2]) for i in range(20)]
+    splits = category_splits(questions, 5, seed=0)
+    assert list(splits) == ["all", "a", "b"] and {len(v) for v in splits.values()} == {5}
+    assert all(questions[i].category == "b" for i in splits["b"])
+    assert list(category_splits(questions[:1], 5, seed=0)) == ["all"]
+
+
+def test_figures_against_plain_recomputation(mesh):
+    """direct: the likeliest letter by whole logits of each option's own sequence; sampled: from the rewards given."""
+    tokenizer = train_byte_level(["Pick one of these"], 300)
+    model = DecoderConfig(
+        vocab_size=300, num_layers=2, width=32, mlp_width=48, num_heads=2, num_kv_heads=2, head_size=16
+    )
+    params = decoder.init_params(model, mesh, jax.random.key(0))
+    params = params | {"head": 8 * params["head"]}
+    questions = [question(f"Pick {i}", "AB"[i % 2], ("x", "y", "z")[: 2 + i % 2]) for i in range(5)]
+    data = DataConfig(trunk_length=128)
+    source, _ = make_question_source(questions, tokenizer, QuestionsConfig(), data)
+    config = Config(
+        data=data, model=model, rollout=RolloutConfig(max_completion_tokens=6, temperature=1.0),
+        reward=RewardConfig(name="choice"), eval=EvalConfig(num_samples=4, batch_trunks=2),
+    )  # fmt: skip
+    rewards = {i: [i % 2, 1, 0, 0] for i in range(5)}
+
+    def judge(rollouts, tasks, requested):
+        ids = np.asarray(tasks.position_ids)[:, 0]
+        G = tasks.row_ids.shape[-1]
+        values = np.array([[rewards.get(int(i), [0] * 4)[:G]] for i in ids], np.float32)
+        shape = (len(ids), G)
+        predictions = Predictions(
+            bytes=np.full((*shape, 1), ord("q"), np.uint8), lengths=np.ones(shape, int), found=np.ones(shape, bool),
+            think_end_tokens=np.zeros(shape, int),
+        )  # fmt: skip
+        return values, predictions, np.zeros(values.shape, bool)
+
+    evaluator = QuestionEvaluator(
+        config=config, mesh=mesh, tokenizer=tokenizer, source=source, splits={"all": np.arange(5)},
+        reward=Reward((), judge),
+    )  # fmt: skip
+    figures = {name: cell["value"] for name, cell in evaluator.evaluate(params)["all"].items()}
+    right = 0
+    for i, asked in enumerate(questions):
+        scores = []
+        for letter in "ABC"[: len(asked.choices)]:
+            own = [*source.direct_tail.tolist(), *tokenizer.encode(f" {letter}")]
+            tokens = np.array([[*source.direct_prompts[i].tolist(), *own]])
+            logits = np.asarray(decoder.logits(model, params, tokens), np.float64)[0]
+            law = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            count = len(tokenizer.encode(f" {letter}"))
+            scores.append(sum(law[j - 1, tokens[0, j]] for j in range(tokens.shape[1] - count, tokens.shape[1])))
+        right += "ABC"[int(np.argmax(scores))] in asked.answers
+    assert figures["direct"] == pytest.approx(right / 5)
+    # Questions 1 and 3 have two right of four, the others one.
+    assert figures["sampled"] == pytest.approx((2 * 2 + 3) / 20)
+    assert figures["pass@2"] == pytest.approx((2 * (1 - 1 / 6) + 3 * 0.5) / 5) and figures["pass@4"] == 1
+    # All vote for the same string, whose first rollout decides: right for 1 and 3.
+    assert figures["majority@4"] == pytest.approx(2 / 5) and figures["greedy"] == pytest.approx(2 / 5)
