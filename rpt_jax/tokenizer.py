@@ -27,7 +27,7 @@ class Tokenizer:
     """A transformers tokenizer and the bytes of its ids.
 
     Attributes:
-        vocab_size: number of ids, added tokens included.
+        vocab_size: highest id plus one, added tokens included.
         bos_id: id that starts every sequence, or None where the tokenizer adds none.
         eos_id: id that ends a completion.
         unk_id: id that stands for text outside the vocabulary, or None where every text can be spelt.
@@ -43,7 +43,7 @@ class Tokenizer:
             )
         if add_bos is None:
             add_bos = backend.bos_token_id in backend("", add_special_tokens=True)["input_ids"]
-        self.vocab_size = len(backend)
+        self.vocab_size = 1 + max(backend.get_vocab().values())  # ids may have gaps
         model = self._description["model"]
         unknown = model.get("unk_token")
         self.unk_id = model.get("unk_id") if unknown is None else backend.backend_tokenizer.token_to_id(unknown)

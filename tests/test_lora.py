@@ -1,4 +1,4 @@
-"""Low-rank adapters: against merged weights and plain autodiff, frozen weights untouched, on a mesh, in PEFT's layout."""
+"""Low-rank adapters: against merged weights and autodiff, frozen weights untouched, on a mesh, in PEFT's layout."""
 
 import dataclasses
 import json
@@ -106,9 +106,8 @@ def test_gradients_equal_those_through_merged_weights(tiny_config, adapted):
 def test_adapters_lie_on_the_mesh_like_their_weights(tiny_config):
     config = dataclasses.replace(tiny_config, vocab_size=62)
     adapters = lora.init_adapters(config, ALL, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), jax.random.key(0))
-    shards = {
-        name: leaf.addressable_shards[0].data.shape for name, leaf in {**adapters["layers"], **adapters}.items() if name != "layers"
-    }  # fmt: skip
+    leaves = adapters["layers"] | {name: leaf for name, leaf in adapters.items() if name != "layers"}
+    shards = {name: leaf.addressable_shards[0].data.shape for name, leaf in leaves.items()}
     assert shards["q_proj_lora_a"] == (3, 16, 3) and shards["q_proj_lora_b"] == (3, 3, 2, 8)
     assert shards["o_proj_lora_a"] == (3, 2, 8, 3) and shards["o_proj_lora_b"] == (3, 3, 16)
     assert shards["head_lora_a"] == (16, 3) and shards["head_lora_b"] == (3, 31)

@@ -1,10 +1,14 @@
 """Exact bytes of every id, for a trained, a closed and four real tokenizers."""
 
+import base64
+import json
 import unicodedata
 
 import numpy as np
 import pytest
-from conftest import TOKENIZERS
+import sentencepiece
+import tokenizers
+from conftest import TOKENIZERS, shared_path
 
 from rpt_jax.errors import DataError
 from rpt_jax.tokenizer import load_tokenizer, train_byte_level
@@ -78,4 +82,137 @@ def test_unusable_tokenizers_are_named(tmp_path):
         load_tokenizer(tmp_path / "missing")
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="does not load"):
+        load_tokenizer(tmp_path)
+
+
+# --- Formats other than tokenizer.json ------------------------------------------------------------------------------
+
+PROSE = "The quick brown fox jumps over the lazy dog; it's 3.14 times as tall (or 1,000 mm).\n" * 60
+
+
+def write_sentencepiece(directory, **options):
+    directory.mkdir(exist_ok=True)
+    (directory / "text.txt").write_text(PROSE)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(directory / "text.txt"), model_prefix=str(directory / "tokenizer"), minloglevel=2, **options
+    )
+    (directory / "text.txt").unlink()
+    (directory / "tokenizer.vocab").unlink()
+    return sentencepiece.SentencePieceProcessor(str(directory / "tokenizer.model"))
+
+
+@pytest.mark.parametrize("dummy_prefix", [True, False])
+@pytest.mark.parametrize("normalization", ["identity", "nmt_nfkc"])
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_sentencepiece_files_encode_as_their_library_does(tmp_path, model_type, normalization, dummy_prefix):
+    reference = write_sentencepiece(
+        tmp_path, model_type=model_type, vocab_size=330, byte_fallback=True, normalization_rule_name=normalization,
+        add_dummy_prefix=dummy_prefix, remove_extra_whitespaces=normalization != "identity",
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path)
+    for text in [*TEXTS, PROSE[:300], " leading", "a"]:
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode(text), text
+        if normalization == "identity":
+            assert tokenizer.decode(ids) == " " * (dummy_prefix and bool(text)) + text
+    assert tokenizer.adds_space == dummy_prefix
+    assert tokenizer.bos_id == reference.bos_id() and tokenizer.eos_id == reference.eos_id()
+
+
+def test_sentencepiece_without_fallback_refuses_only_what_it_cannot_spell(tmp_path):
+    write_sentencepiece(tmp_path, model_type="unigram", vocab_size=44, normalization_rule_name="identity")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.unk_id in tokenizer.encode("数学") and tokenizer.unk_id not in tokenizer.encode("the fox")
+
+
+def write_tiktoken(path, tokenizer):
+    """The vocabulary of a byte-level tokenizer as a tiktoken file; returns its number of tokens."""
+    added = tokenizer._backend.added_tokens_decoder
+    ids = [i for i in range(tokenizer.vocab_size) if i not in added]
+    first = ids[0]  # a trained tokenizer has its special token first; ranks begin at 0
+    lines = (f"{base64.b64encode(tokenizer.token_bytes(i)).decode()} {i - first}\n" for i in ids)
+    path.write_text("".join(lines))
+    return len(ids)
+
+
+def test_tiktoken_files(tmp_path):
+    trained = train_byte_level([PROSE], 400)
+    for name in ("tokenizer.model", "some.tiktoken"):
+        directory = tmp_path / name.partition(".")[0]
+        directory.mkdir()
+        size = write_tiktoken(directory / name, trained)
+        tokenizer = load_tokenizer(directory)
+        assert tokenizer.vocab_size == size + 1 and tokenizer.eos_id == size
+        for text in TEXTS:
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text
+        assert len(tokenizer.encode(PROSE)) < len(PROSE) / 2
+    special = {size: ("<|endoftext|>", True), size + 2: ("<think>", False)}
+    entries = {str(i): {"content": text, "special": is_special} for i, (text, is_special) in special.items()}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entries}))
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer.vocab_size == size + 3 and tokenizer.encode("<think>") == [size + 2]
+    assert tokenizer.token_bytes(size) == b"" and tokenizer.token_bytes(size + 2) == b"<think>"
+    entries["3"] = {"content": "<early>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entries}))
+    with pytest.raises(DataError, match="'<early>' should have id 3"):
+        load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("real_tokenizer", ["qwen3", "gpt2"], indirect=True)
+def test_tiktoken_files_of_real_vocabularies_encode_alike(real_tokenizer, tmp_path, request):
+    name = request.node.callspec.params["real_tokenizer"]
+    added = real_tokenizer._backend.added_tokens_decoder
+    lines = []
+    for i in range(real_tokenizer.vocab_size):
+        if i not in added:
+            lines.append(f"{base64.b64encode(real_tokenizer.token_bytes(i)).decode()} {i}\n")
+    (tmp_path / f"{name}.tiktoken").write_text("".join(lines))
+    if name == "qwen3":
+        (tmp_path / "tokenizer_config.json").write_bytes(
+            shared_path("tokenizers", "qwen3", "tokenizer_config.json").read_bytes()
+        )
+    tokenizer = load_tokenizer(tmp_path)
+    for text in [t for t in TEXTS if unicodedata.is_normalized("NFC", t)]:
+        assert tokenizer.encode(text) == real_tokenizer.encode(text)
+    if name == "qwen3":
+        assert tokenizer.vocab_size == real_tokenizer.vocab_size
+        assert tokenizer.encode("<|im_end|>", specials=True) == real_tokenizer.encode("<|im_end|>", specials=True)
+
+
+def damaged(directory, name, data):
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_bytes(data)
+    return directory
+
+
+BAD_TOKENIZERS = {
+    "empty json": ("tokenizer.json", b"", "does not load"),
+    "json of something else": ("tokenizer.json", b'{"a": 1}', "does not load"),
+    "binary json": ("tokenizer.json", b"\x00\xff", "does not load"),
+    "empty SentencePiece": ("tokenizer.model", b"", "tokenizer"),
+    "damaged SentencePiece": ("tokenizer.model", b"\n\x0cnonsense" * 30, "does not load"),
+    "tiktoken line": ("a.tiktoken", b"IQ== 0\n???\n", "a.tiktoken line 2"),
+    "tiktoken ranks": ("a.tiktoken", b"IQ== 0\nIg== 5\n", "ranks are not 0 to 1"),
+    "vocab without merges": ("vocab.json", b"{}", "must hold tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOKENIZERS)
+def test_damaged_tokenizers_are_refused_by_name(name, tmp_path):
+    file, data, message = BAD_TOKENIZERS[name]
+    with pytest.raises(DataError, match=message) as error:
+        load_tokenizer(damaged(tmp_path / "t", file, data))
+    assert str(tmp_path) in str(error.value)
+
+
+def test_vocabularies_that_lose_bytes_are_refused(tmp_path):
+    # Ids with gaps are fine, lost spaces are not.
+    letters = {c: i + 4 for i, c in enumerate(sorted(set("It's 3.14{x}\n\tnaïve数学😀")))}
+    vocab = {"[UNK]": 0, "<eos>": 1} | letters | {f"##{c}": i + 50 for c, i in letters.items()}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="the bytes of tokens must join to the text"):
         load_tokenizer(tmp_path)
