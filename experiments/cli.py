@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from experiments.presets import PRESETS
 from rpt_jax.config import Config
-from rpt_jax.errors import CheckpointError, ConfigError, DataError
+from rpt_jax.errors import CheckpointError, ConfigError, DataError, RewardError
 from rpt_jax.train.metrics import console
 
 
@@ -78,6 +78,6 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     """Run `main(arguments)`; our own errors end it with their message and status 2, others with a traceback."""
     try:
         main(sys.argv[1:])
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, RewardError) as error:
         console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
         sys.exit(2)

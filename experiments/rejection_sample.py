@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     with progress_bar("rollouts", args.batches) as progress:
         for number in range(args.batches):
             batch = shard_batch(prepared.mesh, next(iterator))
-            # Training's steps are counted from 0 up: these keys are its only where a run is longer than 2^30 steps.
+            # Training's steps are counted from 0 up: these keys are its only in runs of more than 2^30 steps.
             columns = completion_columns(trainer.roll_out(params, 2**30 + number, batch, 0), trainer)
             rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             progress(number + 1)
