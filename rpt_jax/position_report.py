@@ -89,15 +89,15 @@ def write_sample(
         text = "".join(
             _token(tokenizer, int(t), entropy.get(i), (int(number), i) in kept) for i, t in enumerate(tokens)
         )
-        blocks.append(f"<h2>{html.escape(documents[number].id)}</h2><p>{text}</p>")
+        blocks.append(f"<h2>{html.escape(documents[number].id)}</h2><p class='text'>{text}</p>")
     write_atomically(
         path,
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Selected positions</title><style>
-body {{ font: 15px/1.9 system-ui, sans-serif; max-width: 900px; margin: 2em auto; white-space: pre-wrap }}
+body {{ font: 15px/1.9 system-ui, sans-serif; max-width: 900px; margin: 2em auto }} p.text {{ white-space: pre-wrap }}
 h2 {{ font-size: 14px; color: #57606a }} .kept {{ outline: 2px solid #1f6feb; border-radius: 3px }}
 span {{ padding: 1px 0 }} .none {{ color: #8c959f }}</style>
 <h1>Which positions are worth a thought</h1><p>Shade: the proxy's entropy, from white at 0 to orange at {shade:g} nats.
-<span class="kept">Framed</span>: selected (entropy above {selection.threshold:.3f} nats, within the limit a window).
+<span class="kept">Framed</span>: selected (entropy above {selection.threshold:.3f} nats within the limit a window, or of the unfiltered share).
 <span class="none">Grey</span>: no position, too early or inside a character. Hover for the entropy.</p>
 {"".join(blocks)}
 </html>""",

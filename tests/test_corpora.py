@@ -6,7 +6,7 @@ import types
 
 import numpy as np
 import pytest
-from conftest import SHARED_DATA
+from conftest import shared_path
 
 from rpt_jax.config import Config, DataConfig, PositionsConfig
 from rpt_jax.data import documents as documents_lib
@@ -82,12 +82,10 @@ def test_long_text_is_read_in_pieces_that_join(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral_v1"])
 def test_pieces_of_a_document_keep_every_byte(tmp_path, monkeypatch, name):
-    if not (SHARED_DATA / "tokenizers" / name).exists():
-        pytest.skip(f"test data tokenizers/{name} is not on this machine")
+    tokenizer = load_tokenizer(shared_path("tokenizers", name))
     monkeypatch.setattr(readers, "_BLOCK_BYTES", 64)
     text = "".join(f"line {i} of some text\n" for i in range(40))
     (tmp_path / "a.txt").write_text(text)
-    tokenizer = load_tokenizer(SHARED_DATA / "tokenizers" / name)
     (document,) = open_documents([Corpus(path=str(tmp_path / "a.txt"), text_template="")], tokenizer, tmp_path)
     assert tokenizer.decode(document.tokens) == (" " if tokenizer.adds_space else "") + text
 
