@@ -97,7 +97,8 @@ body {{ font: 15px/1.9 system-ui, sans-serif; max-width: 900px; margin: 2em auto
 h2 {{ font-size: 14px; color: #57606a }} .kept {{ outline: 2px solid #1f6feb; border-radius: 3px }}
 span {{ padding: 1px 0 }} .none {{ color: #8c959f }}</style>
 <h1>Which positions are worth a thought</h1><p>Shade: the proxy's entropy, from white at 0 to orange at {shade:g} nats.
-<span class="kept">Framed</span>: selected (above {selection.threshold:.3f} nats within the limit a window, or unfiltered share).
+<span class="kept">Framed</span>: selected (above {selection.threshold:.3f} nats, within the limit a window;
+or of the unfiltered share).
 <span class="none">Grey</span>: no position, too early or inside a character. Hover for the entropy.</p>
 {"".join(blocks)}
 </html>""",
