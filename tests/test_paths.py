@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from experiments import convert_hf, evaluate, filter_positions, rejection_sample, train, zero_shot
 from rpt_jax.config import DecoderConfig, MeshConfig
 from rpt_jax.data import positions as positions_lib
-from rpt_jax.errors import ConfigError, DataError, RewardError
+from rpt_jax.errors import CheckpointError, ConfigError, DataError, RewardError
 from rpt_jax.models import decoder
 from rpt_jax.models.hf import load_hf, save_hf
 from rpt_jax.parallel.mesh import make_mesh
@@ -159,6 +160,19 @@ def test_cold_start_from_rollouts(home, trained, tmp_path, capsys):
     )
     train.main(text_flags(home, tmp_path / "warm", *cold))
     assert (tmp_path / "warm" / "report.html").exists()
+
+
+def test_a_run_keeps_its_policy(home, tmp_path):
+    flags = text_flags(home, tmp_path / "run", "--supervised.num-steps", "0", "--run.no-control")
+    config, params = load_hf(home / "policy")
+    save_hf(tmp_path / "policy", config, params, tokenizer=load_tokenizer(home / "policy"))
+    flags[flags.index("--policy.path") + 1] = str(tmp_path / "policy")
+    train.main(flags)
+    shutil.rmtree(tmp_path / "policy")
+    params["final_norm"] = params["final_norm"].at[0].add(1e-6)
+    save_hf(tmp_path / "policy", config, params, tokenizer=load_tokenizer(home / "policy"))
+    with pytest.raises(CheckpointError, match="made with another policy"):
+        train.main(flags)
 
 
 def question_flags(home, run, *extra):

@@ -15,7 +15,7 @@ import pytest
 
 from experiments import quickstart, train
 from experiments.presets import TINY_WORKED
-from rpt_jax.config import LossConfig
+from rpt_jax.config import LoraConfig, LossConfig
 from rpt_jax.data import synthetic
 from rpt_jax.data.documents import Document
 from rpt_jax.errors import CheckpointError, DataError
@@ -184,6 +184,24 @@ def test_stopping_anywhere_and_going_on_equals_going_straight(corpus, tmp_path, 
     for k in (1, 3):
         rpt_only(config(f"stopped{k}"), stop_at_step=k)
         assert run_hashes(*rpt_only(config(f"stopped{k}"))) == straight
+
+
+def test_adapters_bands_and_mixtures_resume_exactly(corpus, tmp_path):
+    """The state has adapters only; pass rates and the mixture's cursor come back with the checkpoint."""
+
+    def config(name):
+        base = tiny_run(corpus, tmp_path / name, lora=LoraConfig(rank=2))
+        parts = (f"3={corpus / 'train.jsonl'}", f"1={corpus / 'heldout.jsonl'}")
+        return dataclasses.replace(
+            base,
+            data=dataclasses.replace(base.data, mixture=parts),
+            positions=dataclasses.replace(base.positions, selector="pass_rate_band", pass_rate_band=(0.1, 0.9)),
+        )
+
+    prepared, state = rpt_only(config("straight"))
+    assert set(state.params) == {"layers"} and all("_lora_" in name for name in state.params["layers"])
+    rpt_only(config("stopped"), stop_at_step=2)
+    assert run_hashes(*rpt_only(config("stopped"))) == run_hashes(prepared, state)
 
 
 def test_a_run_directory_keeps_its_config(corpus, finished):

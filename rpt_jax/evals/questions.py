@@ -58,10 +58,10 @@ class QuestionEvaluator:
     def evaluate(self, params, *, thinking: bool = True) -> dict:
         """Figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
 
-        sampled: mean over k samples at the rollout temperature; greedy: temperature 0; pass@2, 4 .. k (unbiased) and
-        majority@k over the samples; thought_tokens, truncated and no_prediction of the samples; direct: share of
-        multiple-choice questions whose right letter has the highest likelihood without thinking, absent where a split
-        has other questions.
+        sampled: share of right answers (reward 1), mean over k samples at the rollout temperature; greedy: the same at
+        temperature 0; pass@2, 4 .. k (unbiased) and majority@k over the samples; reward, thought_tokens, truncated and
+        no_prediction: their means; direct: share of multiple-choice questions whose right letter has the highest
+        likelihood without thinking, absent where a split has other questions.
 
         Args:
             thinking: False leaves out everything but the direct figures.
@@ -153,6 +153,7 @@ class QuestionEvaluator:
         right = rewards_UG[:num_real] == 1
         figures = {style: right.mean(-1)}
         if style == "sampled":
+            figures["reward"] = rewards_UG[:num_real].mean(-1)
             counts = right.sum(-1)
             for size in [2**i for i in range(1, k.bit_length()) if 2**i < k] + [k]:
                 figures[f"pass@{size}"] = [pass_at_k(k, int(n), size) for n in counts]

@@ -86,6 +86,17 @@ class RunDirectory:
         write_atomically(saved, config.to_json())
         self._use_tensorboard, self._tensorboard = config.run.tensorboard, None
 
+    def remember(self, name: str, value: dict) -> None:
+        """Keep `value` as <name>.json; raises CheckpointError where the run was made with another."""
+        path = self.path / f"{name}.json"
+        if not path.exists():
+            write_atomically(path, json.dumps(value, indent=2))
+        elif (old := json.loads(path.read_text())) != value:
+            raise CheckpointError(
+                f"run directory {self.path} was made with another {name}: {old} -> {value}; a run goes on only with "
+                "its own. Restore it, or choose another --run.directory."
+            )
+
     def cut_metrics(self, stage: str, step: int) -> None:
         """Forget the stage's records after `step`: it is about to write them again."""
         kept = [r for r in read_records(self.path) if r["stage"] != stage or r["step"] <= step]

@@ -298,6 +298,8 @@ def start_params(p: Prepared) -> Any:
     config = p.config
     if config.policy.path:
         _, params = load_hf(config.policy.path, p.mesh, dtype=config.policy.param_dtype)
+        # Adapters, warm starts and references are only good on the weights that they were made with.
+        p.run.remember("policy", {"path": config.policy.path, "checksum": fingerprint(params)})
         return params
     params = init_params(config.model, p.mesh, jax.random.key(config.run.seed))
     return jax.tree.map(lambda x: x.astype(config.policy.param_dtype), params)
@@ -408,6 +410,11 @@ def load_proxy(p: Prepared, params) -> tuple[Proxy, str]:
             raise ConfigError(
                 f"the tokenizer in proxy.path={path!r} is not the policy's; positions are token indices, so both must "
                 "share one. Choose a proxy of the same family."
+            )
+        if p.windows.window + 2 > model.max_positions:
+            raise ConfigError(
+                f"the proxy has {model.max_positions} positions; windows of {p.windows.window} document tokens do not "
+                "fit. Lower --data.trunk-length, or choose another proxy."
             )
         _, params = load_hf(path, p.mesh)
     proxy = Proxy(
