@@ -13,8 +13,9 @@ $(VENV)/.installed: requirements.txt setup.py
 quickstart: $(VENV)/.installed
 	$(RUN) -m experiments.quickstart --run.directory runs/quickstart
 
+# Two processes, a file each at a time: most of a test is compiling, on one core.
 test: $(VENV)/.installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 trials: $(VENV)/.installed
 	$(RUN) -m pytest -m slow
