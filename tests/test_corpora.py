@@ -75,6 +75,15 @@ def test_long_text_is_read_in_pieces_that_join(tmp_path, monkeypatch):
     assert {p.id for p in pieces} == {"a.txt:1"}
     assert [p.is_continued for p in pieces] == [True] * (len(pieces) - 1) + [False]
     assert pieces[0].text.endswith("\n")
+    monkeypatch.setattr(readers, "_DOCUMENT_BYTES", 512)
+    again = list(read_texts(str(tmp_path / "a.txt"), text_template="{text}"))
+    assert [p.text for p in again] == [p.text for p in pieces]
+    ids = list(dict.fromkeys(p.id for p in again))
+    assert ids == [f"a.txt:{n}" for n in range(1, len(ids) + 1)] and len(ids) > 3
+    for name in ids:
+        *first, last = [p for p in again if p.id == name]
+        assert all(p.is_continued for p in first) and not last.is_continued
+        assert sum(len(p.text.encode()) for p in [*first, last]) <= 512
     (tmp_path / "b.txt").write_bytes(b"a\n" * 100 + b"\xff")
     with pytest.raises(DataError, match="byte 0xff at offset 200 is not UTF-8"):
         texts_of(tmp_path / "b.txt")

@@ -18,6 +18,8 @@ from rpt_jax.errors import ConfigError, DataError
 
 # A .txt file is read in blocks of about this size, each ending behind a newline where there is one.
 _BLOCK_BYTES = 2**20
+# A longer .txt file is several documents: memory grows with the longest document.
+_DOCUMENT_BYTES = 2**22
 _HUGGING_FACE = "hf:"
 
 
@@ -72,7 +74,7 @@ def read_texts(path: str, *, text_template: str) -> Iterator[Text]:
     """Texts of all files that `path` names, in the order of their names; blank ones are left out.
 
     Args:
-        path: a .txt (one document a file), .jsonl, .parquet or .array_record (one document a record) file, a glob of
+        path: a .txt (one document a file, or several of 4 MiB), .jsonl, .parquet or .array_record (one document a record) file, a glob of
             them, or hf:NAME[:CONFIG][:SPLIT], a dataset of the `datasets` package or a directory that it saved.
         text_template: str.format template over a record's fields; backslash-n in it is a newline.
     Raises:
@@ -152,17 +154,20 @@ def _read_file(path: Path, name: str) -> Iterator:
 
 
 def _read_blocks(path: Path, name: str) -> Iterator[Text]:
-    """A .txt file as one document, in pieces that end behind a newline."""
+    """A .txt file in pieces that end behind a newline; a document is of at most `_DOCUMENT_BYTES`."""
     with path.open("rb") as file:
-        held, start = file.read(_BLOCK_BYTES), 0
+        held, start, document, size = file.read(_BLOCK_BYTES), 0, 1, 0
         while held:
             more = file.read(_BLOCK_BYTES)
             cut = len(held)
             if more:
                 newline = held.rfind(b"\n")
                 cut = newline + 1 if newline >= 0 else _last_character_start(held)
-            text = _decode(held[:cut], path, start)
-            yield Text(id=f"{name}:1", text=text, is_continued=bool(more))
+            size += cut
+            is_last = not more or size + 2 * _BLOCK_BYTES > _DOCUMENT_BYTES
+            yield Text(id=f"{name}:{document}", text=_decode(held[:cut], path, start), is_continued=not is_last)
+            if is_last:
+                document, size = document + 1, 0
             start += cut
             held = held[cut:] + more
 
