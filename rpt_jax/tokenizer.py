@@ -33,7 +33,7 @@ class Tokenizer:
         unk_id: id that stands for text outside the vocabulary, or None where every text can be spelt.
     """
 
-    def __init__(self, backend: transformers.PreTrainedTokenizerFast, *, where: str, add_bos: bool | None = None):
+    def __init__(self, backend: transformers.PreTrainedTokenizerFast, *, where: str):
         self._backend = backend
         self._where = where
         if backend.eos_token_id is None:
@@ -41,14 +41,19 @@ class Tokenizer:
                 f"tokenizer {where} has no end-of-sequence token; completions must be able to stop. "
                 "Set eos_token in its tokenizer_config.json."
             )
-        if add_bos is None:
-            add_bos = backend.bos_token_id in backend("", add_special_tokens=True)["input_ids"]
+        if self._description["model"].get("type") == "WordPiece":
+            raise DataError(
+                f"tokenizer {where} is WordPiece, which does not keep spaces; the bytes of tokens must join to the text. "
+                "Byte-level BPE, SentencePiece and tiktoken vocabularies do; use one of these."
+            )
         self.vocab_size = 1 + max(backend.get_vocab().values())  # ids may have gaps
         model = self._description["model"]
         unknown = model.get("unk_token")
         self.unk_id = model.get("unk_id") if unknown is None else backend.backend_tokenizer.token_to_id(unknown)
         self.eos_id = int(backend.eos_token_id)
-        self.bos_id = int(backend.bos_token_id) if add_bos and backend.bos_token_id is not None else None
+        # What the tokenizer itself puts before a text.
+        first = backend("", add_special_tokens=True)["input_ids"][:1]
+        self.bos_id = int(first[0]) if first and first[0] != self.eos_id else None
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Ids of `text`, no special tokens added.
@@ -83,7 +88,9 @@ class Tokenizer:
         for count in range(1, len(behind)):
             if self._join(behind[:count]) == b" \n":
                 return behind[count:]
-        return ids
+        raise DataError(
+            f"tokenizer {self._where} cannot spell {text!r} without a leading space; prompts need that. Use another."
+        )
 
     def _join(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.token_bytes(i) for i in ids)
@@ -133,19 +140,27 @@ class Tokenizer:
         before, after = text.split(message)
         return before, after
 
-    def chat_prompt(self, messages: list[tuple[str, str]]) -> str:
-        """The rendered conversation up to the end of its last message; what follows is `chat_parts()[1]`.
+    def chat_prompt(self, messages: list[tuple[str, str]]) -> list[int]:
+        """Ids of the conversation up to the end of its last message; what follows is `chat_parts()[1]`.
+
+        Special tokens are the template's alone: what a message spells like one is text.
 
         Raises:
             DataError: as `chat_parts`, or the template's end depends on the conversation.
         """
-        text, after = self._render(messages), self.chat_parts()[1]
-        if not text.endswith(after):
+        marks = [f"\u27e6{number}\u27e7" for number in range(len(messages))]
+        text = self._render([(role, mark) for (role, _), mark in zip(messages, marks)])
+        after = self.chat_parts()[1]
+        if not text.endswith(marks[-1] + after) or any(text.count(mark) != 1 for mark in marks):
             raise DataError(
-                f"the chat template of tokenizer {self._where} ends {messages[-1]!r:.80} with {text[-40:]!r}, other "
-                f"prompts with {after!r}; all must end alike. Set --data.no-chat."
+                f"the chat template of tokenizer {self._where} renders {[r for r, _ in messages]} as {text!r:.200}; each "
+                f"message must stand in it once and the last be followed by {after!r}. Set --data.no-chat."
             )
-        return text.removesuffix(after)
+        ids: list[int] = []
+        for (_, content), mark in zip(messages, marks):
+            before, text = text.split(mark)
+            ids += (self.encode(before, specials=True) if before else []) + self.encode(content)
+        return ids
 
     def _render(self, messages: list[tuple[str, str]]) -> str:
         if not self._backend.chat_template:
@@ -165,7 +180,7 @@ class Tokenizer:
                 "Set --data.no-chat, or use other messages."
             ) from error
         # The template's own BOS would stand twice: the trunk puts it first.
-        return text if self.bos_id is None else text.removeprefix(self._backend.bos_token)
+        return text if self.bos_id is None else text.removeprefix(self._backend.convert_ids_to_tokens(self.bos_id))
 
     def check_bytes(self) -> None:
         """Spell a probe text and compare the tokens' bytes with it, after the tokenizer's own normalisation.
@@ -193,12 +208,30 @@ class Tokenizer:
         return json.loads(self._backend.backend_tokenizer.to_str())
 
     @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over every id's bytes and the special ids: what rewards and prompts depend on."""
-        digest = hashlib.sha256(repr((self.bos_id, self.eos_id)).encode())
+    def encoding_fingerprint(self) -> str:
+        """sha256 over how text becomes ids: vocabulary, merges, normalisation, splitting."""
+        parts = {name: self._description.get(name) for name in ("model", "normalizer", "pre_tokenizer")}
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for token in self._bytes:
             digest.update(len(token).to_bytes(4, "big") + token)
         return digest.hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the encoding and the special ids: what tokens, rewards and prompts depend on."""
+        return hashlib.sha256(repr((self.bos_id, self.eos_id, self.encoding_fingerprint)).encode()).hexdigest()
+
+    def unspeakable(self, text: str) -> str | None:
+        """A piece of `text` that a unigram vocabulary would take for a control token or a byte; None: there is none."""
+        found = self._reserved.search(text) if self._reserved else None
+        return found[0] if found else None
+
+    @cached_property
+    def _reserved(self) -> re.Pattern | None:
+        if self._description["model"].get("type") != "Unigram":
+            return None
+        control = [re.escape(t.content) for t in self._backend.added_tokens_decoder.values() if t.special]
+        return re.compile("|".join([r"<0x[0-9A-F]{2}>", *control]))
 
     @cached_property
     def _bytes(self) -> list[bytes]:
@@ -252,6 +285,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     transformers.logging.set_verbosity_error()
     try:
         tokenizer = _read(directory, has)
+        if tokenizer is not None:
+            tokenizer.check_bytes()
     except DataError:
         raise
     except Exception as error:  # the libraries raise anything from OSError to a bare Exception on a damaged file
@@ -263,12 +298,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"no tokenizer in {directory} (found {has[:8]}); it must hold tokenizer.json, tokenizer.model, a .tiktoken "
             "file, or vocab.json with merges.txt. Check data.tokenizer."
         )
-    tokenizer.check_bytes()
     return tokenizer
 
 
 def _read(directory: Path, has: list[str]) -> Tokenizer | None:
-    where = str(directory)
+    where, configured = str(directory), _configured(directory / "tokenizer_config.json")
     if "tokenizer.json" in has and "tokenizer_config.json" in has:
         backend = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=True)
         return Tokenizer(backend, where=where)
@@ -278,16 +312,28 @@ def _read(directory: Path, has: list[str]) -> Tokenizer | None:
     if "tokenizer.model" in has:
         if not is_tiktoken(directory / "tokenizer.model"):
             backend, special = read_sentencepiece(directory / "tokenizer.model")
-            return Tokenizer(_fast(backend, special), where=where, add_bos="bos_token" in special)
+            return Tokenizer(_fast(backend, special | configured), where=where)
         tiktoken.insert(0, directory / "tokenizer.model")
     if tiktoken:
-        return Tokenizer(_fast(read_tiktoken(tiktoken[0])), where=where)
+        return Tokenizer(_fast(read_tiktoken(tiktoken[0]), configured), where=where)
     if {"vocab.json", "merges.txt"} <= set(has):
         backend = tokenizers.ByteLevelBPETokenizer.from_file(
             str(directory / "vocab.json"), str(directory / "merges.txt")
         )
-        return Tokenizer(_fast(tokenizers.Tokenizer.from_str(backend.to_str())), where=where)
+        return Tokenizer(_fast(tokenizers.Tokenizer.from_str(backend.to_str()), configured), where=where)
     return None
+
+
+def _configured(path: Path) -> dict[str, str]:
+    """The special tokens and the chat template that a tokenizer_config.json names."""
+    if not path.exists():
+        return {}
+    config = json.loads(path.read_text())
+    names = ("bos_token", "eos_token", "unk_token", "chat_template")
+    values = {name: config.get(name) for name in names}
+    # A token is a string, or an object with its content.
+    values = {name: v.get("content") if isinstance(v, dict) else v for name, v in values.items()}
+    return {name: v for name, v in values.items() if isinstance(v, str)}
 
 
 _EOS_CANDIDATES = ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>")

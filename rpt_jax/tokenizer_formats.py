@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from rpt_jax.errors import DataError
 
@@ -88,6 +88,11 @@ def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]
     backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type == _CONTROL])
     backend.add_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type == _USER_DEFINED])
+    if 0 <= trainer.bos_id < len(pieces):
+        bos = pieces[trainer.bos_id].piece
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, trainer.bos_id)]
+        )
     ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id}
     return backend, {name: pieces[i].piece for name, i in ids.items() if 0 <= i < len(pieces)}
 

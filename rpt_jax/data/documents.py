@@ -4,9 +4,11 @@ A corpus is never in memory as a whole. A store is a directory: tokens.i32 (all 
 documents.parquet (id, length, corpus, labels) and meta.json, written last.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,9 +99,18 @@ def open_documents(corpora: list[Corpus], tokenizer: Tokenizer, cache: Path, pro
 
 def write_store(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, directory: Path) -> None:
     """Tokenise (part of the mixture, text) pairs into a store directory, in bounded memory."""
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{directory.name}.partial-", dir=directory.parent))
+    try:
+        _write_files(texts, tokenizer, partial)
+        # Of several runs that share a cache the first one's is kept; all wrote the same.
+        with contextlib.suppress(OSError):
+            partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_files(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, partial: Path) -> None:
     digest, columns = hashlib.sha256(), {"id": [], "length": [], "corpus": [], "labels": []}
     is_open = False  # the last document goes on
     with (partial / "tokens.i32").open("wb") as file:
@@ -120,8 +131,6 @@ def write_store(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, directo
     pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), partial / "documents.parquet")
     meta = {"version": _VERSION, "sha256": digest.hexdigest(), "tokens": sum(columns["length"])}
     (partial / "meta.json").write_text(json.dumps(meta))
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
 
 
 def read_store(directory: Path) -> Documents:
@@ -176,6 +185,11 @@ def _checked(text: Text, ids: list[int], tokenizer: Tokenizer) -> list[int]:
             f"document {text.id} holds {ids.count(tokenizer.unk_id)} piece(s) outside the tokenizer's vocabulary; "
             "their bytes would be lost. Use a tokenizer with byte fallback, or none at all to have one trained."
         )
+    if piece := tokenizer.unspeakable(text.text):
+        raise DataError(
+            f"document {text.id} holds {piece!r}, which the tokenizer can only read as a control token or a byte. "
+            "Remove it from the text, or use another tokenizer."
+        )
     return ids
 
 
@@ -208,6 +222,11 @@ def split_heldout(
     train, heldout = [], []
     for corpus in np.unique(documents.corpora):
         numbers = np.flatnonzero(documents.corpora == corpus)
+        if len(numbers) == 1:
+            raise DataError(
+                f"part {corpus + 1} of data.mixture is one document, {documents[int(numbers[0])].id}; nothing of it would "
+                "be left to train on. Set --data.heldout-path."
+            )
         cut = min(len(numbers) - 1, max(1, round(len(numbers) * (1 - fraction))))
         train.append(numbers[:cut])
         heldout.append(numbers[cut:])
@@ -230,12 +249,14 @@ def _split_lines(only: Document, fraction: float, tokenizer: Tokenizer) -> tuple
 
 
 def first(documents: Sequence[Document], number: int) -> Sequence[Document]:
-    """The first `number` documents, or all where there are fewer."""
-    return (
-        documents.take(np.arange(min(number, len(documents))))
-        if isinstance(documents, Documents)
-        else documents[:number]
-    )
+    """The first `number` documents, taken from the parts of a mixture in turn; all where there are fewer."""
+    if not isinstance(documents, Documents):
+        return documents[:number]
+    corpora = documents.corpora
+    rank = np.zeros(len(corpora), int)
+    for corpus in np.unique(corpora):
+        rank[corpora == corpus] = np.arange((corpora == corpus).sum())
+    return documents.take(np.sort(np.lexsort((corpora, rank))[:number]))
 
 
 def lengths_of(documents: Sequence[Document]) -> np.ndarray:

@@ -17,7 +17,7 @@ from rpt_jax.data.pipeline import Trunks, empty_tasks, row_ids
 from rpt_jax.data.prompts import Template, check_marks, open_thought
 from rpt_jax.data.readers import read_records
 from rpt_jax.errors import ConfigError, DataError
-from rpt_jax.tokenizer import Tokenizer
+from rpt_jax.tokenizer import THINK_OPEN, Tokenizer
 from rpt_jax.types import TaskBatch
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -64,9 +64,10 @@ def _question(record: dict, where: str) -> Question:
                 break
         else:
             raise KeyError("fields of a known layout")
-        if not all(isinstance(text, str) and text for _, text in question.messages):
+        if not all(isinstance(part, str) and part for message in question.messages for part in message):
             raise TypeError("a question that is text")
-        if question.choices and not all(a in LETTERS[: len(question.choices)] for a in question.answers):
+        "".join(text for _, text in question.messages).encode()  # half of a surrogate pair is no text
+        if question.choices and not set(question.answers) <= set(LETTERS[: len(question.choices)]):
             raise ValueError(f"an answer among its {len(question.choices)} options")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(
@@ -84,25 +85,34 @@ def _verl(record: dict) -> dict:
         raise ValueError("a prompt whose last message is the user's")
     if isinstance(truth, str) and truth.startswith("["):
         # Skywork-OR1 keeps a list of accepted answers as JSON text; an interval also begins with a bracket.
-        with contextlib.suppress(json.JSONDecodeError):
-            truth = json.loads(truth)
+        with contextlib.suppress(ValueError, RecursionError):
+            listed = json.loads(truth)
+            truth = listed if isinstance(listed, list) and all(isinstance(a, str) for a in listed) else truth
     answers = truth if isinstance(truth, list | tuple) else [truth]
-    return dict(messages=messages, answers=_answers(answers), category=record.get("ability") or "")
+    return dict(messages=messages, answers=_answers(answers), category=_category(record.get("ability")))
 
 
 def _answers(values) -> tuple[str, ...]:
-    return tuple(str(a) for a in values if a is not None and str(a).strip())
+    if not all(a is None or isinstance(a, str | int | float) for a in values):
+        raise TypeError("answers that are text or numbers")
+    return tuple(str(a).strip() for a in values if a is not None and str(a).strip())
+
+
+def _category(value) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _choice(stem: str, texts: list[str], answer: str, category: str) -> dict:
-    if not 2 <= len(texts) <= len(LETTERS) or not all(isinstance(t, str) for t in texts):
-        raise ValueError(f"2 to {len(LETTERS)} options that are text")
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts) or not 2 <= len(texts) <= len(LETTERS):
+        raise ValueError(f"a list of 2 to {len(LETTERS)} options that are text")
     lines = [stem, *(f"{letter}. {text}" for letter, text in zip(LETTERS, texts))]
-    return dict(messages=(("user", "\n".join(lines)),), answers=(answer,), choices=tuple(texts), category=category)
+    return dict(
+        messages=(("user", "\n".join(lines)),), answers=_answers([answer]), choices=tuple(texts), category=category
+    )
 
 
 def _mmlu_pro(record: dict) -> dict:
-    return _choice(record["question"], record["options"], record["answer"], record.get("category") or "")
+    return _choice(record["question"], record["options"], record["answer"], _category(record.get("category")))
 
 
 def _arc(record: dict) -> dict:
@@ -114,19 +124,20 @@ def _arc(record: dict) -> dict:
     labels = [c["label"] for c in choices]
     # Some questions label their options 1 to 4.
     letter = LETTERS[labels.index(record["answerKey"])]
-    return _choice(stem, [c["text"] for c in choices], letter, record.get("category") or "")
+    return _choice(stem, [c["text"] for c in choices], letter, _category(record.get("category")))
 
 
 def _plain(record: dict) -> dict:
     answer = record["answer"]
+    if record.get("choices") or record.get("options"):
+        raise ValueError("options in the MMLU-Pro or ARC layout")
     answers = answer if isinstance(answer, list) else [answer]
     final = [re.sub(r"(?<=\d),(?=\d{3})", "", a.split("####")[-1].strip()) if "####" in str(a) else a for a in answers]
     text = record.get("question", record.get("problem"))
-    category = record.get("category") or record.get("domain") or ""
     return dict(
         messages=(("user", text),),
         answers=_answers(final),
-        category=category if isinstance(category, str) else "",
+        category=_category(record.get("category")),
     )
 
 
@@ -211,11 +222,14 @@ def make_question_source(
     template = make_question_template(tokenizer, config, data)
 
     def encode(question: Question, kind: QuestionsConfig):
-        text = _prompt(question, tokenizer, kind, data)
-        return np.concatenate([template.header, tokenizer.encode(text, specials=data.chat)]).astype(np.int32)
+        return np.concatenate([template.header, _prompt(question, tokenizer, kind, data)]).astype(np.int32)
 
     prompts = [encode(q, config) for q in questions]
-    direct_tail = (tokenizer.chat_parts()[1] if data.chat else "\n") + "Answer:"
+    # Without a thought: some chat templates open one.
+    after = tokenizer.chat_parts()[1] if data.chat else "\n"
+    direct_tail = (
+        after.rstrip().removesuffix(THINK_OPEN) if after.rstrip().endswith(THINK_OPEN) else after
+    ) + "Answer:"
     is_short = [len(prompt) <= data.trunk_length for prompt in prompts]
     kept = [i for i, q in enumerate(questions) if q.answers and is_short[i]]
     left_out = {
@@ -240,10 +254,10 @@ def make_question_source(
     return source, left_out
 
 
-def _prompt(question: Question, tokenizer: Tokenizer, config: QuestionsConfig, data: DataConfig) -> str:
+def _prompt(question: Question, tokenizer: Tokenizer, config: QuestionsConfig, data: DataConfig) -> list[int]:
     ask = "" if config.template == "none" else (_ASK_LETTER if question.choices else _ASK_BOXED)
     *before, (role, last) = question.messages
     messages = [*before, (role, last + ask)]
     if data.chat:
         return tokenizer.chat_prompt(messages)
-    return "\n\n".join(content for _, content in messages)
+    return tokenizer.encode("\n\n".join(content for _, content in messages))

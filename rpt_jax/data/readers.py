@@ -74,8 +74,8 @@ def read_texts(path: str, *, text_template: str) -> Iterator[Text]:
     """Texts of all files that `path` names, in the order of their names; blank ones are left out.
 
     Args:
-        path: a .txt (one document a file, or several of 4 MiB), .jsonl, .parquet or .array_record (one document a record) file, a glob of
-            them, or hf:NAME[:CONFIG][:SPLIT], a dataset of the `datasets` package or a directory that it saved.
+        path: a .txt (one document a file, or several of 4 MiB), .jsonl, .parquet or .array_record (one document a
+            record) file, a glob of them, or hf:NAME[:CONFIG][:SPLIT], a dataset of the `datasets` package or a directory that it saved.
         text_template: str.format template over a record's fields; backslash-n in it is a newline.
     Raises:
         DataError: no such file, unknown kind, empty, not UTF-8, not JSON, or a record without a needed field.
@@ -113,7 +113,9 @@ def read_records(path: str) -> Iterator[tuple[str, int, dict]]:
 def file_stamps(path: str) -> list[tuple[str, int, int]]:
     """(path, bytes, modification time in ns) of every file that `path` names; of a dataset, its name alone."""
     if path.startswith(_HUGGING_FACE):
-        return [(path, 0, 0)]
+        local = Path(path.removeprefix(_HUGGING_FACE).split(":")[0])
+        files = sorted(local.rglob("*")) if local.is_dir() else []
+        return [(path, 0, 0), *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
     return [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in matching_files(path)]
 
 
@@ -192,7 +194,7 @@ def _read_parquet(path: Path) -> Iterator[dict]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # also from turning values to Python
         raise DataError(f"{path} is not a readable parquet file ({error}); write it anew.") from error
 
 
@@ -275,7 +277,7 @@ def parse_json_line(line: str, path: Path, number: int) -> dict:
 def _read_labels(value, path: str, number: int) -> tuple[tuple[int, str], ...]:
     try:
         return tuple((int(offset), str(label)) for offset, label in value or ())
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path} record {number}: position_labels is {value!r}; it must be a list of [byte offset, name] pairs. "
             "Correct or remove it."
@@ -285,11 +287,16 @@ def _read_labels(value, path: str, number: int) -> tuple[tuple[int, str], ...]:
 def _fill(template: str, record: dict, path: str, number: int) -> str:
     if not record:
         return ""
-    used = [field for _, field, _, _ in string.Formatter().parse(template) if field]
-    nulls = [field for field in used if field in record and record[field] is None]
-    if nulls:
-        raise DataError(f"{path} record {number}: {nulls} is null; data.text_template needs text in it. Fill it.")
     try:
+        used = [field for _, field, _, _ in string.Formatter().parse(template) if field]
+        wrong = [f for f in used if f in record and not isinstance(record[f], str | int | float)]
+        wrong += [f for f in used if isinstance(record.get(f), bool)]
+        if wrong:
+            kinds = ", ".join("null" if record[f] is None else type(record[f]).__name__ for f in wrong)
+            raise DataError(
+                f"{path} record {number}: {wrong} is {kinds}; data.text_template needs text or a number there. "
+                "Correct the record, or name parts of it such as {field[0]}."
+            )
         text = template.replace("\\n", "\n").format(**record)
         text.encode()
     except UnicodeEncodeError as error:

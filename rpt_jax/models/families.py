@@ -66,7 +66,7 @@ def read_config(directory: str | Path) -> DecoderConfig:
     path = Path(directory) / "config.json"
     raw = _read_json(path)
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"{path}: model_type={model_type!r} (architectures {raw.get('architectures')}); supported are "
             f"{', '.join(FAMILIES)}, dense. Convert the model or choose another."
@@ -92,10 +92,10 @@ def read_config(directory: str | Path) -> DecoderConfig:
         num_heads=filled.num_attention_heads,
         num_kv_heads=filled.num_key_value_heads or filled.num_attention_heads,
         head_size=getattr(filled, "head_dim", None) or filled.hidden_size // filled.num_attention_heads,
-        rope_theta=float(filled.rope_parameters["rope_theta"]),
+        rope_theta=_number(path, filled.rope_parameters, "rope_theta"),
         rope_scaling=_rope_scaling(path, filled.rope_parameters),
         max_positions=filled.max_position_embeddings,
-        norm_eps=filled.rms_norm_eps,
+        norm_eps=_number(path, vars(filled), "rms_norm_eps"),
         qkv_bias=family.always_qkv_bias or attention_bias,
         o_bias=attention_bias,
         mlp_bias=family.has_mlp_bias and bool(getattr(filled, "mlp_bias", False)),
@@ -137,6 +137,13 @@ def _refuse_unsupported(path: Path, raw: dict, filled, family: Family) -> None:
             )
 
 
+def _number(path: Path, values: dict, name: str) -> float:
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise CheckpointError(f"{path}: {name}={value!r}; it must be a number above 0. Correct the file.")
+    return float(value)
+
+
 def _rope_scaling(path: Path, parameters: dict) -> RopeScaling:
     kind = parameters.get("rope_type", "default")
     if kind == "default":
@@ -147,14 +154,26 @@ def _rope_scaling(path: Path, parameters: dict) -> RopeScaling:
             f"{path}: rotary scaling {parameters}; supported are none and llama3 with {', '.join(names)}. "
             "Remove the scaling (where prompts fit the original length) or choose another model."
         )
-    factor, low, high, original = (parameters[n] for n in names)
-    return RopeScaling(
-        factor=float(factor), low_freq_factor=float(low), high_freq_factor=float(high), original_positions=original
-    )
+    factor, low, high, original = (_number(path, parameters, n) for n in names)
+    if factor < 1 or low >= high:
+        raise CheckpointError(
+            f"{path}: rotary scaling {parameters}; factor must be at least 1, low_freq_factor below high_freq_factor. "
+            "Correct the file."
+        )
+    return RopeScaling(factor=factor, low_freq_factor=low, high_freq_factor=high, original_positions=int(original))
 
 
 def _check_sizes(path: Path, config: DecoderConfig) -> None:
-    names = ("vocab_size", "num_layers", "width", "mlp_width", "num_heads", "num_kv_heads", "head_size")
+    names = (
+        "vocab_size",
+        "num_layers",
+        "width",
+        "mlp_width",
+        "num_heads",
+        "num_kv_heads",
+        "head_size",
+        "max_positions",
+    )
     wrong = [f"{n}={getattr(config, n)!r}" for n in names if not isinstance(getattr(config, n), int)]
     wrong += [f"{n}={getattr(config, n)}" for n in names if not wrong and getattr(config, n) < 1]
     if not wrong and config.num_heads % config.num_kv_heads:

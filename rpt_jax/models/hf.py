@@ -76,20 +76,20 @@ def load_hf(
         kind = np.dtype(dtype) if dtype else sources[0].dtype
         target = jax.ShapeDtypeStruct(target.shape, kind, sharding=target.sharding)
         if layer:
-            params["layers"][layer[0]] = _stack(target, sources)
+            params["layers"][layer[0]] = _stack(target, sources, is_matrix=layer[0].endswith("_proj"))
         else:
-            params[name] = _put(target, sources[0].read)
+            params[name] = _put(target, sources[0], is_matrix=False)
     return config, params
 
 
-def _put(target: jax.ShapeDtypeStruct, read) -> jax.Array:
-    """An array on the mesh from a host reader; every process reads the tensor and keeps its own shards."""
-    array = read()
-    array = (array if array.shape == target.shape else array.T.reshape(target.shape)).astype(target.dtype, copy=False)
+def _put(target: jax.ShapeDtypeStruct, source: _Entry, *, is_matrix: bool) -> jax.Array:
+    """An array on the mesh from a stored tensor; every process reads it and keeps its own shards."""
+    array = source.read()
+    array = (array.T if is_matrix else array).reshape(target.shape).astype(target.dtype, copy=False)
     return jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
 
 
-def _stack(target: jax.ShapeDtypeStruct, sources: list[_Entry]) -> jax.Array:
+def _stack(target: jax.ShapeDtypeStruct, sources: list[_Entry], *, is_matrix: bool) -> jax.Array:
     """Tensors of all layers written one by one into a stacked array, in place."""
     spec = jax.sharding.PartitionSpec(*target.sharding.spec[1:])
     sharding = jax.sharding.NamedSharding(target.sharding.mesh, spec)
@@ -103,7 +103,7 @@ def _stack(target: jax.ShapeDtypeStruct, sources: list[_Entry]) -> jax.Array:
     )
     for number, source in enumerate(sources):
         # Waiting frees this layer's host copy before the next is read.
-        stacked = jax.block_until_ready(write(stacked, _put(layer, source.read), number, axis=0))
+        stacked = jax.block_until_ready(write(stacked, _put(layer, source, is_matrix=is_matrix), number, axis=0))
     return stacked
 
 
@@ -172,7 +172,7 @@ def _index_tensors(directory: Path) -> dict[str, _Entry]:
         try:
             weight_map = json.loads(index.read_bytes())["weight_map"]
             files = {name: directory / Path(file).name for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise CheckpointError(
                 f"{index} is no index ({error!r}); it must map tensors to files under weight_map. Replace it."
             ) from error
@@ -194,7 +194,11 @@ def _index_tensors(directory: Path) -> dict[str, _Entry]:
 
 def _read_header(file: Path) -> Iterator[tuple[str, _Entry]]:
     """The tensors of a safetensors file: eight bytes of header size, a JSON header, the data."""
-    if not file.exists():
+    try:
+        is_there = file.is_file()
+    except OSError:  # a name that no file can have
+        is_there = False
+    if not is_there:
         others = sorted(p.name for p in file.parent.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
         raise CheckpointError(
             f"{file} is missing (weights there: {others[:5]}); weights must be safetensors, pickled files are not "
@@ -215,7 +219,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, _Entry]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: its header does not parse ({error!r}); replace the damaged file.") from error
     for name, dtype, shape, offsets in described:
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise CheckpointError(
                 f"{file}: {name} has type {dtype}; {', '.join(_DTYPES)} are read, quantised weights are not. "
                 "Convert the checkpoint."
@@ -249,9 +253,14 @@ def save_hf(
         tokenizer: a `tokenizer.Tokenizer` to save beside the weights.
         max_shard_bytes: of a safetensors file; one shard is on the host at a time.
     Raises:
-        CheckpointError: the family cannot hold this model, or the directory is not empty.
+        CheckpointError: the family cannot hold this model, adapters are not merged, or the directory is not empty.
     """
     directory = Path(directory)
+    adapters = [name for name in (*params, *params["layers"]) if "_lora_" in name]
+    if adapters:
+        raise CheckpointError(
+            f"{adapters[0]} and others are adapters, which would be lost; merge them first (lora.merge)."
+        )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not an empty directory; an export would mix with it. Choose another.")
     names = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
