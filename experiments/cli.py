@@ -1,5 +1,6 @@
 """Command lines: preset, then flags, to a Config. Shared by every experiment script."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from rich.markup import escape
 from experiments.presets import PRESETS
 from rpt_jax.config import Config
 from rpt_jax.errors import CheckpointError, ConfigError, DataError, RewardError
-from rpt_jax.train.metrics import console
+from rpt_jax.train.metrics import console, read_json
 
 
 def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple[Config, bool]:
@@ -19,6 +20,7 @@ def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple
 
     Raises:
         ConfigError: unknown preset or flag, no preset, or settings that cannot run.
+        SystemExit: --help, or a value that its flag cannot take; tyro says which.
     """
     flags, preset, dry_run = list(argv), default_preset, False
     if "--dry-run" in flags:
@@ -56,7 +58,7 @@ def load_run(directory: Path) -> Config:
         raise CheckpointError(
             f"--run {directory} holds no config.json; it must be the directory of a run. Check the path."
         )
-    config = Config.from_json(path.read_text())
+    config = Config.from_json(json.dumps(read_json(path)))
     return replace(config, run=replace(config.run, directory=str(directory)))
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.cli import load_run, run_script
+from rpt_jax.errors import ConfigError
 from rpt_jax.report import collect_results, headline_split
 from rpt_jax.train import stages
 from rpt_jax.train.supervised import document_examples
@@ -26,6 +27,10 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     results = collect_results(args.run)
     config = load_run(args.run)
+    if config.questions.path:
+        raise ConfigError(
+            f"--run {args.run} is a run on questions; controls are trained on documents. Give such a run."
+        )
     prepared = stages.prepare(config)
     params = stages.warm_start(prepared)
     tasks = stages.choose_tasks(prepared, params)
@@ -34,7 +39,7 @@ def main(argv: list[str]) -> None:
     if prepared.warm_examples:
         # A warm-start file is in training order: its second half is what training ended on.
         half = len(prepared.warm_examples) // 2 if config.supervised.path else 0
-        sources["cold_start"] = prepared.warm_examples[half:]
+        sources["cold_start"] = [prepared.warm_examples[i] for i in range(half, len(prepared.warm_examples))]
     split, rows = headline_split(results), []
     for name, sequences in sources.items():
         for rate in args.learning_rates:

@@ -33,7 +33,7 @@ def run(config: Config) -> dict:
     started = time.perf_counter()
     prepared = stages.prepare(config)
     read = time.perf_counter()
-    params = stages.warm_start(prepared)
+    params = None if config.proxy.path else stages.warm_start(prepared)
     warm = time.perf_counter()
     corpus = stages.training_positions(prepared, *stages.load_proxy(prepared, params))
     is_new = not corpus.is_scored

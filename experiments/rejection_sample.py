@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
             f"none of {len(rows)} rollouts earned {args.min_reward} and ended; a cold start needs some. Sample more "
             "(--batches), from a better policy, or lower --min-reward."
         )
-    write_examples(args.out, kept, prepared.tokenizer.fingerprint)
+    write_examples(args.out, kept, tokenizer=prepared.tokenizer.fingerprint, template=prepared.template.fingerprint)
     prepared.run.close()
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.cli import describe, parse_config, run_script
+from experiments.presets import PRESETS
 from rpt_jax.data.questions import read_questions
 from rpt_jax.errors import ConfigError
 from rpt_jax.evals.questions import QuestionEvaluator, category_splits
@@ -26,7 +27,8 @@ def main(argv: list[str]) -> None:
     config, dry_run = parse_config(rest, default_preset="questions")
     if not (config.policy.path and config.questions.path):
         raise ConfigError("zero_shot judges a model on questions. Set --policy.path and --questions.path.")
-    if any(q.choices for q in read_questions(config.questions.path)):
+    is_default = config.reward == PRESETS["questions"].reward
+    if is_default and all(q.choices for q in read_questions(config.questions.path)):
         config = replace(config, reward=replace(config.reward, name="choice"))
     if dry_run:
         print(describe(config))

@@ -6,8 +6,9 @@ field is its help text. A derived value is a property or is computed where it is
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from rpt_jax.errors import ConfigError
 
@@ -368,6 +369,7 @@ class Config:
         Raises:
             ConfigError: names the field, the value received, what is required and what to change.
         """
+        _check_types(self, "")
         for name, value, minimum in self._lower_bounds():
             if value < minimum:
                 raise ConfigError(f"{name}={value}; it must be at least {minimum}. Raise {name}.")
@@ -407,6 +409,10 @@ class Config:
                 f"reward.name={self.reward.name!r} with reward.function={self.reward.function!r}; custom needs a "
                 "function and no other reward takes one. Set both or neither."
             )
+        if self.data.path and self.data.mixture:
+            raise ConfigError(
+                f"data.path={self.data.path!r} and data.mixture are both given; a run reads one. Leave one out."
+            )
         low, high = self.positions.pass_rate_band
         if not 0 <= low < high <= 1:
             raise ConfigError(
@@ -433,7 +439,8 @@ class Config:
             ("model.max_positions", model.max_positions, 1),
             ("model.rope_scaling.factor", model.rope_scaling.factor, 1.0),
             ("lora.rank", self.lora.rank, 0),
-            ("lora.alpha", self.lora.alpha, 0.0),
+            ("lora.alpha", self.lora.alpha, 1e-6),
+            ("model.vocab_size", model.vocab_size, 0),
             ("loss.num_minibatches", loss.num_minibatches, 1),
             ("loss.microbatch_trunks", loss.microbatch_trunks, 0),
             ("loss.kl_coef", loss.kl_coef, 0.0),
@@ -511,12 +518,41 @@ class Config:
 
     @staticmethod
     def from_json(text: str) -> "Config":
-        """The inverse of `to_json`; raises ConfigError on unknown, missing or ill-typed fields."""
+        """The inverse of `to_json`; raises ConfigError on unknown, missing or ill-typed fields and values."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"not a JSON config ({error}); it must be what Config.to_json wrote.") from error
-        return _build(Config, values, "config")
+        config = _build(Config, values, "config")
+        _check_types(config, "")
+        return config
+
+
+def _check_types(section: Any, prefix: str) -> None:
+    """Raises ConfigError at the first field whose value is not of its annotated type, or no finite number."""
+    for f in dataclasses.fields(section):
+        name, value = f"{prefix}{f.name}", getattr(section, f.name)
+        if dataclasses.is_dataclass(f.type):
+            if not isinstance(value, f.type):
+                raise ConfigError(f"{name}={value!r:.80}; it must be a {f.type.__name__}. Correct it.")
+            _check_types(value, f"{name}.")
+        elif not _fits(value, f.type):
+            wanted = getattr(f.type, "__name__", None) if not get_args(f.type) else str(f.type).replace("typing.", "")
+            raise ConfigError(f"{name}={value!r:.80}; it must be {wanted}, and a number finite. Correct it.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind) and type(value) is str
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        kinds = kinds[:1] * len(value) if isinstance(value, tuple) and kinds[-1] is Ellipsis else kinds
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _build(cls: type, values: Any, where: str):

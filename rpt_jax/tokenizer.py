@@ -43,8 +43,8 @@ class Tokenizer:
             )
         if self._description["model"].get("type") == "WordPiece":
             raise DataError(
-                f"tokenizer {where} is WordPiece, which does not keep spaces; the bytes of tokens must join to the text. "
-                "Byte-level BPE, SentencePiece and tiktoken vocabularies do; use one of these."
+                f"tokenizer {where} is WordPiece, which does not keep spaces; the bytes of tokens must join to the "
+                "text. Byte-level BPE, SentencePiece and tiktoken vocabularies do; use one of these."
             )
         self.vocab_size = 1 + max(backend.get_vocab().values())  # ids may have gaps
         model = self._description["model"]
@@ -153,8 +153,8 @@ class Tokenizer:
         after = self.chat_parts()[1]
         if not text.endswith(marks[-1] + after) or any(text.count(mark) != 1 for mark in marks):
             raise DataError(
-                f"the chat template of tokenizer {self._where} renders {[r for r, _ in messages]} as {text!r:.200}; each "
-                f"message must stand in it once and the last be followed by {after!r}. Set --data.no-chat."
+                f"the chat template of tokenizer {self._where} renders {[r for r, _ in messages]} as {text!r:.200}; "
+                f"each message must stand in it once and the last be followed by {after!r}. Set --data.no-chat."
             )
         ids: list[int] = []
         for (_, content), mark in zip(messages, marks):

@@ -78,6 +78,25 @@ def test_json_with_other_fields_is_refused(change, message):
         Config.from_json("{")
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("run", "num_steps", "abc"), ("run", "num_steps", None), ("run", "num_steps", 2.5), ("run", "num_steps", True),
+        ("rollout", "temperature", float("nan")), ("reward", "time_limit_seconds", float("inf")),
+        ("reward", "name", "best"), ("positions", "selector", 3), ("supervised", "pack", "no"),
+        ("positions", "pass_rate_band", [0.1, 0.2, 0.3]), ("lora", "targets", "q_proj"),
+        ("lora", "targets", ["x_proj"]), ("model", "rope_scaling", 3), ("data", "path", 7),
+    ],
+)  # fmt: skip
+def test_ill_typed_values_are_refused_by_name(section, name, value):
+    values = json.loads(PRESETS["tiny_text"].to_json())
+    values[section][name] = value
+    with pytest.raises(ConfigError, match=name):
+        Config.from_json(json.dumps(values))
+    with pytest.raises(ConfigError, match="not a JSON config"):
+        Config.from_json("[" * 100_000)
+
+
 def test_command_line_precedence():
     config, dry = parse_config(["--preset", "tiny_worked", "--rollout.group-size", "4", "--dry-run"])
     preset = PRESETS["tiny_worked"]

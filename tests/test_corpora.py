@@ -271,6 +271,45 @@ def test_unscored_selectors_run_no_proxy(corpus, monkeypatch):
     np.testing.assert_array_equal(table.index, again.index)
 
 
+def test_first_documents_come_from_every_part(tmp_path, tokenizer):
+    texts = [
+        (corpus, Text(id=f"{corpus}/{i}", text="the dog")) for corpus, n in ((0, 8), (1, 2), (2, 8)) for i in range(n)
+    ]
+    write_store(texts, tokenizer, tmp_path / "s")
+    chosen = documents_lib.first(read_store(tmp_path / "s"), 8)
+    assert [d.id for d in chosen] == ["0/0", "0/1", "0/2", "1/0", "1/1", "2/0", "2/1", "2/2"]
+    single = [(0, Text(id="a", text="the dog")), *((1, Text(id=str(i), text="the dog")) for i in range(3))]
+    write_store(single, tokenizer, tmp_path / "t")
+    with pytest.raises(DataError, match="part 1 of data.mixture is one document"):
+        split_heldout(read_store(tmp_path / "t"), 0.2, tokenizer)
+
+
+def test_two_runs_may_make_one_store(tmp_path, tokenizer):
+    def texts():
+        yield 0, Text(id="a", text="the quick")
+        write_store([(0, Text(id="a", text="the quick"))], tokenizer, tmp_path / "s")  # the other run is done first
+        yield 0, Text(id="b", text="fox")
+
+    write_store(texts(), tokenizer, tmp_path / "s")
+    assert len(read_store(tmp_path / "s")) == 1 and [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("value", [None, True, [1], {"a": 1}])
+def test_fields_that_are_no_text_are_refused(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": value}) + "\n")
+    with pytest.raises(DataError, match="a.jsonl record 1: .'text'. is"):
+        texts_of(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="text_template"):
+        texts_of(tmp_path / "a.jsonl", "{text")
+
+
+def test_a_band_that_few_trunks_meet_is_not_empty():
+    iterator, _ = iterate(source_of(100), 100, 0, num_trunks=48, band=(0.4, 0.6))
+    for i in range(100):
+        iterator._rates._seen[i] = (0.5 if i < 15 else 0.0, 1)
+    assert (next(iterator).position_ids < 15).all()
+
+
 def test_a_threshold_above_everything_names_the_highest_entropy(corpus):
     with pytest.raises(DataError, match=r"entropy_threshold=9.0 nats .highest: \d"):
         select_from_corpus(corpus, PositionsConfig(entropy_threshold=9.0), seed=0)

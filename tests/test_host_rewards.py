@@ -10,7 +10,7 @@ import pytest
 from rpt_jax.config import RewardConfig
 from rpt_jax.data.pipeline import empty_tasks
 from rpt_jax.errors import ConfigError, RewardError
-from rpt_jax.rewards import judges
+from rpt_jax.rewards import judges, math_judge
 from rpt_jax.rewards.host import JudgePool
 from rpt_jax.rewards.reward import make_reward
 from rpt_jax.types import Rollouts, TaskBatch
@@ -36,7 +36,7 @@ MODULE = "tests.judges_for_tests"
 )
 def test_math_answers(prediction, answers, expected):
     encoded = None if prediction is None else prediction.encode()
-    assert judges.math(b"", encoded, {"answers": answers}) == expected
+    assert math_judge.math(b"", encoded, {"answers": answers}) == expected
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,22 @@ def test_every_fault_is_of_its_own_completion():
         assert "which is no number" in results[kind], kind
     assert results["nan"] == "returned nan" and results["inf"] == "returned inf"
     pool.close()
+
+
+def test_a_call_that_cannot_be_made_is_a_fault_too():
+    pool = JudgePool(f"{MODULE}:length", num_workers=1, time_limit=5.0)
+    unpicklable, fine = pool.judge([(b"", None, {"f": lambda: 0}), (b"xx", None, {})])
+    assert "could not be called" in unpicklable and fine == 0.2
+    pool.close()
+
+
+def test_a_slow_expression_of_the_policy_does_not_stop_a_run(letters):
+    """math-verify hangs on towers of powers: the worker's limit ends it, the completion earns 0 and is counted."""
+    rollouts, tasks = judged_batch(letters)
+    config = RewardConfig(name="math", on_fault="fail", time_limit_seconds=2.0)
+    reward = make_reward(config, letters, lambda _: {"answers": ("9^{9^{9^{9}}}", "10^{9^{9^{9}}}")})
+    rewards, _, faults = reward.fn(rollouts, tasks, {})
+    assert not np.asarray(rewards).any() and np.asarray(faults)[2].sum() == 0
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_adapters_bands_and_mixtures_resume_exactly(corpus, tmp_path):
         parts = (f"3={corpus / 'train.jsonl'}", f"1={corpus / 'heldout.jsonl'}")
         return dataclasses.replace(
             base,
-            data=dataclasses.replace(base.data, mixture=parts),
+            data=dataclasses.replace(base.data, path="", mixture=parts),
             positions=dataclasses.replace(base.positions, selector="pass_rate_band", pass_rate_band=(0.1, 0.9)),
         )
 

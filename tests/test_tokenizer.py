@@ -181,6 +181,52 @@ def test_tiktoken_files_of_real_vocabularies_encode_alike(real_tokenizer, tmp_pa
         assert tokenizer.encode("<|im_end|>", specials=True) == real_tokenizer.encode("<|im_end|>", specials=True)
 
 
+def test_unigram_control_pieces_in_a_text_are_named(tmp_path):
+    write_sentencepiece(tmp_path, model_type="unigram", vocab_size=330, byte_fallback=True, hard_vocab_limit=False)
+    tokenizer = load_tokenizer(tmp_path)
+    for piece in ("</s>", "<s>", "<0x41>"):
+        assert tokenizer.unspeakable(f"html {piece} tags") == piece
+    assert tokenizer.unspeakable("html < s> tags") is None
+
+
+def test_sentencepiece_keeps_its_first_token_through_a_save(tmp_path):
+    write_sentencepiece(tmp_path / "a", model_type="bpe", vocab_size=330, byte_fallback=True)
+    tokenizer = load_tokenizer(tmp_path / "a")
+    tokenizer.save(tmp_path / "b")
+    again = load_tokenizer(tmp_path / "b")
+    assert again.bos_id == tokenizer.bos_id is not None and again.fingerprint == tokenizer.fingerprint
+
+
+def test_fingerprints_see_how_text_is_split_and_normalised(tmp_path):
+    trained = train_byte_level([PROSE], 400)
+    prints = {trained.fingerprint}
+    for name in ("normalizer", "merges"):
+        trained.save(tmp_path / name)
+        path = tmp_path / name / "tokenizer.json"
+        description = json.loads(path.read_text())
+        if name == "normalizer":
+            description["normalizer"] = {"type": "Lowercase"}
+        else:
+            description["model"]["merges"] = description["model"]["merges"][::-1]
+        path.write_text(json.dumps(description))
+        prints.add(load_tokenizer(tmp_path / name).fingerprint)
+    assert len(prints) == 3
+
+
+def test_the_config_beside_a_bare_vocabulary_counts(tmp_path):
+    trained = train_byte_level([PROSE], 400)
+    size = write_tiktoken(tmp_path / "a.tiktoken", trained)
+    entries = {str(size + i): {"content": c} for i, c in enumerate(("<|end_of_text|>", "<|eot_id|>"))}
+    config = {
+        "added_tokens_decoder": entries,
+        "eos_token": {"content": "<|eot_id|>"},
+        "chat_template": "{{ messages[0].content }}",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == size + 1 and tokenizer.chat_parts() == ("", "")
+
+
 def damaged(directory, name, data):
     directory.mkdir(exist_ok=True)
     (directory / name).write_bytes(data)
@@ -214,5 +260,5 @@ def test_vocabularies_that_lose_bytes_are_refused(tmp_path):
     backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     backend.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match="the bytes of tokens must join to the text"):
+    with pytest.raises(DataError, match="is WordPiece, which does not keep spaces"):
         load_tokenizer(tmp_path)

@@ -45,6 +45,9 @@ CASES = {
         model_type="llama", hidden_size=24, num_attention_heads=2, num_key_value_heads=2, head_dim=6,
         attention_bias=True, mlp_bias=True,
     ),
+    "llama, square MLP and projections": dict(
+        model_type="llama", hidden_size=24, num_attention_heads=4, num_key_value_heads=4, intermediate_size=24
+    ),
     "mistral": dict(
         model_type="mistral", hidden_size=24, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
         sliding_window=None,

@@ -224,8 +224,8 @@ def split_heldout(
         numbers = np.flatnonzero(documents.corpora == corpus)
         if len(numbers) == 1:
             raise DataError(
-                f"part {corpus + 1} of data.mixture is one document, {documents[int(numbers[0])].id}; nothing of it would "
-                "be left to train on. Set --data.heldout-path."
+                f"part {corpus + 1} of data.mixture is one document, {documents[int(numbers[0])].id}; nothing of it "
+                "would be left to train on. Set --data.heldout-path."
             )
         cut = min(len(numbers) - 1, max(1, round(len(numbers) * (1 - fraction))))
         train.append(numbers[:cut])

@@ -157,7 +157,7 @@ def make_source(
 
 
 class PassRates:
-    """Rewards seen so far, by task: what the selector pass_rate_band knows."""
+    """Mean rewards so far, by task: what the selector pass_rate_band knows."""
 
     def __init__(self, low: float, high: float):
         self._low, self._high = low, high
@@ -228,6 +228,7 @@ class TrainIterator:
             self._next += 1
             if self._rates is None or self._rates.accepts(ids):
                 picked.append(ids)
+                refused = 0
             else:
                 self.num_passed_over, refused = self.num_passed_over + 1, refused + 1
             if refused > 2 * len(self.trunks):

@@ -201,7 +201,8 @@ def add_scores(
         columns = len(bos) + table.index[rows] - starts[rows]
         for result, values in zip(results, statistics, strict=True):
             result[rows] = np.asarray(values)[u, columns]
-    return replace(table, entropy=results[0], direct_token=results[1], direct_logprob=results[2])
+    # Rounding may leave a certain position a hair below zero.
+    return replace(table, entropy=np.maximum(results[0], 0.0), direct_token=results[1], direct_logprob=results[2])
 
 
 def score_documents(
@@ -350,12 +351,14 @@ def select_from_corpus(corpus: ScoredCorpus, settings: PositionsConfig, *, seed:
 
 
 def top_fraction_threshold(corpus: ScoredCorpus, fraction: float) -> float:
-    """Entropy such that exactly the `fraction` of all positions with the highest entropy lie at or above it.
+    """Entropy above which the `fraction` of all positions lies: exactly, but for positions of equal entropy.
 
     Two passes over the parts: the first counts in bins, the second sorts the one bin that the threshold lies in.
     """
     edges = np.linspace(0.0, np.log(NUM_TOP_TOKENS) + 2.0, 4097)
     counts = sum(np.histogram(t.entropy, np.append(edges, np.inf))[0] for t in corpus)
+    if not counts.sum():
+        return 0.0
     wanted = max(1, round(fraction * counts.sum()))
     above = counts[::-1].cumsum()[::-1]  # positions at or above each edge
     number = int(np.flatnonzero(above >= wanted)[-1])

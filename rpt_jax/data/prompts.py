@@ -5,6 +5,7 @@ the document keeps the corpus's own tokens. The paper's seven wordings (arXiv:25
 meaning, not in words.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,11 @@ class Template:
 
     header: np.ndarray
     tail: np.ndarray
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of both, short."""
+        return hashlib.sha256(repr((self.header.tolist(), self.tail.tolist())).encode()).hexdigest()[:16]
 
 
 def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:

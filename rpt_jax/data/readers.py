@@ -75,7 +75,8 @@ def read_texts(path: str, *, text_template: str) -> Iterator[Text]:
 
     Args:
         path: a .txt (one document a file, or several of 4 MiB), .jsonl, .parquet or .array_record (one document a
-            record) file, a glob of them, or hf:NAME[:CONFIG][:SPLIT], a dataset of the `datasets` package or a directory that it saved.
+            record) file, a glob of them, or hf:NAME[:CONFIG][:SPLIT], a dataset of the `datasets` package or a
+            directory that it saved.
         text_template: str.format template over a record's fields; backslash-n in it is a newline.
     Raises:
         DataError: no such file, unknown kind, empty, not UTF-8, not JSON, or a record without a needed field.
@@ -299,6 +300,8 @@ def _fill(template: str, record: dict, path: str, number: int) -> str:
             )
         text = template.replace("\\n", "\n").format(**record)
         text.encode()
+    except DataError:
+        raise
     except UnicodeEncodeError as error:
         raise DataError(
             f"{path} record {number} holds half of a surrogate pair ({error}); text must be Unicode. Correct it."

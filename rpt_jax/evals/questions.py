@@ -157,22 +157,23 @@ class QuestionEvaluator:
             counts = right.sum(-1)
             for size in [2**i for i in range(1, k.bit_length()) if 2**i < k] + [k]:
                 figures[f"pass@{size}"] = [pass_at_k(k, int(n), size) for n in counts]
-            votes = self._votes(predictions, num_real)
+            votes = self._votes(predictions, chosen[:num_real])
             figures[f"majority@{k}"] = [_majority(v, r) for v, r in zip(votes, right)]
             figures["thought_tokens"] = np.asarray(rollouts.mask).sum(-1)[:num_real].mean(-1)
             figures["truncated"] = np.asarray(rollouts.truncated)[:num_real].mean(-1)
             figures["no_prediction"] = 1 - np.asarray(predictions.found)[:num_real].mean(-1)
         return figures
 
-    def _votes(self, predictions, num_real: int) -> list[list[str | None]]:
-        """What each rollout votes for: the letter, or the answer without outer space; None does not vote."""
+    def _votes(self, predictions, chosen: list[int]) -> list[list[str | None]]:
+        """What each rollout votes for: the letter of an option, or the answer without outer space; None: nothing."""
         texts, lengths, found = (np.asarray(a) for a in (predictions.bytes, predictions.lengths, predictions.found))
         votes = []
-        for u in range(num_real):
-            row = []
+        for u, number in enumerate(chosen):
+            row, has_options = [], bool(self.source.questions[number].choices)
             for r in range(texts.shape[1]):
                 text = texts[u, r, : lengths[u, r]].tobytes().decode(errors="replace").strip()
-                row.append((named_letter(text) or text) if found[u, r] else None)
+                vote = (named_letter(text) or text) if has_options else text
+                row.append(vote if found[u, r] else None)
             votes.append(row)
         return votes
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import queue
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -59,6 +60,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": paths},
+            start_new_session=True,
         )
         try:
             reply = self._receive(_START_SECONDS)
@@ -84,12 +86,21 @@ class _Worker:
 
     def stop(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            # With whatever processes the function started.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 with contextlib.suppress(OSError):  # what was still to be written to a dead process is not needed
                     stream.close()
             self._process = None
+
+
+def check_function(function: str) -> None:
+    """Raises ConfigError where the function cannot be imported."""
+    worker = _Worker(function, 1.0)
+    worker.start()
+    worker.stop()
 
 
 class JudgePool:
@@ -118,10 +129,13 @@ class JudgePool:
                     return
                 try:
                     results[number] = worker.call(request)
-                except ConfigError as error:
-                    results[number] = str(error)
+                except Exception as error:  # a thread must not die with its completions unjudged
+                    worker.stop()
+                    results[number] = f"could not be called ({type(error).__name__}: {error})"
 
-        threads = [threading.Thread(target=work, args=(w,)) for w in self._workers[: max(1, len(requests))]]
+        threads = [
+            threading.Thread(target=work, args=(w,), daemon=True) for w in self._workers[: max(1, len(requests))]
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -137,11 +151,12 @@ class JudgePool:
 
 
 def make_host_reward_fn(
-    config: RewardConfig, function: str, tokenizer, extract: Callable, columns: Callable[[int], dict]
+    config: RewardConfig, function: str, tokenizer, extract: Callable, columns: Callable[[int], dict], *, on_fault: str
 ) -> Callable:
     """(rollouts, tasks, requested) -> (rewards, predictions, faults), the judging done by `function` on the host.
 
     Args:
+        on_fault: "fail" or "zero".
         extract: (tokens_BC, mask_BC, max_prediction_bytes=) -> Predictions.
         columns: of a task id; what the function may know of it.
     Raises:
@@ -167,7 +182,7 @@ def make_host_reward_fn(
         rewards, faults = np.zeros(len(ids), np.float32), np.zeros(len(ids), bool)
         for b, result, request in zip(rows, pool.judge(requests), requests, strict=True):
             if isinstance(result, str):
-                if config.on_fault == "fail":
+                if on_fault == "fail":
                     raise RewardError(
                         f"reward {function!r} {result} on task {ids[b]} ({request[2]!r:.200}), completion "
                         f"{request[0]!r:.200}. Mend the function, or set --reward.on-fault zero to count such faults."

@@ -5,24 +5,6 @@ the thought, None where there is none; columns["answers"] are the accepted answe
 """
 
 import re
-from functools import lru_cache
-
-
-def math(completion: bytes, prediction: bytes | None, columns: dict) -> float:
-    """1 if math-verify finds the prediction equal to an accepted answer."""
-    if prediction is None:
-        return 0.0
-    from math_verify import verify
-
-    found = _parse(prediction.decode(errors="replace"))
-    return float(any(verify(list(_parse(answer)), list(found)) for answer in columns["answers"]))
-
-
-@lru_cache(maxsize=10_000)
-def _parse(text: str) -> tuple:
-    from math_verify import parse
-
-    return tuple(parse(f"\\boxed{{{text}}}"))
 
 
 def choice(completion: bytes, prediction: bytes | None, columns: dict) -> float:

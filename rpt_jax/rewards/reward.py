@@ -36,7 +36,11 @@ class Reward:
 
 
 # Judges of questions, by the reward's name.
-_JUDGES = {name: f"rpt_jax.rewards.judges:{name}" for name in ("math", "choice", "exact")}
+JUDGES = {
+    "math": "rpt_jax.rewards.math_judge:math",
+    "choice": "rpt_jax.rewards.judges:choice",
+    "exact": "rpt_jax.rewards.judges:exact",
+}
 # Bytes of an answer that a host function is given; longer ones are no answer.
 _MAX_ANSWER_BYTES = 512
 
@@ -68,10 +72,12 @@ def make_reward(config: RewardConfig, tokenizer, columns: Callable[[int], dict] 
         return Reward(
             ("direct_logprobs",), jax.jit(partial(_dense_reward, extract, index, config.unescape_newline, conditional))
         )
-    if config.name in _JUDGES or config.name == "custom":
-        function = _JUDGES.get(config.name, config.function)
+    if config.name in JUDGES or config.name == "custom":
+        function = JUDGES.get(config.name, config.function)
         window = partial(extract, max_prediction_bytes=_MAX_ANSWER_BYTES)
-        judge = make_host_reward_fn(config, function, tokenizer, window, columns)
+        # What makes a built-in judge slow is what the policy wrote: that must not stop a run.
+        on_fault = "zero" if config.name in JUDGES else config.on_fault
+        judge = make_host_reward_fn(config, function, tokenizer, window, columns, on_fault=on_fault)
 
         def judged(rollouts, batch, requested):
             rewards, predictions, faults = judge(rollouts, batch, requested)

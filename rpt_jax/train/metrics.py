@@ -56,8 +56,22 @@ def write_atomically(path: Path, text: str) -> None:
 def read_records(directory: Path) -> list[dict]:
     """Records of metrics.jsonl; a last line that an interruption cut off is left out."""
     path = directory / "metrics.jsonl"
-    complete = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in complete]
+    complete = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    records = []
+    for number, line in enumerate(complete, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise CheckpointError(f"{path} line {number} is damaged ({error}); remove the line.") from error
+    return records
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a run directory; raises CheckpointError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is missing or damaged ({error}); choose another --run.directory.") from error
 
 
 class RunDirectory:
@@ -72,8 +86,8 @@ class RunDirectory:
         self.path = Path(config.run.directory)
         saved = self.path / "config.json"
         if saved.exists():
-            _check_same_run(Config.from_json(saved.read_text()), config, self.path)
-            _check_same_corpus(json.loads((self.path / "corpus.json").read_text()), corpus, self.path)
+            _check_same_run(Config.from_json(json.dumps(read_json(saved))), config, self.path)
+            _check_same_corpus(read_json(self.path / "corpus.json"), corpus, self.path)
         elif self.path.exists() and (not self.path.is_dir() or (self.path / "checkpoints").exists()):
             raise CheckpointError(
                 f"run directory {self.path} exists and is not a run (no config.json); it must be new or hold a run of "
@@ -91,7 +105,7 @@ class RunDirectory:
         path = self.path / f"{name}.json"
         if not path.exists():
             write_atomically(path, json.dumps(value, indent=2))
-        elif (old := json.loads(path.read_text())) != value:
+        elif (old := read_json(path)) != value:
             raise CheckpointError(
                 f"run directory {self.path} was made with another {name}: {old} -> {value}; a run goes on only with "
                 "its own. Restore it, or choose another --run.directory."

@@ -37,9 +37,9 @@ def accepted_rows(rows: Iterable[dict], *, min_reward: float, per_prompt: int) -
     return kept, counts
 
 
-def write_examples(path: Path, rows: list[dict], tokenizer_fingerprint: str) -> None:
-    """A file for supervised.path: one line per row, token ids and the tokenizer that they belong to."""
+def write_examples(path: Path, rows: list[dict], *, tokenizer: str, template: str) -> None:
+    """A file for supervised.path: one line per row, token ids and the fingerprints of what they belong to."""
     with path.open("w") as file:
         for row in rows:
             line = {name: row[name] for name in ("trunk_tokens", "completion_tokens")}
-            file.write(json.dumps(line | {"tokenizer": tokenizer_fingerprint}) + "\n")
+            file.write(json.dumps(line | {"tokenizer": tokenizer, "template": template}) + "\n")

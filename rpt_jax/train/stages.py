@@ -45,7 +45,8 @@ from rpt_jax.models.families import config_json, read_config
 from rpt_jax.models.hf import load_hf
 from rpt_jax.models.lora import Frozen, join, merge
 from rpt_jax.parallel.mesh import make_mesh
-from rpt_jax.rewards.reward import Reward, make_reward
+from rpt_jax.rewards.host import check_function
+from rpt_jax.rewards.reward import JUDGES, Reward, make_reward
 from rpt_jax.rl.update import init_state, make_optimizer
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
 from rpt_jax.train.checkpoint import Checkpoints
@@ -120,13 +121,25 @@ def prepare(config: Config) -> Prepared:
     tokenizer = find_tokenizer(config)
     config = resolve_model(config, tokenizer)
     lora.check_targets(config.model, config.lora)
+    if config.policy.param_dtype == "bfloat16" and not config.lora.rank:
+        raise ConfigError(
+            "policy.param_dtype='bfloat16' without adapters: most updates are smaller than the spacing of bfloat16 and "
+            "would be lost. Use float32, or --lora.rank."
+        )
+    if config.reward.function:
+        check_function(config.reward.function)
     config_json(config.model, "float32", {})  # a model that no family can hold could not be exported in the end
     tasks = _prepare_questions(config, tokenizer) if config.questions.path else _prepare_documents(config, tokenizer)
     template = tasks["template"]
     _check_positions(config, template)
     if config.supervised.num_steps:
         tasks["warm_examples"] = _warm_examples(config, tokenizer, template, tasks.get("train_documents", ()))
-    run = RunDirectory(config, tasks.pop("identity") | {"tokenizer": {"sha256": tokenizer.fingerprint}})
+    # The template too: a chat template may write the day's date into every prompt.
+    identity = tasks.pop("identity") | {
+        "tokenizer": {"sha256": tokenizer.fingerprint},
+        "template": {"sha256": template.fingerprint},
+    }
+    run = RunDirectory(config, identity)
     tokenizer.save(run.path / "tokenizer")
     return Prepared(config=config, mesh=mesh, run=run, tokenizer=tokenizer, **tasks)
 
@@ -235,11 +248,29 @@ def _prepare_questions(config: Config, tokenizer: Tokenizer) -> dict:
     )
 
 
+def _check_proxy(config: Config, tokenizer: Tokenizer) -> None:
+    path = config.proxy.path
+    if not path:
+        return
+    model = read_config(path)
+    if load_tokenizer(path).encoding_fingerprint != tokenizer.encoding_fingerprint:
+        raise ConfigError(
+            f"the tokenizer in proxy.path={path!r} is not the policy's; positions are token indices, so both must "
+            "share one. Choose a proxy of the same family."
+        )
+    if config.data.trunk_length + 2 > model.max_positions:
+        raise ConfigError(
+            f"the proxy has {model.max_positions} positions; data.trunk_length={config.data.trunk_length} does not "
+            "fit. Lower it, or choose another proxy."
+        )
+
+
 def _prepare_documents(config: Config, tokenizer: Tokenizer) -> dict:
-    if config.reward.name in ("math", "choice", "exact"):
+    if config.reward.name in JUDGES:
         raise ConfigError(
             f"reward.name={config.reward.name!r} needs questions. Set --questions.path, or --reward.name prefix."
         )
+    _check_proxy(config, tokenizer)
     template = make_template(tokenizer, config.data)
     corpora = training_corpora(config.data)
     open_documents = partial(
@@ -287,7 +318,7 @@ def _warm_examples(config: Config, tokenizer: Tokenizer, template: Template, doc
     if not supervised.draft_fraction:
         return plain
     # No more than the warm start can use: of a large corpus only a part is ever seen.
-    plain = plain.head(supervised.num_steps * supervised.batch_size)
+    plain = plain.sample(supervised.num_steps * supervised.batch_size)
     drafts = draft_examples(documents, tokenizer, template, config, len(plain))
     console.print(f"warm start: {len(plain):,} plain sequences, {len(drafts):,} drafts")
     return [*plain, *drafts]
@@ -366,9 +397,8 @@ def choose_tasks(p: Prepared, params) -> Tasks:
             training=p.train_questions, ids=np.arange(len(p.train_questions.questions)), heldout=p.heldout_questions
         )
     proxy, identity = load_proxy(p, params)
-    selected = select_from_corpus(
-        training_positions(p, proxy, identity), p.config.positions, seed=p.config.run.seed
-    ).table
+    corpus = training_positions(p, proxy, identity)
+    selected = select_from_corpus(corpus, p.config.positions, seed=p.config.run.seed).table
     heldout = PositionTable.concatenate(list(scored_corpus(p, p.heldout_documents, proxy, identity, always=True)))
     source, heldout_source = (
         make_source(
@@ -380,12 +410,12 @@ def choose_tasks(p: Prepared, params) -> Tasks:
             stride=p.config.data.window_stride,
             continuation_tokens=p.config.data.continuation_tokens,
         )
-        for documents, table in ((p.train_documents, selected), (p.heldout_documents, heldout))
+        for documents, table in ((corpus.documents, selected), (p.heldout_documents, heldout))
     )
     ids, corpora = np.arange(len(selected)), None
     if len(p.corpus_weights) > 1:
         trunks = source.group(ids, p.config.rollout.prompts_per_trunk)
-        corpora = p.train_documents.corpora[selected.document[trunks.ids[trunks.ends - 1]]]
+        corpora = corpus.documents.corpora[selected.document[trunks.ids[trunks.ends - 1]]]
     return Tasks(training=source, ids=ids, heldout=heldout_source, corpora=corpora)
 
 
@@ -398,25 +428,12 @@ def training_positions(p: Prepared, proxy: Proxy, identity: str) -> ScoredCorpus
 
 
 def load_proxy(p: Prepared, params) -> tuple[Proxy, str]:
-    """The model that scores positions, and its fingerprint.
-
-    Raises:
-        ConfigError: the proxy's vocabulary is not the policy's.
-    """
+    """The model that scores positions, and its fingerprint."""
     model, path = p.config.model, p.config.proxy.path
     if path:
         model = replace(read_config(path), activation_dtype=model.activation_dtype)
-        if load_tokenizer(path).fingerprint != p.tokenizer.fingerprint:
-            raise ConfigError(
-                f"the tokenizer in proxy.path={path!r} is not the policy's; positions are token indices, so both must "
-                "share one. Choose a proxy of the same family."
-            )
-        if p.windows.window + 2 > model.max_positions:
-            raise ConfigError(
-                f"the proxy has {model.max_positions} positions; windows of {p.windows.window} document tokens do not "
-                "fit. Lower --data.trunk-length, or choose another proxy."
-            )
         _, params = load_hf(path, p.mesh)
+        p.run.remember("proxy", {"path": path, "checksum": fingerprint(params)})
     proxy = Proxy(
         config=model,
         params=params,

@@ -48,8 +48,8 @@ def read_examples(path: str, tokenizer: Tokenizer, template: Template, config: C
     A line is {"text", "completion"?, "text_weight"?}. With a completion the text becomes the template's prompt and the
     completion, with the end token, its answer; without one it is plain text. Completion tokens have loss weight 1,
     text tokens `text_weight`: by default 1 in plain text, supervised.context_weight in prompts.
-    Or a line is {"trunk_tokens", "completion_tokens", "tokenizer"}: ids as a rollout had them, never encoded again;
-    only the completion has weight.
+    Or a line is {"trunk_tokens", "completion_tokens", "tokenizer", "template"}: ids as a rollout had them, never
+    encoded again; only the completion has weight.
 
     Raises:
         DataError: missing file, bad line, ids of another tokenizer, or a sequence that does not fit; names file and
@@ -89,18 +89,26 @@ def _from_text(record: dict, where: str, tokenizer: Tokenizer, template: Templat
             f"{where} has fields {sorted(record)}; it needs a string 'text', and any 'completion' must be a string. "
             "Correct it."
         )
-    text, completion = tokenizer.encode(record["text"]), record.get("completion")
+    try:
+        text, completion = tokenizer.encode(record["text"]), record.get("completion")
+        ids = None if completion is None else [*tokenizer.encode_continuation(completion), tokenizer.eos_id]
+    except (TypeError, UnicodeEncodeError) as error:
+        raise DataError(
+            f"{where} holds half of a surrogate pair ({error}); text must be Unicode. Correct it."
+        ) from error
+    if completion is None and not text:
+        raise DataError(f"{where}: an empty text without a completion teaches nothing. Remove the line.")
     default = 1.0 if completion is None else config.supervised.context_weight
     weight = record.get("text_weight", default)
-    if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        raise DataError(f"{where}: text_weight is {weight!r}; it must be a number of at least 0. Correct it.")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
+        raise DataError(f"{where}: text_weight is {weight!r:.40}; it must be a number from 0 to a million. Correct it.")
     if completion is None:
         return Example(trunk=plain_trunk(text, tokenizer), first=1, weight=float(weight), completion=None)
     return Example(
         trunk=[*template.header.tolist(), *text],
         first=max(1, len(template.header)),
         weight=float(weight),
-        completion=[*tokenizer.encode_continuation(completion), tokenizer.eos_id],
+        completion=ids,
     )
 
 
@@ -110,6 +118,11 @@ def _from_tokens(record: dict, where: str, tokenizer: Tokenizer, template: Templ
         raise DataError(
             f"{where} has ids of tokenizer {record.get('tokenizer')!r}; this run's is {tokenizer.fingerprint}. "
             "Sample again with this run's tokenizer."
+        )
+    if record.get("template") != template.fingerprint:
+        raise DataError(
+            f"{where} was sampled with another prompt template; the run's own would stand around its ids. Sample "
+            "again, or use the --data.template and --data.chat that it was sampled with."
         )
     for ids in (trunk, completion):
         if (
@@ -155,8 +168,9 @@ class DocumentExamples(Sequence):
         tokens = self.documents[d].tokens[first : first + self.size]
         return Example(trunk=plain_trunk(tokens, self.tokenizer), first=1, weight=self.weight, completion=None)
 
-    def head(self, number: int) -> list[Example]:
-        return [self[i] for i in range(min(number, len(self)))]
+    def sample(self, number: int) -> list[Example]:
+        """`number` examples, spread evenly over the documents; all where there are fewer."""
+        return [self[int(i)] for i in np.linspace(0, len(self) - 1, min(number, len(self)))]
 
 
 def document_examples(
