@@ -40,8 +40,8 @@ class Document:
 class Documents(Sequence[Document]):
     """Documents of a store, or some of them; each is read when it is asked for."""
 
-    def __init__(self, tokens: np.ndarray, table: pyarrow.Table, fingerprint: str, numbers: np.ndarray | None = None):
-        self._tokens, self._table, self.fingerprint = tokens, table, fingerprint
+    def __init__(self, path: Path, table: pyarrow.Table, fingerprint: str, numbers: np.ndarray | None = None):
+        self._path, self._table, self.fingerprint = path, table, fingerprint
         lengths = table["length"].to_numpy()
         self._ends = np.cumsum(lengths)
         self.numbers = np.arange(len(lengths)) if numbers is None else numbers
@@ -52,10 +52,12 @@ class Documents(Sequence[Document]):
     def __getitem__(self, index: int) -> Document:
         number = int(self.numbers[index])
         row = {name: self._table[name][number].as_py() for name in ("id", "length", "corpus", "labels")}
-        end = int(self._ends[number])
+        length, begin = row["length"], int(self._ends[number]) - row["length"]
+        # Mapped one at a time: pages of a map of the whole file would add up to the corpus.
+        tokens = np.memmap(self._path, "<i4", "r", 4 * begin, (length,)) if length else np.zeros(0, np.int32)
         return Document(
             id=row["id"],
-            tokens=self._tokens[end - row["length"] : end],
+            tokens=tokens,
             labels=tuple((label["index"], label["name"]) for label in row["labels"]),
             corpus=row["corpus"],
         )
@@ -72,7 +74,7 @@ class Documents(Sequence[Document]):
 
     def take(self, numbers: np.ndarray) -> "Documents":
         """A view of some of these documents, in the given order."""
-        return Documents(self._tokens, self._table, self.fingerprint, self.numbers[numbers])
+        return Documents(self._path, self._table, self.fingerprint, self.numbers[numbers])
 
 
 def open_documents(corpora: list[Corpus], tokenizer: Tokenizer, cache: Path, progress=iter) -> Documents:
@@ -145,8 +147,7 @@ def read_store(directory: Path) -> Documents:
         path, size = directory / "tokens.i32", int(meta["tokens"])
         if path.stat().st_size != 4 * size:
             raise ValueError(f"tokens.i32 has {path.stat().st_size} bytes for {size} tokens")
-        tokens = np.memmap(path, "<i4", "r", shape=(size,)) if size else np.zeros(0, np.int32)
-        return Documents(tokens, table, str(meta["sha256"]))
+        return Documents(path, table, str(meta["sha256"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"tokenised documents in {directory} are damaged ({error}); delete that directory to have them made anew."

@@ -185,12 +185,16 @@ def add_scores(
     bos = [] if proxy.bos_id is None else [proxy.bos_id]
     length, U = len(bos) + windows.window + 1, proxy.batch_trunks
     results = [np.zeros(len(table), kind) for kind in (np.float32, np.int32, np.float32)]
+    number, tokens = -1, None
     for first in progress(range(0, len(firsts) - 1, U)):
         jobs = [(firsts[j], firsts[j + 1]) for j in range(first, min(first + U, len(firsts) - 1))]
         tokens_UL = np.zeros((U, length), np.int32)
         for u, (row, _) in enumerate(jobs):
             start = starts[row]
-            piece = documents[table.document[row]].tokens[start : start + windows.window + 1]
+            if table.document[row] != number:
+                number = table.document[row]
+                tokens = documents[number].tokens
+            piece = tokens[start : start + windows.window + 1]
             tokens_UL[u, : len(bos)] = bos
             tokens_UL[u, len(bos) : len(bos) + len(piece)] = piece
         statistics = direct_statistics(
