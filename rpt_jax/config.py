@@ -22,7 +22,8 @@ class RunConfig:
     num_steps: int = 100
     """RPT updates after the warm start."""
     control: bool = True
-    """Also train the control: next-token training on the same documents, from the same start, with the same compute."""
+    """Also train the control: next-token training on the same documents, from the same start, with the same compute.
+    Questions have none."""
     completions_every_steps: int = 10
     """Write one rollout batch's completions (parquet) every so many steps. 0: never."""
     tensorboard: bool = True
@@ -88,7 +89,7 @@ class PositionsConfig:
     min_context_tokens: int = 16
     """Document tokens that must precede a position: early positions look falsely uncertain."""
     unfiltered_fraction: float = 0.0
-    """Share of training positions drawn from all positions instead of the selected ones; in [0, 1)."""
+    """Share of training positions drawn from all positions instead of those that an entropy selector keeps; in [0, 1)."""
     max_positions_per_window: int = 8
     """At most so many training positions per data.window_stride tokens of a document, drawn at random."""
     max_documents: int = 0
@@ -178,7 +179,7 @@ class OptimizerConfig:
     """muon: orthogonalised momentum on the layers' matrices, Adam without decay on everything else."""
     learning_rate: float = 1e-6
     matrix_learning_rate: float = 0.02
-    """Muon's own rate for the layers' matrices."""
+    """Muon's own rate for the layers' matrices; adapters are none of them."""
     b1: float = 0.9
     b2: float = 0.999
     weight_decay: float = 0.01
