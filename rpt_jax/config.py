@@ -89,7 +89,7 @@ class PositionsConfig:
     min_context_tokens: int = 16
     """Document tokens that must precede a position: early positions look falsely uncertain."""
     unfiltered_fraction: float = 0.0
-    """Share of training positions drawn from all positions instead of those that an entropy selector keeps; in [0, 1)."""
+    """Share of training positions drawn from all of them, beside those that an entropy selector keeps; in [0, 1)."""
     max_positions_per_window: int = 8
     """At most so many training positions per data.window_stride tokens of a document, drawn at random."""
     max_documents: int = 0
@@ -263,7 +263,8 @@ class RewardConfig:
     num_workers: int = 2
     """Processes that judge."""
     on_fault: Literal["fail", "zero"] = "fail"
-    """When a judge raises, hangs or returns no finite number: stop the run, or give 0 and count it."""
+    """When reward.function raises, hangs or returns no finite number: stop the run, or give 0 and count it. Faults of
+    math, choice and exact are always counted: what the policy wrote causes them."""
     boxed_mode: Literal["balanced", "tail", "balanced_then_tail"] = "balanced"
     """How the end of the last box is found: its balancing brace, or the completion's last brace."""
     require_think_end: bool = True

@@ -1,7 +1,10 @@
 """Rewards that run on the host: judges by hand, and every way a user's function can fail."""
 
 import dataclasses
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +19,7 @@ from rpt_jax.rewards.reward import make_reward
 from rpt_jax.types import Rollouts, TaskBatch
 
 MODULE = "tests.judges_for_tests"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +63,28 @@ def test_results_are_in_order_over_processes():
     assert pool.judge(requests) == [n / 10 + n for n in range(40)]
     assert pool.judge([(b"", b"y", {})]) == [1.0]
     pool.close()
+
+
+def test_workers_outlive_the_threads_that_started_them_and_end_with_their_run(tmp_path):
+    pool = JudgePool(f"{MODULE}:length", num_workers=2, time_limit=20.0)
+    for _ in range(3):
+        assert pool.judge([(b"x", None, {})] * 6) == [0.1] * 6
+    pool.close()
+    code = (
+        "import os, signal\n"
+        "from rpt_jax.rewards.host import _Worker\n"
+        f"w = _Worker('{MODULE}:by_column', 60.0)\n"
+        "w.start()\n"
+        "import pickle; w._process.stdin.write(pickle.dumps((b'', None, {'do': 'hang'}))); w._process.stdin.flush()\n"
+        "print(w._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    worker = Path(f"/proc/{run.stdout.strip()}")
+    deadline = time.perf_counter() + 20
+    while worker.exists() and "Z" not in (worker / "stat").read_text().split()[2] and time.perf_counter() < deadline:
+        time.sleep(0.2)
+    assert run.stdout.strip() and time.perf_counter() < deadline
 
 
 def test_every_fault_is_of_its_own_completion():
