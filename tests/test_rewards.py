@@ -333,8 +333,8 @@ def test_reward_variants_by_hand(letters):
 def test_rewards_name_the_passes_they_need(letters):
     assert make_reward(RewardConfig(), letters).requests == ()
     assert make_reward(RewardConfig(name="dense"), letters).requests == ("direct_logprobs",)
-    with pytest.raises(ConfigError, match=r"reward\.name='exact'"):
-        make_reward(RewardConfig(name="exact"), letters)
+    with pytest.raises(ConfigError, match=r"reward\.name='best'"):
+        make_reward(RewardConfig(name="best"), letters)
 
 
 def test_direct_logprobs_see_document_tokens_only(tiny_config, tiny_params):
