@@ -226,6 +226,9 @@ def test_a_failing_judge_stops_the_run(home, tmp_path):
         (["--lora.rank", "-1"], "lora.rank=-1"),
         (["--reward.num-workers", "0"], "reward.num_workers=0"),
         (["--data.chat"], "no chat template"),
+        (["--model.activation-dtype", "bfloat16"], "Use float32 there"),
+        (["--policy.param-dtype", "bfloat16"], "without adapters"),
+        (["--reward.name", "custom", "--reward.function", "no.module:f"], "cannot be used"),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_compiles(home, tmp_path, flags, message):

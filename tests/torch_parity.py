@@ -119,7 +119,7 @@ def write_checkpoint(directory: Path, case: str, *, num_files: int = 1, dtype=np
         names, file = sorted(all_tensors)[part::num_files], f"model-{part + 1:05d}-of-{num_files:05d}.safetensors"
         save_file({name: all_tensors[name] for name in names}, directory / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return all_tensors
 
 

@@ -121,6 +121,10 @@ def prepare(config: Config) -> Prepared:
     tokenizer = find_tokenizer(config)
     config = resolve_model(config, tokenizer)
     lora.check_targets(config.model, config.lora)
+    if config.model.activation_dtype == "bfloat16" and mesh.devices.flat[0].platform == "cpu":
+        raise ConfigError(
+            "model.activation_dtype='bfloat16' on a CPU, whose compiler lacks these products. Use float32 there."
+        )
     if config.policy.param_dtype == "bfloat16" and not config.lora.rank:
         raise ConfigError(
             "policy.param_dtype='bfloat16' without adapters: most updates are smaller than the spacing of bfloat16 and "
