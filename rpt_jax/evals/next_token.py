@@ -93,12 +93,7 @@ class Evaluator:
         columns = self._direct(params, ids)
         if thinking:
             columns |= self._thinking(params, ids)
-        row_of = {int(i): row for row, i in enumerate(ids)}
-        results = {}
-        for name, members in self.splits.items():
-            rows = [row_of[int(i)] for i in members]
-            results[name] = {metric: mean_with_error(values[rows]) for metric, values in columns.items()}
-        return results
+        return by_split(self.splits, ids, columns)
 
     def _direct(self, params, ids) -> dict[str, np.ndarray]:
         source, settings = self.source, self.config
@@ -236,6 +231,14 @@ def _majority(texts, lengths, found, correct):
                 winner = Counter(text for text, _ in votes).most_common(1)[0][0]
                 result[u, m] = correct[u, m, next(g for text, g in votes if text == winner)]
     return result
+
+
+def by_split(splits: dict[str, np.ndarray], ids: np.ndarray, columns: dict[str, np.ndarray]) -> dict:
+    """{split: {metric: figures}} of columns that have one value for each of the sorted `ids`."""
+    return {
+        name: {metric: mean_with_error(values[np.searchsorted(ids, members)]) for metric, values in columns.items()}
+        for name, members in splits.items()
+    }
 
 
 def mean_with_error(values: np.ndarray) -> dict:

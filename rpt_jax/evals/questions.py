@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Config
 from rpt_jax.data.questions import LETTERS, Question, QuestionSource
-from rpt_jax.evals.next_token import EVALUATION_STEP, mean_with_error
+from rpt_jax.evals.next_token import EVALUATION_STEP, by_split
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rewards.judges import named_letter
 from rpt_jax.rewards.reward import Reward
@@ -70,13 +70,8 @@ class QuestionEvaluator:
         columns = self._direct(params, ids)
         if thinking:
             columns |= self._thinking(params, ids)
-        row_of = {int(i): row for row, i in enumerate(ids)}
-        results = {}
-        for name, members in self.splits.items():
-            rows = [row_of[int(i)] for i in members]
-            cells = {metric: values[rows] for metric, values in columns.items()}
-            results[name] = {m: mean_with_error(v) for m, v in cells.items() if not np.isnan(v).any()}
-        return results
+        results = by_split(self.splits, ids, columns)
+        return {name: {m: f for m, f in cells.items() if not np.isnan(f["value"])} for name, cells in results.items()}
 
     def _batches(self, ids):
         """Batches of eval.batch_trunks question numbers, the last one padded with None."""

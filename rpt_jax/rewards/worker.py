@@ -18,7 +18,7 @@ def answer(function, request) -> dict:
     """{"reward": float} or {"fault": what went wrong}."""
     try:
         value = function(*request)
-    except Exception:
+    except Exception:  # whatever a user's function raises is a fault of this completion alone
         return {"fault": "raised " + traceback.format_exc(limit=-1).strip().splitlines()[-1]}
     # A bool or a NumPy number is a number; a string, None or an array is not.
     if isinstance(value, str | bytes) or not hasattr(value, "__float__") or getattr(value, "ndim", 0):
