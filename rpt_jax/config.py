@@ -142,6 +142,8 @@ class DecoderConfig:
     """Type of activations and matrix products; parameters, norms, softmax and log-probabilities stay float32."""
     remat: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    platform: Literal["", "cpu", "gpu", "tpu"] = ""
+    """Machine whose kernels and layouts programs use. Empty: the one they run on; name one to compile for another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,11 +239,14 @@ class RolloutConfig:
     """Sample inside the smallest set of tokens with at least this probability; in (0, 1]."""
     top_k: int = 0
     """Sample among the k most likely tokens. 0: no limit."""
+    slots_per_trunk: int = 0
+    """Rollouts of a trunk in flight at once; waiting ones take the places of those that end. 0: all at once. Fewer need
+    less memory; what is sampled stays the same."""
 
     @property
     def sampling(self) -> dict:
-        """The arguments of `rollout.engine.generate` that shape the law."""
-        names = ("max_completion_tokens", "temperature", "top_p", "top_k")
+        """Arguments of `rollout.engine.generate`."""
+        names = ("max_completion_tokens", "temperature", "top_p", "top_k", "slots_per_trunk")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -431,6 +436,7 @@ class Config:
             ("rollout.max_completion_tokens", rollout.max_completion_tokens, 1),
             ("rollout.temperature", rollout.temperature, 0.0),
             ("rollout.top_k", rollout.top_k, 0),
+            ("rollout.slots_per_trunk", rollout.slots_per_trunk, 0),
             ("run.num_steps", self.run.num_steps, 1),
             ("run.completions_every_steps", self.run.completions_every_steps, 0),
             ("supervised.num_steps", self.supervised.num_steps, 0),

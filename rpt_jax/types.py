@@ -1,8 +1,8 @@
 """The records that flow between the stages, and the letters that name their dimensions.
 
-    U trunks · L trunk tokens · M cuts (prompts) per trunk · G rollouts per prompt · R branches per trunk = M·G
-    B branches = U·R, trunk-major · E tail tokens · C completion tokens · T branch tokens = E + C
-    X prediction bytes · Y continuation bytes · V vocabulary · W bytes of the longest token
+    U trunks · L trunk tokens · M cuts (prompts) per trunk · G rollouts per prompt · R branches per trunk = M·G, or
+    lanes of them · B branches = U·R, trunk-major · E tail tokens · P stem tokens = L + M·E · C completion tokens
+    T tokens of a lane · X prediction bytes · Y continuation bytes · V vocabulary · W bytes of the longest token
     N layers · D width · F MLP width · H query heads · K key/value heads · J query heads per key/value head
     Q head size · S cache slots
 
@@ -64,13 +64,20 @@ class Experience:
 
 @record
 class Sequences:
-    """What the model runs: trunks and the branches that leave them. R may be 0."""
+    """What the model runs: stems (a trunk, then the tails of its prompts), and lanes of branch tokens that leave them.
+
+    A lane holds completions one behind the other; padding comes last. M or R may be 0.
+    """
 
     trunk_tokens: Any  # i32 [U, L]
-    cuts: Any  # i32 [U, R], trunk tokens that branch r sees; its positions run on from there
-    branch_tokens: Any  # i32 [U, R, T], tail (E, right-aligned) then completion (C)
+    cuts: Any  # i32 [U, M], trunk tokens that prompt m sees; its tail's positions run on from there
+    tail_tokens: Any  # i32 [U, M, E], right-aligned
+    tail_lengths: Any  # i32 [U, M], at least 1
+    branch_tokens: Any  # i32 [U, R, T], completion tokens
     branch_mask: Any  # bool [U, R, T]
-    trunk_segments: Any = None  # i32 [U, L], numbers of the sequences packed into a trunk; None: it is one. Then R is 0
+    branch_prompts: Any  # i32 [U, R, T], prompt m of each token
+    branch_index: Any  # i32 [U, R, T], tokens before it in its own completion
+    trunk_segments: Any = None  # i32 [U, L], numbers of the sequences packed into a trunk; None: it is one. Then M = 0
 
 
 @record
@@ -78,13 +85,12 @@ class TrainBatch:
     """One update's sequences, and what the losses need to know of them. Weights are of the whole global batch."""
 
     sequences: Sequences
-    completion_mask: Any  # bool [U, R, C], tokens up to and including the stop token; the last C of T
-    token_weights: Any  # f32 [U, R, C], weight of each completion token's term
+    token_weights: Any  # f32 [U, R, T], weight of each branch token's term
     trunk_weights: Any  # f32 [U, L], weight of predicting trunk token l from those before it; column 0 is 0
-    advantages: Any  # f32 [U, R]; None in supervised training
-    sampler_logprobs: Any  # f32 [U, R, C]; None in supervised training
-    old_logprobs: Any  # f32 [U, R, C], the policy's own before the first of several updates; None: ratio is 1
-    ref_logprobs: Any  # f32 [U, R, C] of the reference policy; None: no KL term
+    advantages: Any  # f32 [U, R, T]; None in supervised training
+    sampler_logprobs: Any  # f32 [U, R, T]; None in supervised training
+    old_logprobs: Any  # f32 [U, R, T], the policy's own before the first of several updates; None: ratio is 1
+    ref_logprobs: Any  # f32 [U, R, T] of the reference policy; None: no KL term
 
 
 @record

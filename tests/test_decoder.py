@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rpt_jax.config import DecoderConfig, MeshConfig
-from rpt_jax.models import decoder
+from rpt_jax.models import attention, decoder
+from rpt_jax.models.head import token_logprobs, token_loss
 from rpt_jax.parallel.mesh import make_mesh
-from rpt_jax.rl.scoring import completion_logprobs
+from rpt_jax.rl.scoring import predictors, score
 from rpt_jax.types import Sequences
 
 VARIANTS = {
@@ -35,122 +36,175 @@ def test_logits_equal_the_float64_definition(variant, tiny_config, mesh):
     np.testing.assert_allclose(got, oracles.decoder_logits(config, params, tokens), atol=2e-5, rtol=1e-4)
 
 
-def ragged_sequences(config, seed=0, U=3, R=4, L=17, E=5, C=7):
-    """Trunks with cuts anywhere, tails and completions of every length, garbage in the padding."""
+E, C = 5, 7
+
+
+def ragged_sequences(config, seed=0, U=3, M=4, R=6, L=17):
+    """Trunks with cuts anywhere, tails and completions of every length, lanes of one or two completions, and garbage in
+    the padding; and the completions as [(u, prompt, lane, first column, length)]."""
     rng = np.random.default_rng(seed)
-    tail_lengths = rng.integers(1, E + 1, (U, R, 1))
-    completion_lengths = rng.integers(1, C + 1, (U, R, 1))
-    columns = np.arange(E + C)
-    mask = (columns >= E - tail_lengths) & (columns < E + completion_lengths)
+    T = 2 * C
+    mask, prompts, index = np.zeros((U, R, T), bool), np.zeros((U, R, T), np.int32), np.zeros((U, R, T), np.int32)
+    completions = []
+    for u, r in np.ndindex(U, R):
+        column = 0
+        for length in rng.integers(1, C + 1, rng.integers(1, 3)):
+            place, m = np.s_[u, r, column : column + length], rng.integers(M)
+            mask[place], prompts[place], index[place] = True, m, np.arange(length)
+            completions.append((u, m, r, column, length))
+            column += length
     return Sequences(
         trunk_tokens=jnp.asarray(rng.integers(0, config.vocab_size, (U, L)), jnp.int32),
-        cuts=jnp.asarray(rng.integers(1, L + 1, (U, R)), jnp.int32),
-        branch_tokens=jnp.asarray(rng.integers(0, config.vocab_size, (U, R, E + C)), jnp.int32),
+        cuts=jnp.asarray(rng.integers(1, L + 1, (U, M)), jnp.int32),
+        tail_tokens=jnp.asarray(rng.integers(0, config.vocab_size, (U, M, E)), jnp.int32),
+        tail_lengths=jnp.asarray(rng.integers(1, E + 1, (U, M)), jnp.int32),
+        branch_tokens=jnp.asarray(rng.integers(0, config.vocab_size, (U, R, T)), jnp.int32),
         branch_mask=jnp.asarray(mask),
-    )
+        branch_prompts=jnp.asarray(prompts),
+        branch_index=jnp.asarray(index),
+    ), completions
 
 
-def repeated_prompts(sequences):
-    """Every branch as a plain sequence of its own: [(tokens, number of branch tokens)]."""
-    s = jax.tree.map(np.asarray, sequences)
-    for u, r in np.ndindex(s.cuts.shape):
-        own = s.branch_tokens[u, r][s.branch_mask[u, r]]
-        yield u, r, np.concatenate([s.trunk_tokens[u, : s.cuts[u, r]], own]), len(own)
-
-
-def plain_logprobs(config, params, sequences):
-    """[(u, r, log-probabilities of the branch's own tokens)], from whole logits of the repeated prompts.
+def plain_logprobs(config, params, sequences, completions):
+    """f32 [U, R, T] log-probabilities of completion tokens, from whole logits of the repeated prompts; 0 elsewhere.
 
     All are right-padded to one length (causality hides it), so that one program serves them."""
-    rows = list(repeated_prompts(sequences))
-    padded = np.zeros((len(rows), 32), np.int32)
-    for row, (_, _, tokens, _) in zip(padded, rows, strict=True):
+    s = jax.tree.map(np.asarray, sequences)
+    padded = np.zeros((len(completions), 32), np.int32)
+    starts = []
+    for row, (u, m, r, column, length) in zip(padded, completions, strict=True):
+        tail = s.tail_tokens[u, m, E - s.tail_lengths[u, m] :]
+        own = s.branch_tokens[u, r, column : column + length]
+        tokens = np.concatenate([s.trunk_tokens[u, : s.cuts[u, m]], tail, own])
         row[: len(tokens)] = tokens
+        starts.append(len(tokens) - length)
     law = jax.nn.log_softmax(decoder.logits(config, params, jnp.asarray(padded)))
     chosen = jnp.take_along_axis(law[:, :-1], jnp.asarray(padded)[:, 1:, None], axis=-1)[..., 0]
-    return [(u, r, chosen[i, len(t) - 1 - n : len(t) - 1]) for i, (u, r, t, n) in enumerate(rows)]
+    result = jnp.zeros(s.branch_mask.shape)
+    for i, (u, _, r, column, length) in enumerate(completions):
+        result = result.at[u, r, column : column + length].set(chosen[i, starts[i] - 1 : starts[i] - 1 + length])
+    return result
 
 
 def test_trunk_and_branch_logprobs_equal_repeated_prompts(tiny_config, tiny_params):
-    sequences, C = ragged_sequences(tiny_config), 7
-    got, _, _ = completion_logprobs(tiny_config, tiny_params, sequences, C, 1.0)
-    mask = np.asarray(sequences.branch_mask)
-    for u, r, logprobs in plain_logprobs(tiny_config, tiny_params, sequences):
-        own = np.zeros(mask.shape[-1])
-        own[mask[u, r]] = logprobs
-        keep = mask[u, r, -C:]
-        np.testing.assert_allclose(np.asarray(got)[u, r][keep], own[-C:][keep], atol=1e-5)
+    sequences, completions = ragged_sequences(tiny_config)
+    got = np.asarray(score(tiny_config, tiny_params, sequences, temperature=1.0))
+    expected = np.asarray(plain_logprobs(tiny_config, tiny_params, sequences, completions))
+    keep = np.asarray(sequences.branch_mask)
+    assert keep.sum() > 80
+    np.testing.assert_allclose(got[keep], expected[keep], atol=1e-5, rtol=1e-6)
+
+
+def relative_difference(a, b):
+    difference = sum(jnp.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return float(jnp.sqrt(difference / sum(jnp.sum(y**2) for y in jax.tree.leaves(b))))
+
+
+def logprob_gradient(config, params, sequences, weights, temperature=1.0):
+    """Gradient of a weighted sum of log-probabilities, through the loss that training uses."""
+
+    def loss(params):
+        hidden, _ = predictors(config, params, sequences)
+        U, R, T, D = hidden.shape
+        return token_loss(
+            config, lambda logprobs, w: w * logprobs, params, hidden.reshape(U, R * T, D),
+            sequences.branch_tokens.reshape(U, R * T), weights.reshape(U, R * T), temperature=temperature,
+        )[0]  # fmt: skip
+
+    return jax.jit(jax.grad(loss))(params)
+
+
+def random_weights(sequences):
+    weights = np.random.default_rng(1).standard_normal(sequences.branch_mask.shape).astype(np.float32)
+    return jnp.asarray(weights * np.asarray(sequences.branch_mask))
 
 
 def test_trunk_and_branch_gradients_equal_repeated_prompts(tiny_config, tiny_params):
-    sequences, C = ragged_sequences(tiny_config), 7
-    weights = np.random.default_rng(1).standard_normal((3, 4, C)).astype(np.float32)
-    weights *= np.asarray(sequences.branch_mask)[..., -C:]
-
-    def shared(params):
-        return jnp.sum(weights * completion_logprobs(tiny_config, params, sequences, C, 1.0)[0])
+    sequences, completions = ragged_sequences(tiny_config)
+    weights = random_weights(sequences)
 
     def repeated(params):
-        total = 0.0
-        mask = np.asarray(sequences.branch_mask)
-        for u, r, logprobs in plain_logprobs(tiny_config, params, sequences):
-            total += jnp.sum(np.pad(weights[u, r], (mask.shape[-1] - C, 0))[mask[u, r]] * logprobs)
-        return total
+        return jnp.sum(weights * plain_logprobs(tiny_config, params, sequences, completions))
 
-    a, b = jax.jit(jax.grad(shared))(tiny_params), jax.jit(jax.grad(repeated))(tiny_params)
-    difference = jnp.sqrt(
-        sum(jnp.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    )
-    size = jnp.sqrt(sum(jnp.sum(y**2) for y in jax.tree.leaves(b)))
-    assert float(difference / size) < 1e-5
+    got = logprob_gradient(tiny_config, tiny_params, sequences, weights)
+    assert relative_difference(got, jax.jit(jax.grad(repeated))(tiny_params)) < 1e-5
+
+
+def test_attention_block_by_block_changes_nothing(tiny_config, tiny_params, monkeypatch):
+    """Scores of a whole batch at once, of four queries of a lane, and keys kept the other way round."""
+    sequences, _ = ragged_sequences(tiny_config)
+    weights = random_weights(sequences)
+    whole = logprob_gradient(tiny_config, tiny_params, sequences, weights)
+    columns = 17 + 4 * E + 2 * C
+    few = dataclasses.replace(attention.KERNELS["cpu"], max_scores=3 * 4 * columns * 4, keys_transposed=False)
+    monkeypatch.setitem(attention.KERNELS, "cpu", few)
+    other = dataclasses.replace(tiny_config, platform="cpu")  # another static argument: traced anew
+    blocks = logprob_gradient(other, tiny_params, sequences, weights)
+    assert relative_difference(blocks, whole) < 1e-5
 
 
 def test_padding_and_neighbours_change_nothing(tiny_config, tiny_params):
-    sequences, C = ragged_sequences(tiny_config), 7
-    base, _, _ = completion_logprobs(tiny_config, tiny_params, sequences, C, 1.0)
-    mask = sequences.branch_mask
-    garbage = jnp.where(mask, sequences.branch_tokens, (sequences.branch_tokens + 5) % tiny_config.vocab_size)
-    beyond = jnp.arange(17) >= sequences.cuts.max(1, keepdims=True)
-    trunk = jnp.where(beyond, 3, sequences.trunk_tokens)
-    other, _, _ = completion_logprobs(
-        tiny_config, tiny_params, dataclasses.replace(sequences, branch_tokens=garbage, trunk_tokens=trunk), C, 1.0
+    sequences, _ = ragged_sequences(tiny_config)
+    base = np.asarray(score(tiny_config, tiny_params, sequences, temperature=1.0))
+    mask, s = sequences.branch_mask, sequences
+    wrong = dataclasses.replace(
+        s,
+        branch_tokens=jnp.where(mask, s.branch_tokens, (s.branch_tokens + 5) % tiny_config.vocab_size),
+        trunk_tokens=jnp.where(jnp.arange(17) >= s.cuts.max(1, keepdims=True), 3, s.trunk_tokens),
+        tail_tokens=jnp.where(jnp.arange(E) >= E - s.tail_lengths[..., None], s.tail_tokens, 4),
     )
-    # The first completion token is predicted by a real tail token, so every real column must agree.
-    keep = np.asarray(mask)[..., -C:]
-    np.testing.assert_allclose(np.asarray(base)[keep], np.asarray(other)[keep], atol=1e-5)
-    first = completion_logprobs(
-        tiny_config, tiny_params, dataclasses.replace(
-            sequences, cuts=sequences.cuts[:, :1], branch_tokens=sequences.branch_tokens[:, :1], branch_mask=mask[:, :1]
-        ), C, 1.0,
-    )[0]  # fmt: skip
+    other = np.asarray(score(tiny_config, tiny_params, wrong, temperature=1.0))
+    keep = np.asarray(mask)
+    np.testing.assert_allclose(base[keep], other[keep], atol=1e-5)
+    fields = ("branch_tokens", "branch_mask", "branch_prompts", "branch_index")
+    alone = dataclasses.replace(s, **{name: getattr(s, name)[:, :1] for name in fields})
+    first = np.asarray(score(tiny_config, tiny_params, alone, temperature=1.0))[:, 0]
     # Products of other shapes round differently: a few units in the last place of log-probabilities near -17.
-    np.testing.assert_allclose(
-        np.asarray(first)[:, 0][keep[:, 0]], np.asarray(base)[:, 0][keep[:, 0]], atol=1e-5, rtol=1e-6
-    )
+    np.testing.assert_allclose(first[keep[:, 0]], base[:, 0][keep[:, 0]], atol=1e-5, rtol=1e-6)
 
 
-def test_chunked_logprobs_equal_whole_log_softmax(monkeypatch):
+def test_chunked_laws_and_their_gradients_equal_the_whole(tiny_config, monkeypatch):
+    """Log-probabilities and entropy against float64, gradients against autodiff through the whole log-softmax."""
     rng = np.random.default_rng(0)
-    hidden, head = rng.standard_normal((2, 23, 8)).astype(np.float32), rng.standard_normal((50, 8)).astype(np.float32)
-    targets = rng.integers(0, 50, (2, 23))
-    monkeypatch.setattr(decoder, "_CHUNK_LOGITS", 2 * 50 * 5)  # 5 tokens a chunk, so 23 leave a ragged last one
-    logprobs, entropy = decoder.token_logprobs.__wrapped__(head, hidden, targets, temperature=0.7)
-    z = (hidden.astype(np.float64) @ head.T) / 0.7
+    hidden = rng.standard_normal((2, 23, 8)).astype(np.float32)
+    params = {"head": rng.standard_normal((50, 8)).astype(np.float32)}
+    targets, weights = rng.integers(0, 50, (2, 23)), rng.standard_normal((2, 23)).astype(np.float32)
+    # 5 tokens a chunk, so 23 leave a ragged last one.
+    small = dataclasses.replace(attention.KERNELS["cpu"], max_logits=2 * 50 * 5)
+    monkeypatch.setitem(attention.KERNELS, "cpu", small)
+    config = dataclasses.replace(tiny_config, vocab_size=50, platform="cpu")
+    logprobs, entropy = token_logprobs(config, params, hidden, targets, temperature=0.7)
+    z = (hidden.astype(np.float64) @ params["head"].T) / 0.7
     law = z - np.log(np.exp(z).sum(-1, keepdims=True))
     np.testing.assert_allclose(logprobs, np.take_along_axis(law, targets[..., None], -1)[..., 0], atol=1e-5)
     np.testing.assert_allclose(entropy, -(np.exp(law) * law).sum(-1), atol=1e-5)
 
+    def term(logprobs, inputs):
+        return inputs["w"] * jnp.exp(0.1 * logprobs)
+
+    def chunked(params, hidden):
+        loss, aux = token_loss(config, term, params, hidden, targets, {"w": weights}, temperature=0.7)
+        return 3.0 * loss, aux
+
+    def whole(params, hidden):
+        law = jax.nn.log_softmax(hidden @ params["head"].T / 0.7)
+        return 3.0 * jnp.sum(term(jnp.take_along_axis(law, targets[..., None], -1)[..., 0], {"w": weights}))
+
+    (value, aux), gradients = jax.value_and_grad(chunked, (0, 1), has_aux=True)(params, jnp.asarray(hidden))
+    expected, slopes = jax.value_and_grad(whole, (0, 1))(params, jnp.asarray(hidden))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(aux[0], logprobs, atol=1e-6)
+    for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(slopes), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(chunked(params, hidden)[0], expected, rtol=1e-5)  # without a gradient
+
 
 def test_remat_changes_no_gradient(tiny_config, tiny_params):
-    sequences = ragged_sequences(tiny_config)
-
-    def loss(params, config):
-        return jnp.sum(completion_logprobs(config, params, sequences, 7, 1.0)[0])
-
-    with_remat = jax.grad(loss)(tiny_params, tiny_config)
-    without = jax.grad(loss)(tiny_params, dataclasses.replace(tiny_config, remat=False))
-    for a, b in zip(jax.tree.leaves(with_remat), jax.tree.leaves(without), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    sequences, _ = ragged_sequences(tiny_config)
+    weights = random_weights(sequences)
+    with_remat = logprob_gradient(tiny_config, tiny_params, sequences, weights)
+    without = logprob_gradient(dataclasses.replace(tiny_config, remat=False), tiny_params, sequences, weights)
+    assert relative_difference(with_remat, without) < 1e-5
 
 
 def test_parameters_lie_on_the_mesh_as_the_table_says():

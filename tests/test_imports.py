@@ -13,7 +13,7 @@ LAYERS = [
     ["rpt_jax.tokenizer", "rpt_jax.tokenizer_formats", "rpt_jax.parallel"],
     ["rpt_jax.models"],
     ["rpt_jax.data", "rpt_jax.rewards", "rpt_jax.rl.advantages", "rpt_jax.rl.losses", "rpt_jax.rl.scoring"],
-    ["rpt_jax.rollout", "rpt_jax.rl.update"],
+    ["rpt_jax.rollout", "rpt_jax.rl.update", "rpt_jax.rl.packing"],
     ["rpt_jax.evals"],
     ["rpt_jax.train"],
     ["rpt_jax.scaling"],

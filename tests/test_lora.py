@@ -85,7 +85,7 @@ def test_updates_train_adapters_only_and_learn(tiny_config, tiny_params, mesh, a
     assert len(jax.tree.leaves(state.opt_state[1][0].mu)) == 16
     loss_fn, losses = partial(log_likelihood, tiny_config), []
     for _ in range(20):
-        state, metrics = update(state, TOKENS, loss_fn=loss_fn, optimizer=optimizer, num_microbatches=1, frozen=frozen)
+        state, metrics = update(state, [TOKENS], loss_fn=loss_fn, optimizer=optimizer, frozen=frozen)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
     jax.tree.map(np.testing.assert_array_equal, frozen.params, before)

@@ -15,6 +15,7 @@ from rpt_jax.models import decoder
 from rpt_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
 from rpt_jax.rl import advantages as adv
 from rpt_jax.rl import losses
+from rpt_jax.rl.packing import pack, plan_microbatches, plan_update
 from rpt_jax.rl.scoring import score
 from rpt_jax.rl.update import (
     init_state,
@@ -22,7 +23,6 @@ from rpt_jax.rl.update import (
     muon_dimensions,
     policy_batch,
     policy_loss,
-    split_minibatches,
     supervised_loss,
     update,
 )
@@ -75,8 +75,8 @@ def test_clipped_surrogate_on_paper():
     ratio = jnp.asarray([[[0.5, 1.0, 1.5]]])
     clip = partial(losses.clipped_surrogate, clip_eps_low=0.2, clip_eps_high=0.28)
     # A = 2: min(1, 1.6), 2, min(3, 2.56).   A = -1: min(-.5, -.8), -1, min(-1.5, -1.28).
-    np.testing.assert_allclose(clip(ratio, jnp.asarray([[2.0]]))[0, 0], [1.0, 2.0, 2.56], rtol=1e-6)
-    np.testing.assert_allclose(clip(ratio, jnp.asarray([[-1.0]]))[0, 0], [-0.8, -1.0, -1.5], rtol=1e-6)
+    np.testing.assert_allclose(clip(ratio, jnp.full((1, 1, 3), 2.0))[0, 0], [1.0, 2.0, 2.56], rtol=1e-6)
+    np.testing.assert_allclose(clip(ratio, jnp.full((1, 1, 3), -1.0))[0, 0], [-0.8, -1.0, -1.5], rtol=1e-6)
 
 
 def test_kl_estimators_on_paper_and_on_average():
@@ -155,8 +155,8 @@ def test_on_policy_gradient_is_the_plain_policy_gradient(tiny_config, tiny_param
     batch = policy_batch(experience, loss=LOSS, header_length=0)
 
     def plain(params):
-        logprobs = score(tiny_config, params, batch.sequences, num_completion=10, temperature=1.0)
-        return -jnp.sum(batch.token_weights * batch.advantages[..., None] * logprobs)
+        logprobs = score(tiny_config, params, batch.sequences, temperature=1.0)
+        return -jnp.sum(batch.token_weights * batch.advantages * logprobs)
 
     expected = flat(jax.jit(jax.grad(plain))(tiny_params))
     np.testing.assert_allclose(flat(gradient(tiny_config, tiny_params, batch)), expected, atol=1e-6)
@@ -191,25 +191,91 @@ def test_stop_token_is_in_the_loss(tiny_config, tiny_params):
     # token_mean over 3 tokens.
     np.testing.assert_allclose(batch.token_weights[0], [[1 / 3, 0], [1 / 3, 1 / 3]], rtol=1e-6)
     stepped = jax.tree.map(lambda p, g: p - 0.01 * g, tiny_params, gradient(tiny_config, tiny_params, batch))
-    before, after = (
-        score(tiny_config, p, batch.sequences, num_completion=2, temperature=1.0)[0, 0, 0]
-        for p in (tiny_params, stepped)
-    )
+    before, after = (score(tiny_config, p, batch.sequences, temperature=1.0)[0, 0, 0] for p in (tiny_params, stepped))
     assert float(after) > float(before)
 
 
-def run_update(config, params, batch, mesh, *, optimizer_config=SGD, num_microbatches=1, loss=LOSS):
+def run_update(config, params, batches, mesh, *, optimizer_config=SGD, loss=LOSS):
     optimizer = make_optimizer(optimizer_config, 10)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, mesh)
     loss_fn = partial(policy_loss, config, loss, 1.0)
-    return update(state, batch, loss_fn=loss_fn, optimizer=optimizer, num_microbatches=num_microbatches)
+    return update(state, batches, loss_fn=loss_fn, optimizer=optimizer)
+
+
+def packed(experience, loss=LOSS, *, header_length=0, num_shards=1):
+    """The microbatches of each minibatch, and the counts."""
+    batch = policy_batch(experience, loss=loss, header_length=header_length)
+    plans, counts = plan_update(experience, batch, loss, num_shards)
+    return [[pack(batch, m.trunks, m.source) for m in plan] for plan in plans], counts
+
+
+def test_packing_leaves_out_what_teaches_nothing_and_changes_no_gradient(tiny_config, tiny_params, experience):
+    """Against the whole batch, a row a lane; some groups, and a whole trunk, teach nothing."""
+    level = dataclasses.replace(experience, rewards=experience.rewards.at[1].set(0.5).at[2, 0].set(0.3))
+    loss = LossConfig(microbatch_trunks=2)
+    [microbatches], counts = packed(level, loss)
+    whole = gradient(tiny_config, tiny_params, policy_batch(level, loss=loss, header_length=0))
+    parts = [gradient(tiny_config, tiny_params, m) for m in microbatches]
+    np.testing.assert_allclose(sum(map(flat, parts)), flat(whole), atol=1e-6)
+    rewards, mask = np.asarray(level.rewards), np.asarray(level.rollouts.mask)
+    teaching = np.argwhere((np.ptp(rewards, axis=-1) > 0) & level.tasks.position_mask)
+    kept_trunks = {int(u) for u, _ in teaching}
+    assert 1 <= len(teaching) < 5 and len(kept_trunks) < 4
+    lengths = sum(mask[u, 4 * m : 4 * m + 4].sum() for u, m in teaching)
+    stems = sum(13 + int((level.tasks.tail_lengths * level.tasks.position_mask)[u].sum()) for u in kept_trunks)
+    assert counts["tokens_updated"] == lengths + stems
+    np.testing.assert_allclose(counts["rows_left_out_fraction"], 1 - 4 * len(teaching) / 28)
+    assert sum(len(m.sequences.trunk_tokens) for m in microbatches) == len(kept_trunks)
+    assert sum(int(m.sequences.branch_mask.sum()) for m in microbatches) == lengths
+
+
+def test_lanes_hold_whole_rows_and_every_row_once():
+    rng = np.random.default_rng(0)
+    lengths, keep = rng.integers(1, 33, (5, 24)), rng.random((5, 24)) < 0.7
+    keep[3] = False
+    trunk_loss = np.array([False, False, False, True, False])
+    plan = plan_microbatches(
+        lengths, keep, trunk_loss, range(5), width=32, microbatch_trunks=2, num_shards=1
+    )  # fmt: skip
+    assert sorted(int(u) for m in plan for u in m.trunks if u >= 0) == [0, 1, 2, 3, 4]
+    places = 0
+    for microbatch in plan:
+        places += microbatch.source.size
+        for u, lanes in zip(microbatch.trunks, microbatch.source):
+            seen = lanes[lanes >= 0]
+            if u < 0:
+                assert not len(seen)
+                continue
+            expected = [r * 32 + c for r in np.flatnonzero(keep[u]) for c in range(lengths[u, r])]
+            assert sorted(seen) == expected
+            for lane in lanes:
+                # A row's tokens stand one behind the other, in one lane.
+                rows, columns = lane[lane >= 0] // 32, lane[lane >= 0] % 32
+                begins = np.flatnonzero(columns == 0)
+                assert (np.diff(columns)[np.setdiff1d(np.arange(len(columns) - 1), begins - 1)] == 1).all()
+                assert len(set(rows)) == len(begins)
+    assert (lengths * keep).sum() > 0.6 * places
+
+
+def test_nothing_to_learn_from_is_an_update_of_padding(tiny_config, tiny_params, experience, mesh):
+    level = dataclasses.replace(experience, rewards=jnp.ones((4, 2, 4)))
+    [microbatches], counts = packed(level)
+    assert counts["tokens_updated"] == 0 and counts["rows_left_out_fraction"] == 1
+    state, metrics = run_update(tiny_config, tiny_params, microbatches, mesh)
+    assert float(metrics["grad_norm"]) == 0 and int(state.step) == 1
+    np.testing.assert_array_equal(flat(state.params), flat(tiny_params))
+    # A KL term makes every row count, a next-token term every trunk.
+    assert packed(level, LossConfig(kl_coef=0.1))[1]["rows_left_out_fraction"] == 0
+    assert packed(level, LossConfig(ntp_coef=0.1))[1]["tokens_updated"] > 4 * 13
 
 
 def test_microbatches_add_up(tiny_config, tiny_params, experience, mesh):
-    batch = policy_batch(experience, loss=LOSS, header_length=0)
     sgd = OptimizerConfig(learning_rate=1e-3, max_grad_norm=1.0)
-    whole, m1 = run_update(tiny_config, tiny_params, batch, mesh, optimizer_config=sgd)
-    parts, m4 = run_update(tiny_config, tiny_params, batch, mesh, optimizer_config=sgd, num_microbatches=4)
+    results = []
+    for size in (0, 1):
+        [microbatches], _ = packed(experience, LossConfig(microbatch_trunks=size))
+        results.append(run_update(tiny_config, tiny_params, microbatches, mesh, optimizer_config=sgd))
+    (whole, m1), (parts, m4) = results
     for name in m1:
         np.testing.assert_allclose(m1[name], m4[name], rtol=1e-4, atol=1e-5, err_msg=name)
     np.testing.assert_allclose(whole.opt_state[1][0].mu["head"], parts.opt_state[1][0].mu["head"], rtol=1e-3, atol=1e-7)
@@ -221,13 +287,13 @@ def test_update_on_one_device_equals_a_2x2x2_mesh(tiny_config, experience):
     single, many = make_mesh(MeshConfig()), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = decoder.init_params(config, single, jax.random.key(3))
     abstract = jax.eval_shape(
-        decoder.Decoder(config).init, jax.random.key(0), decoder.empty_branches(np.zeros((1, 2), np.int32))
+        decoder.Decoder(config).init, jax.random.key(0), decoder.trunks_alone(np.zeros((1, 2), np.int32))
     )
     sharded = jax.device_put(params, param_shardings(many, abstract)["params"])
     results = []
     for mesh, p in ((single, params), (many, sharded)):
-        batch = policy_batch(shard_batch(mesh, experience), loss=LOSS, header_length=0)
-        results.append(run_update(config, p, batch, mesh))
+        [microbatches], _ = packed(shard_batch(mesh, experience), num_shards=mesh.shape["data"] * mesh.shape["fsdp"])
+        results.append(run_update(config, p, shard_batch(mesh, microbatches), mesh))
     (a, ma), (b, mb) = results
     for name in set(ma) - {"sampler_mismatch", "sampler_mismatch_max"}:
         np.testing.assert_allclose(ma[name], mb[name], rtol=1e-4, atol=1e-5, err_msg=name)
@@ -243,7 +309,7 @@ def test_non_finite_update_changes_nothing_and_is_counted(tiny_config, tiny_para
     def poisoned(params, batch):
         value, metrics = policy_loss(tiny_config, LOSS, 1.0, params, batch)
         if where == "loss":
-            return value + jnp.where(batch.advantages[0, 0] < 99, jnp.nan, 0), metrics
+            return value + jnp.where(batch.advantages[0, 0, 0] < 99, jnp.nan, 0), metrics
         # sqrt has an infinite slope at 0: the loss stays finite, its gradient does not.
         return value + jnp.sqrt(jnp.sum(params["head"]) * 0.0), metrics
 
@@ -251,11 +317,11 @@ def test_non_finite_update_changes_nothing_and_is_counted(tiny_config, tiny_para
     state = init_state(jax.tree.map(jnp.copy, tiny_params), optimizer, mesh)
     before = flat((state.params, state.opt_state))
     for count in (1, 2):
-        state, metrics = update(state, batch, loss_fn=poisoned, optimizer=optimizer, num_microbatches=1)
+        state, metrics = update(state, [batch], loss_fn=poisoned, optimizer=optimizer)
         assert int(metrics["skipped"]) == count
     np.testing.assert_array_equal(flat((state.params, state.opt_state)), before)
     loss_fn = partial(policy_loss, tiny_config, LOSS, 1.0)
-    state, metrics = update(state, batch, loss_fn=loss_fn, optimizer=optimizer, num_microbatches=1)
+    state, metrics = update(state, [batch], loss_fn=loss_fn, optimizer=optimizer)
     assert int(metrics["skipped"]) == 0 and int(state.step) == 3
 
 
@@ -303,13 +369,15 @@ def test_schedules():
 
 
 def test_minibatches_see_their_own_ratio(tiny_config, tiny_params, experience):
-    batch = policy_batch(experience, loss=LOSS, header_length=0)
-    parts = split_minibatches(batch, 2)
-    assert [p.advantages.shape[0] for p in parts] == [2, 2]
+    loss = LossConfig(num_minibatches=2)
+    minibatches, _ = packed(dataclasses.replace(experience, rewards=experience.rewards.at[0, 0, 0].set(0.0)), loss)
+    assert [sum(len(m.sequences.cuts) for m in minibatch) for minibatch in minibatches] == [2, 2]
     # Twice their share each: on average the size of the whole batch's loss.
-    np.testing.assert_allclose(sum(float(p.token_weights.sum()) for p in parts), 2, rtol=1e-5)
+    batch = policy_batch(experience, loss=loss, header_length=0)
+    np.testing.assert_allclose(batch.token_weights.sum(), 2, rtol=1e-5)
+    batch = policy_batch(experience, loss=LOSS, header_length=0)
     # Old log-probabilities that are lower by ln 2 make the ratio 2 and the clip bind on positive advantages.
-    logprobs = score(tiny_config, tiny_params, batch.sequences, num_completion=10, temperature=1.0)
+    logprobs = score(tiny_config, tiny_params, batch.sequences, temperature=1.0)
     shifted = dataclasses.replace(batch, old_logprobs=logprobs - jnp.log(2.0))
     _, metrics = policy_loss(tiny_config, LOSS, 1.0, tiny_params, shifted)
     np.testing.assert_allclose(metrics["clip_fraction"], 1.0, rtol=1e-5)
@@ -317,7 +385,7 @@ def test_minibatches_see_their_own_ratio(tiny_config, tiny_params, experience):
 
 def test_kl_term_pulls_towards_the_reference(tiny_config, tiny_params, experience):
     batch = policy_batch(experience, loss=LOSS, header_length=0)
-    logprobs = score(tiny_config, tiny_params, batch.sequences, num_completion=10, temperature=1.0)
+    logprobs = score(tiny_config, tiny_params, batch.sequences, temperature=1.0)
     same = dataclasses.replace(batch, ref_logprobs=logprobs)
     loss = LossConfig(kl_coef=0.5)
     value, metrics = policy_loss(tiny_config, loss, 1.0, tiny_params, same)
@@ -336,13 +404,13 @@ def test_supervised_loss_is_the_weighted_mean_of_both_parts(tiny_config, tiny_pa
     trunk_weights = np.pad(rng.random((U, 12)), ((0, 0), (1, 0))).astype(np.float32)
     token_weights = rng.random((U, R, C)).astype(np.float32)
     batch = TrainBatch(
-        sequences=sequences, completion_mask=None, token_weights=token_weights, trunk_weights=trunk_weights,
+        sequences=sequences, token_weights=token_weights, trunk_weights=trunk_weights,
         advantages=None, sampler_logprobs=None, old_logprobs=None, ref_logprobs=None,
     )  # fmt: skip
     value, _ = supervised_loss(tiny_config, tiny_params, batch)
     law = jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, jnp.asarray(sequences.trunk_tokens)))
     trunk = np.take_along_axis(np.asarray(law)[:, :-1], np.asarray(sequences.trunk_tokens)[:, 1:, None], -1)[..., 0]
-    own = np.asarray(score(tiny_config, tiny_params, sequences, num_completion=C, temperature=1.0))
+    own = np.asarray(score(tiny_config, tiny_params, sequences, temperature=1.0))
     np.testing.assert_allclose(value, -(trunk_weights[:, 1:] * trunk).sum() - (token_weights * own).sum(), rtol=1e-4)
 
 
@@ -395,6 +463,6 @@ def _config():
 def test_optax_clip_is_applied(tiny_config, tiny_params, experience, mesh):
     batch = policy_batch(experience, loss=LOSS, header_length=0)
     clipped = OptimizerConfig(learning_rate=1e-3, max_grad_norm=1e-3)
-    state, metrics = run_update(tiny_config, tiny_params, batch, mesh, optimizer_config=clipped)
+    state, metrics = run_update(tiny_config, tiny_params, [batch], mesh, optimizer_config=clipped)
     assert float(metrics["grad_norm"]) > 1e-2
     np.testing.assert_allclose(optax.tree.norm(state.opt_state[1][0].mu), 0.1 * 1e-3, rtol=1e-3)

@@ -62,21 +62,15 @@ def test_neighbours_in_a_row_do_not_see_each_other(tiny_config, tiny_params):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, tiny_config.vocab_size, (1, 12)).astype(np.int32)
     segments = np.array([[1] * 5 + [2] * 7], np.int32)
-    empty = dict(
-        cuts=np.ones((1, 0), np.int32),
-        branch_tokens=np.zeros((1, 0, 1), np.int32),
-        branch_mask=np.zeros((1, 0, 1), bool),
-    )
-    hidden, _ = decoder.forward(
-        tiny_config, tiny_params, Sequences(trunk_tokens=tokens, trunk_segments=segments, **empty)
-    )
-    alone, _ = decoder.forward(tiny_config, tiny_params, decoder.empty_branches(jnp.asarray(tokens[:, 5:])))
+    packed = decoder.trunks_alone(tokens, segments)
+    hidden, _ = decoder.forward(tiny_config, tiny_params, packed)
+    alone, _ = decoder.forward(tiny_config, tiny_params, decoder.trunks_alone(jnp.asarray(tokens[:, 5:])))
     np.testing.assert_allclose(hidden[:, 5:], alone, atol=1e-5)
-    with pytest.raises(ValueError, match="branches cannot leave"):
-        branch = dict(
-            cuts=np.ones((1, 1), np.int32), branch_tokens=tokens[None, :, :2], branch_mask=np.ones((1, 1, 2), bool)
+    with pytest.raises(ValueError, match="prompts cannot leave"):
+        prompt = dict(
+            cuts=np.ones((1, 1), np.int32), tail_tokens=tokens[None, :, :2], tail_lengths=np.full((1, 1), 2, np.int32)
         )
-        decoder.forward(tiny_config, tiny_params, Sequences(trunk_tokens=tokens, trunk_segments=segments, **branch))
+        decoder.forward(tiny_config, tiny_params, dataclasses.replace(packed, **prompt))
 
 
 @pytest.mark.parametrize("pack", [True, False])

@@ -250,7 +250,8 @@ def test_supervised_batches_by_hand(corpus, tmp_path):
     np.testing.assert_allclose(batch.token_weights.sum((1, 2)), [2 / total, 0], rtol=1e-6)
     assert batch.sequences.cuts.tolist() == [[2], [1]]
     own = batch.sequences.branch_tokens[0, 0][batch.sequences.branch_mask[0, 0]]
-    assert own.tolist() == [*tokenizer.encode("<think>"), *tokenizer.encode(" 2"), tokenizer.eos_id]
+    assert batch.sequences.tail_tokens[0, 0].tolist() == tokenizer.encode("<think>")
+    assert own.tolist() == [*tokenizer.encode(" 2"), tokenizer.eos_id]
 
 
 @pytest.mark.parametrize("length", [2, 10, 19, 20, 21, 23])

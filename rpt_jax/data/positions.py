@@ -27,6 +27,7 @@ from rpt_jax.data.documents import Document
 from rpt_jax.data.prompts import TokenFacts, candidate_mask
 from rpt_jax.errors import DataError
 from rpt_jax.models import decoder
+from rpt_jax.models.head import output_head
 from rpt_jax.parallel.mesh import shard_batch
 
 NUM_TOP_TOKENS = 16
@@ -86,8 +87,8 @@ def direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize: 
     Returns:
         (entropy f32 [U, L], argmax i32 [U, L], logprob f32 [U, L]); column 0 is 0.
     """
-    hidden_ULD, _ = decoder.forward(config, params, decoder.empty_branches(tokens_UL))
-    head_VD = decoder.output_head(params)
+    hidden_ULD, _ = decoder.forward(config, params, decoder.trunks_alone(tokens_UL))
+    head_VD = output_head(params)
     num_top = min(NUM_TOP_TOKENS, head_VD.shape[0])
 
     def column(inputs):

@@ -199,7 +199,7 @@ class Evaluator:
         target = jnp.repeat(batch.target_tokens, G, axis=1)
         tokens, mask, last = _append_target(rollouts.tokens, keep, is_closed, stub_ids, stub_lengths, target)
         sequences = to_sequences(batch, tokens, mask)
-        logprobs = score(self.config.model, params, sequences, num_completion=tokens.shape[-1], temperature=1.0)
+        logprobs = score(self.config.model, params, sequences, temperature=1.0)
         return jnp.take_along_axis(logprobs, last[..., None], axis=-1)[..., 0].reshape(U, M, G)
 
 

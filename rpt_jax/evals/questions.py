@@ -87,17 +87,16 @@ class QuestionEvaluator:
         if not num_options:
             return {}
         letters = [self.tokenizer.encode_continuation(f" {letter}") for letter in LETTERS[:num_options]]
-        width, tail = max(map(len, letters)), source.direct_tail.tolist()
-        own = np.zeros((num_options, len(tail) + width), np.int32)
-        own_mask = np.zeros(own.shape, bool)
+        width, tail = max(map(len, letters)), source.direct_tail
+        own = np.zeros((num_options, width), np.int32)
         for row, letter in enumerate(letters):
-            own[row, : len(tail) + len(letter)] = tail + letter
-            own_mask[row, : len(tail) + len(letter)] = True
+            own[row, : len(letter)] = letter
+        own_mask = np.arange(width) < np.array([[len(letter)] for letter in letters])
         result = np.full(len(ids), np.nan, np.float32)
         for place, chosen in self._batches(ids):
             U = len(chosen)
             trunks = np.zeros((U, source.trunk_length), np.int32)
-            cuts = np.ones((U, num_options), np.int32)
+            cuts = np.ones((U, 1), np.int32)
             for u, i in enumerate(chosen):
                 if i is not None:
                     prompt = source.direct_prompts[i]
@@ -105,13 +104,15 @@ class QuestionEvaluator:
             sequences = Sequences(
                 trunk_tokens=trunks,
                 cuts=cuts,
+                tail_tokens=np.broadcast_to(np.asarray(tail, np.int32), (U, 1, len(tail))),
+                tail_lengths=np.full((U, 1), len(tail), np.int32),
                 branch_tokens=np.broadcast_to(own, (U, *own.shape)),
                 branch_mask=np.broadcast_to(own_mask, (U, *own.shape)),
+                branch_prompts=np.zeros((U, *own.shape), np.int32),
+                branch_index=np.broadcast_to(np.arange(width, dtype=np.int32), (U, *own.shape)),
             )
-            logprobs = score(
-                self.config.model, params, shard_batch(self.mesh, sequences), num_completion=width, temperature=1.0
-            )
-            totals = np.where(own_mask[:, -width:], np.asarray(logprobs), 0.0).sum(-1)
+            logprobs = score(self.config.model, params, shard_batch(self.mesh, sequences), temperature=1.0)
+            totals = np.where(own_mask, np.asarray(logprobs), 0.0).sum(-1)
             right = []
             for i, total in zip(chosen[: place.stop - place.start], totals):
                 question = source.questions[i]

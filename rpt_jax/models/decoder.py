@@ -1,8 +1,9 @@
-"""The one model graph: the Qwen2 / Qwen3 / Llama block over trunks and the branches that leave them.
+"""The one model graph: the Qwen2 / Qwen3 / Llama block over stems and the branches that leave them.
 
-`forward` is the update's and the scorer's path: one scan over stacked layers, each running the trunk and then the
-branches against that layer's fresh trunk keys and values. `prefill` and `extend` are the sampler's path over the same
-block and the same parameters: layers unrolled, caches updated in place.
+A stem is a trunk with the tails of its prompts behind it. `forward` is the update's and the scorer's path: one scan
+over stacked layers, each running the stem and then the branches against that layer's fresh stem keys and values.
+`prefill` and `extend` are the sampler's path over the same block and the same parameters: layers unrolled, caches
+updated in place.
 """
 
 from functools import partial
@@ -15,9 +16,20 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from rpt_jax.config import DecoderConfig
-from rpt_jax.models.attention import branch_attention, cache_layout, causal_attention
+from rpt_jax.models.attention import (
+    PADDING,
+    TRUNK,
+    Kernels,
+    Reach,
+    branch_attention,
+    causal_attention,
+    keep,
+    kernels_of,
+    merged_attention,
+)
+from rpt_jax.models.head import next_logits
 from rpt_jax.parallel import mesh as mesh_lib
-from rpt_jax.types import Sequences
+from rpt_jax.types import Sequences, record
 
 
 def rope_angles(config: DecoderConfig, positions_T):
@@ -58,7 +70,7 @@ class Block(nn.Module):
     """One decoder layer. `project` and `finish` are its two halves around attention; `__call__` is the scanned form."""
 
     config: DecoderConfig
-    keep_trunk_kv: bool = False
+    keep_stem_kv: bool = False
 
     def setup(self):
         c = self.config
@@ -121,23 +133,103 @@ class Block(nn.Module):
         y_TD = _rms_norm(x_TD, self.mlp_norm, self.config.norm_eps)
         return x_TD + self.linear("down", nn.silu(self.linear("gate", y_TD)) * self.linear("up", y_TD))
 
-    def __call__(self, streams, trunk_rope, segments_UL, branch_rope, cuts_UR, own_mask_URTS):
-        trunk_ULD, branch_URTD = streams
-        q, k, v = self.project(trunk_ULD, trunk_rope)
-        trunk_ULD = self.finish(trunk_ULD, causal_attention(q, k, v, segments_UL))
-        trunk_kv = cache_layout(k, v)
+    def __call__(self, streams, geometry: "Geometry"):
+        stem_UPD, branch_URTD = streams
+        kernels = kernels_of(self.config)
+        q, k, v = self.project(stem_UPD, geometry.stem_rope)
+        stem_UPD = self.finish(stem_UPD, _stem_attention(q, k, v, geometry, kernels))
+        stem_kv = keep(k, v, kernels)
         if branch_URTD is not None:
-            q, k, v = self.project(branch_URTD, branch_rope)
-            attended = branch_attention(q, trunk_kv, cuts_UR, cache_layout(k, v), own_mask_URTS)
+            q, k, v = self.project(branch_URTD, geometry.branch_rope)
+            attended = branch_attention(q, stem_kv, keep(k, v, kernels), geometry.reach, kernels)
             branch_URTD = self.finish(branch_URTD, attended)
-        return (trunk_ULD, branch_URTD), (trunk_kv if self.keep_trunk_kv else None)
+        return (stem_UPD, branch_URTD), (stem_kv if self.keep_stem_kv else None)
+
+
+def _stem_attention(q_UPHQ, k_UPKQ, v_UPKQ, geometry: "Geometry", kernels: Kernels):
+    """The trunk sees itself; a prompt's tail sees the trunk up to its cut, and itself."""
+    if geometry.tail_mask_UMEE is None:
+        return causal_attention(q_UPHQ, k_UPKQ, v_UPKQ, geometry.segments)
+    U, M, E, _ = geometry.tail_mask_UMEE.shape
+    L = q_UPHQ.shape[1] - M * E
+    (q, q_tail), (k, k_tail), (v, v_tail) = (jnp.split(x, [L], axis=1) for x in (q_UPHQ, k_UPKQ, v_UPKQ))
+    trunk_ULHQ = causal_attention(q, k, v)
+    q_tail, k_tail, v_tail = (x.reshape(U, M, E, *x.shape[2:]) for x in (q_tail, k_tail, v_tail))
+    tails_UMEHQ = merged_attention(
+        q_tail,
+        keep(k, v, kernels),
+        jnp.broadcast_to((jnp.arange(L) < geometry.cuts[..., None])[:, :, None], (U, M, E, L)),
+        keep(k_tail, v_tail, kernels),
+        geometry.tail_mask_UMEE,
+        kernels,
+    )
+    return jnp.concatenate([trunk_ULHQ, tails_UMEHQ.reshape(U, M * E, *tails_UMEHQ.shape[3:])], axis=1)
+
+
+@record
+class Geometry:
+    """Where tokens are and what they see: the same in every layer. None where there are no tails, or no branches."""
+
+    stem_rope: Any  # (cosines, sines), each f32 [U or 1, P, Q / 2]
+    segments: Any  # i32 [U, L] or None, as Sequences.trunk_segments
+    cuts: Any  # i32 [U, M]
+    tail_mask_UMEE: Any  # bool, what tail tokens see of their own tail
+    branch_rope: Any  # (cosines, sines), each f32 [U, R, T, Q / 2]
+    reach: Any  # attention.Reach
+
+
+def geometry_of(config: DecoderConfig, sequences: Sequences) -> Geometry:
+    s = sequences
+    U, M, E = s.tail_tokens.shape
+    L, R = s.trunk_tokens.shape[1], s.branch_tokens.shape[1]
+    if s.trunk_segments is not None and (M or R):
+        raise ValueError("prompts cannot leave a trunk of packed sequences; give trunk_segments=None")
+    positions_UP, tail_mask = trunk_positions(L, s.trunk_segments), None
+    if M:
+        tails_UP = tail_positions(s.cuts, s.tail_lengths, E).reshape(U, M * E)
+        positions_UP = jnp.concatenate([jnp.broadcast_to(positions_UP, (U, L)), tails_UP], axis=1)
+        columns_E = jnp.arange(E)
+        is_real_UME = columns_E >= E - s.tail_lengths[..., None]
+        tail_mask = (columns_E <= columns_E[:, None]) & is_real_UME[:, :, None, :]
+    branch_rope = reach = None
+    if R:
+        starts_UM = s.cuts + s.tail_lengths
+        branch_rope = rope_angles(config, _of_prompt(starts_UM, s.branch_prompts) + s.branch_index)
+        reach = Reach(
+            cuts=_of_prompt(s.cuts, s.branch_prompts),
+            prompts=s.branch_prompts,
+            first=jnp.arange(s.branch_index.shape[-1]) - s.branch_index,
+            columns=stem_columns(L, s.tail_lengths, E),
+        )
+    return Geometry(
+        stem_rope=rope_angles(config, positions_UP),
+        segments=s.trunk_segments,
+        cuts=s.cuts,
+        tail_mask_UMEE=tail_mask,
+        branch_rope=branch_rope,
+        reach=reach,
+    )
+
+
+def _of_prompt(values_UM, prompts_URT):
+    """The value of each token's prompt: [U, R, T]."""
+    U = prompts_URT.shape[0]
+    return jnp.take_along_axis(values_UM, prompts_URT.reshape(U, -1), axis=1).reshape(prompts_URT.shape)
+
+
+def stem_columns(num_trunk: int, tail_lengths_UM, num_tail: int):
+    """i32 [U, P]: the prompt whose tail a stem column belongs to; TRUNK in the trunk, PADDING before short tails."""
+    U, M = tail_lengths_UM.shape
+    is_real_UME = jnp.arange(num_tail) >= num_tail - tail_lengths_UM[..., None]
+    tails = jnp.where(is_real_UME, jnp.arange(M)[:, None], PADDING).reshape(U, M * num_tail)
+    return jnp.concatenate([jnp.full((U, num_trunk), TRUNK), tails], axis=1)
 
 
 class Decoder(nn.Module):
     """Embedding, scanned blocks, final norm."""
 
     config: DecoderConfig
-    keep_trunk_kv: bool = False
+    keep_stem_kv: bool = False
 
     def setup(self):
         c = self.config
@@ -155,26 +247,17 @@ class Decoder(nn.Module):
             in_axes=nn.broadcast,
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.keep_trunk_kv)
+        )(c, self.keep_stem_kv)
 
     def __call__(self, sequences: Sequences):
-        c = self.config
-        segments_UL = sequences.trunk_segments
-        trunk_rope = rope_angles(c, trunk_positions(sequences.trunk_tokens.shape[1], segments_UL))
-        trunk_ULD, branch_URTD = self.embed(sequences.trunk_tokens), None
-        branch_rope = own_mask_URTS = None
-        if sequences.branch_tokens.shape[1]:
-            if segments_UL is not None:
-                raise ValueError("branches cannot leave a trunk of packed sequences; give trunk_segments=None")
-            branch_URTD = self.embed(sequences.branch_tokens)
-            branch_rope = rope_angles(c, branch_positions(sequences.cuts, sequences.branch_mask))
-            own_mask_URTS = own_mask(sequences.branch_mask)
-        (trunk_ULD, branch_URTD), trunk_kv = self.layers(
-            (trunk_ULD, branch_URTD), trunk_rope, segments_UL, branch_rope, sequences.cuts, own_mask_URTS
-        )
-        trunk_ULD = self.normalize(trunk_ULD)
+        s, geometry = sequences, geometry_of(self.config, sequences)
+        U = s.trunk_tokens.shape[0]
+        stem_UPD = self.embed(jnp.concatenate([s.trunk_tokens, s.tail_tokens.reshape(U, -1)], axis=1))
+        branch_URTD = self.embed(s.branch_tokens) if s.branch_tokens.shape[1] else None
+        (stem_UPD, branch_URTD), stem_kv = self.layers((stem_UPD, branch_URTD), geometry)
+        stem_UPD = self.normalize(stem_UPD)
         branch_URTD = None if branch_URTD is None else self.normalize(branch_URTD)
-        return trunk_ULD, branch_URTD, trunk_kv
+        return stem_UPD, branch_URTD, stem_kv
 
     def embed(self, tokens):
         return jnp.take(self.embedding, tokens, axis=0).astype(self.config.activation_dtype)
@@ -192,15 +275,15 @@ def trunk_positions(length: int, segments_UL=None):
     return columns - jax.lax.cummax(jnp.where(begins, columns, 0), axis=1)
 
 
-def branch_positions(cuts_UR, branch_mask_URT):
-    """Rotary positions i32 [U, R, T]: they run on from the cut, counting real tokens only."""
-    return cuts_UR[..., None] + jnp.cumsum(branch_mask_URT, axis=-1) - 1
+def tail_ends(stem_UPD, num_prompts: int, num_tail: int):
+    """What predicts the first token of each prompt's completions: the stem's columns [U, M, D] where its tails end."""
+    U, P, D = stem_UPD.shape
+    return stem_UPD[:, P - num_prompts * num_tail :].reshape(U, num_prompts, num_tail, D)[:, :, -1]
 
 
-def own_mask(branch_mask_URT):
-    """bool [U, R, T, S]: query t sees real own slots up to its own."""
-    T = branch_mask_URT.shape[-1]
-    return jnp.tril(jnp.ones((T, T), bool))[None, None] & branch_mask_URT[:, :, None, :]
+def tail_positions(cuts_UM, tail_lengths_UM, num_tail: int):
+    """Rotary positions i32 [U, M, E] of right-aligned tails: they run on from the cut."""
+    return (cuts_UM + tail_lengths_UM)[..., None] - num_tail + jnp.arange(num_tail)
 
 
 def init_params(config: DecoderConfig, mesh: Mesh, key) -> Any:
@@ -220,132 +303,105 @@ def abstract_params(config: DecoderConfig, mesh: Mesh) -> Any:
 
 
 def _init_boxed(config: DecoderConfig, key):
-    return Decoder(config).init(key, empty_branches(jnp.zeros((1, 2), jnp.int32)))["params"]
+    return Decoder(config).init(key, trunks_alone(jnp.zeros((1, 2), jnp.int32)))["params"]
 
 
 def _init(config: DecoderConfig, key):
     return nn.unbox(_init_boxed(config, key))
 
 
-def empty_branches(trunk_tokens_UL) -> Sequences:
-    """Sequences of trunks alone."""
+def trunks_alone(trunk_tokens_UL, trunk_segments_UL=None) -> Sequences:
+    """Sequences without prompts and branches."""
     U = trunk_tokens_UL.shape[0]
+    nothing_UR1 = np.zeros((U, 0, 1), np.int32)
     return Sequences(
         trunk_tokens=trunk_tokens_UL,
-        cuts=jnp.zeros((U, 0), jnp.int32),
-        branch_tokens=jnp.zeros((U, 0, 1), jnp.int32),
-        branch_mask=jnp.zeros((U, 0, 1), bool),
+        trunk_segments=trunk_segments_UL,
+        cuts=np.zeros((U, 0), np.int32),
+        tail_tokens=nothing_UR1,
+        tail_lengths=np.zeros((U, 0), np.int32),
+        branch_tokens=nothing_UR1,
+        branch_mask=np.zeros((U, 0, 1), bool),
+        branch_prompts=nothing_UR1,
+        branch_index=nothing_UR1,
     )
 
 
 def forward(config: DecoderConfig, params, sequences: Sequences):
-    """Final hidden states of trunks [U, L, D] and branches [U, R, T, D] (None when R = 0)."""
-    trunk_ULD, branch_URTD, _ = Decoder(config).apply({"params": params}, sequences)
-    return trunk_ULD, branch_URTD
+    """Final hidden states of stems [U, P, D] and branches [U, R, T, D] (None when R = 0)."""
+    stem_UPD, branch_URTD, _ = Decoder(config).apply({"params": params}, sequences)
+    return stem_UPD, branch_URTD
 
 
 def logits(config: DecoderConfig, params, tokens_BT):
     """Whole logits f32 [B, T, V] of plain sequences; for small inputs and tests."""
-    hidden_BTD, _ = forward(config, params, empty_branches(tokens_BT))
-    return jnp.einsum("btd,vd->btv", hidden_BTD, output_head(params), preferred_element_type=jnp.float32)
-
-
-def output_head(params):
-    """The head's matrix [V, D], its low-rank adapter added; the embedding where the two are tied."""
-    head_VD = params["head"] if "head" in params else params["embedding"]
-    if "head_lora_a" in params:
-        return head_VD + (params["head_lora_a"] @ params["head_lora_b"]).T.astype(head_VD.dtype)
-    return head_VD
+    return next_logits(params, forward(config, params, trunks_alone(tokens_BT))[0])
 
 
 # --- The sampler's path -------------------------------------------------------------------------------------------
 
 
-def prefill(config: DecoderConfig, params, trunk_tokens_UL) -> list:
-    """Run each trunk once; a (k [U, K, Q, L], v [U, K, L, Q]) pair per layer."""
-    _, _, (k, v) = Decoder(config, keep_trunk_kv=True).apply({"params": params}, empty_branches(trunk_tokens_UL))
-    return [(k[i], v[i]) for i in range(config.num_layers)]
+@partial(jax.jit, static_argnames="config")
+def decoding_weights(config: DecoderConfig, params) -> dict:
+    """Parameters as `extend` wants them: {"layers": a tree per layer, "rest": the others}, in the activations' type.
+
+    Layers are taken apart here, for a slice inside the decode loop would copy weights at every token.
+    """
+
+    def cast(path, p):
+        # Scales of norms are multiplied in float32.
+        return p if path[-1].key.endswith("norm") else p.astype(config.activation_dtype)
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(config.num_layers)]
+    return {"layers": layers, "rest": {k: v for k, v in params.items() if k != "layers"}}
 
 
-def unstack_layers(config: DecoderConfig, params) -> list:
-    """Per-layer parameter trees. Slice outside the decode loop: a slice inside would copy weights at every token."""
-    return [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(config.num_layers)]
+def prefill(config: DecoderConfig, params, stems: Sequences):
+    """Run each stem once: (hidden states [U, P, D] after the final norm, a pair of keys and values per layer)."""
+    stem_UPD, _, (k, v) = Decoder(config, keep_stem_kv=True).apply({"params": params}, stems)
+    return stem_UPD, [(k[i], v[i]) for i in range(config.num_layers)]
 
 
 def empty_cache(config: DecoderConfig, num_trunks: int, num_branches: int, num_slots: int) -> list:
-    """Zeroed own caches of branches, a (k [U, R, K, Q, S], v [U, R, K, S, Q]) pair per layer."""
-    lead, dtype = (num_trunks, num_branches, config.num_kv_heads), config.activation_dtype
-    k_shape, v_shape = (*lead, config.head_size, num_slots), (*lead, num_slots, config.head_size)
-    return [(jnp.zeros(k_shape, dtype), jnp.zeros(v_shape, dtype)) for _ in range(config.num_layers)]
+    """Zeroed own keys and values of branches, a pair per layer."""
+    zeros = jnp.zeros(
+        (num_trunks, num_branches, num_slots, config.num_kv_heads, config.head_size), config.activation_dtype
+    )
+    return [keep(zeros, zeros, kernels_of(config)) for _ in range(config.num_layers)]
 
 
-def extend(config: DecoderConfig, params, layers, tokens_URT, positions_URT, trunk_kv, cuts_UR, cache, slot, mask_URTS):
-    """Feed T further tokens to every branch and append their keys and values at `slot`.
+def slots_axis(kernels: Kernels) -> tuple[int, int]:
+    """Axis of the slots in the keys and in the values of a cache."""
+    return (-1 if kernels.keys_transposed else -2), -2
+
+
+def extend(config: DecoderConfig, weights, tokens_URT, positions_URT, stem_kv, stem_mask, cache, slot, own_mask):
+    """Feed T further tokens to every branch and put their keys and values at `slot`.
 
     Args:
-        layers: from `unstack_layers`.
+        weights: from `decoding_weights`.
         tokens_URT, positions_URT: i32.
-        trunk_kv: from `prefill`.
-        cache: own caches, from `empty_cache` or an earlier call.
+        stem_kv: from `prefill`.
+        stem_mask: bool [U, R, T, P], stem columns that each token sees.
+        cache: own keys and values, from `empty_cache` or an earlier call.
         slot: i32 scalar, where the first of the T tokens goes.
-        mask_URTS: bool, own slots each token sees (its own among them).
+        own_mask: bool [U, R, T, S], own slots that each token sees (its own among them).
     Returns:
         hidden states of the tokens [U, R, T, D] after the final norm, and the caches.
     """
-    variables = {"params": params}
+    variables, kernels = {"params": weights["rest"]}, kernels_of(config)
     model, block = Decoder(config), Block(config)
     x = model.apply(variables, tokens_URT, method=Decoder.embed)
     rope = rope_angles(config, positions_URT)
     new_cache = []
-    for layer, layer_trunk_kv, (cache_k, cache_v) in zip(layers, trunk_kv, cache, strict=True):
+    for layer, layer_stem_kv, own_kv in zip(weights["layers"], stem_kv, cache, strict=True):
         q, k, v = block.apply({"params": layer}, x, rope, method=Block.project)
-        new_k, new_v = cache_layout(k, v)
-        cache_k = jax.lax.dynamic_update_slice_in_dim(cache_k, new_k, slot, axis=4)
-        cache_v = jax.lax.dynamic_update_slice_in_dim(cache_v, new_v, slot, axis=3)
-        attended = branch_attention(q, layer_trunk_kv, cuts_UR, (cache_k, cache_v), mask_URTS)
-        x = block.apply({"params": layer}, x, attended, method=Block.finish)
-        new_cache.append((cache_k, cache_v))
-    return model.apply(variables, x, method=Decoder.normalize), new_cache
-
-
-# --- Log-probabilities without a [rows, tokens, vocabulary] array ---------------------------------------------------
-
-# Logits of one chunk hold at most so many numbers (128 MiB of float32).
-_CHUNK_LOGITS = 2**25
-
-
-@partial(jax.jit, static_argnames=("temperature",))
-def token_logprobs(head_VD, hidden_UND, targets_UN, *, temperature: float):
-    """Log-probability of each target and entropy of its law, softmax(logits / temperature).
-
-    Chunks of the token dimension are scanned with their logits recomputed in the backward pass.
-
-    Args:
-        head_VD: output head.
-        hidden_UND: hidden states after the final norm, any token dimension N.
-        targets_UN: i32.
-        temperature: > 0.
-    Returns:
-        (logprobs f32 [U, N], entropy f32 [U, N]), nats.
-    """
-    U, n, _ = hidden_UND.shape
-    chunk = max(1, min(n, _CHUNK_LOGITS // (U * head_VD.shape[0])))
-    num_chunks = -(-n // chunk)
-    pad = num_chunks * chunk - n
-
-    def chunked(x):
-        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(U, num_chunks, chunk, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def chunk_logprobs(hidden_UnD, targets_Un):
-        logits_UnV = jnp.einsum(
-            "und,vd->unv", hidden_UnD, head_VD.astype(hidden_UnD.dtype), preferred_element_type=jnp.float32
+        own_kv = tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=old.ndim + axis)
+            for old, new, axis in zip(own_kv, keep(k, v, kernels), slots_axis(kernels), strict=True)
         )
-        log_law = jax.nn.log_softmax(logits_UnV / temperature, axis=-1)
-        chosen = jnp.take_along_axis(log_law, targets_Un[..., None], axis=-1)[..., 0]
-        entropy = -jnp.sum(jnp.exp(log_law) * log_law, axis=-1)
-        return chosen, jax.lax.stop_gradient(entropy)
-
-    logprobs, entropy = jax.lax.map(lambda xs: chunk_logprobs(*xs), (chunked(hidden_UND), chunked(targets_UN)))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(U, -1)[:, :n] for x in (logprobs, entropy))
+        attended = merged_attention(q, layer_stem_kv, stem_mask, own_kv, own_mask, kernels)
+        x = block.apply({"params": layer}, x, attended, method=Block.finish)
+        new_cache.append(own_kv)
+    return model.apply(variables, x, method=Decoder.normalize), new_cache

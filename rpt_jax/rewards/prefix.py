@@ -1,6 +1,7 @@
 """The reward of RPT: is the prediction a byte prefix of the true continuation that ends at a token boundary?
 
-Array programs over whole batches; `tests/oracles.py` holds the plain-Python definition they are checked against.
+Array programs over whole batches, four bytes at a time; `tests/oracles.py` holds the plain-Python definition they are
+checked against.
 """
 
 import jax
@@ -29,11 +30,29 @@ def prefix_match_reward(prediction_BX, prediction_lengths_B, continuation_BY, bo
             f"{boundary_mask_BY.shape} must share B, and the last two Y"
         )
     width = min(X, Y)
+    prediction, continuation, boundary = (
+        _words(x, width) for x in (prediction_BX, continuation_BY, boundary_mask_BY.astype(jnp.uint8))
+    )
     lengths = prediction_lengths_B[:, None]
-    differs = prediction_BX[:, :width] != continuation_BY[:, :width]
-    is_prefix = ~jnp.any(differs & (jnp.arange(width) < lengths), axis=1)
-    at_boundary = jnp.any(boundary_mask_BY[:, :width] & (jnp.arange(width) == lengths - 1), axis=1)
-    return (is_prefix & at_boundary).astype(jnp.float32)
+    differs = (prediction ^ continuation) & _first_bytes(lengths, prediction.shape[1])
+    # Whether l bytes end at a boundary is said by byte l - 1: one of the first l, but not of the first l - 1.
+    last = _first_bytes(lengths, boundary.shape[1]) ^ _first_bytes(lengths - 1, boundary.shape[1])
+    at_boundary = jnp.any((boundary & last) != 0, axis=1) & (prediction_lengths_B <= width)
+    return (~jnp.any(differs != 0, axis=1) & at_boundary).astype(jnp.float32)
+
+
+def _words(bytes_BX, width: int):
+    """The first `width` bytes as u32 [B, width / 4], four at a time; the last word filled with 0."""
+    num_words = -(-width // 4)
+    padded = jnp.pad(bytes_BX[:, :width], ((0, 0), (0, 4 * num_words - width)))
+    return jax.lax.bitcast_convert_type(padded.reshape(-1, num_words, 4), jnp.uint32)
+
+
+def _first_bytes(lengths_B1, num_words: int):
+    """u32 [B, num_words]: all bits of each row's first `lengths` bytes. A word's first byte is its lowest bits."""
+    left = jnp.clip(lengths_B1 - 4 * jnp.arange(num_words), 0, 4)
+    some = (jnp.uint32(1) << (8 * jnp.minimum(left, 3)).astype(jnp.uint32)) - 1
+    return jnp.where(left == 4, jnp.uint32(0xFFFFFFFF), some)
 
 
 @jax.jit
@@ -45,7 +64,7 @@ def first_token_reward(prediction_BX, prediction_lengths_B, continuation_BY, bou
     """
     width = min(prediction_BX.shape[1], continuation_BY.shape[1])
     first = jnp.argmax(boundary_mask_BY, axis=1) + 1
-    differs = prediction_BX[:, :width] != continuation_BY[:, :width]
-    agrees = ~jnp.any(differs & (jnp.arange(width) < first[:, None]), axis=1)
+    prediction, continuation = _words(prediction_BX, width), _words(continuation_BY, width)
+    differs = (prediction ^ continuation) & _first_bytes(first[:, None], prediction.shape[1])
     reaches = (prediction_lengths_B >= first) & (first <= width) & jnp.any(boundary_mask_BY, axis=1)
-    return (agrees & reaches).astype(jnp.float32)
+    return (~jnp.any(differs != 0, axis=1) & reaches).astype(jnp.float32)

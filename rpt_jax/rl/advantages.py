@@ -43,7 +43,7 @@ def opo(rewards_UMG, lengths_UMG):
 
 
 def compute_advantages(name: str, rewards_UMG, lengths_UMG, position_mask_UM):
-    """The advantage called `name` (config `loss.advantage`); 0 for padded positions.
+    """The advantage called `name` (config `loss.advantage`); exactly 0 for padded positions and degenerate groups.
 
     Args:
         rewards_UMG: f32, G >= 2. lengths_UMG: i32 completion tokens. position_mask_UM: bool.
@@ -66,7 +66,9 @@ def compute_advantages(name: str, rewards_UMG, lengths_UMG, position_mask_UM):
         advantages = opo(rewards_UMG, lengths_UMG)
     else:
         raise ValueError(f"unknown advantage {name!r}")
-    return jnp.where(position_mask_UM[..., None], advantages, 0.0)
+    # A mean of equal numbers may differ from them in the last place, and grpo would divide that by 1e-6.
+    teaches_UM = position_mask_UM & ~degenerate_groups(rewards_UMG)
+    return jnp.where(teaches_UM[..., None], advantages, 0.0)
 
 
 def degenerate_groups(rewards_UMG):

@@ -1,16 +1,16 @@
 """The terms of the policy-gradient loss, each one equation. Arrays and scalars only.
 
-Token arrays are [U, R, C]; `mask` is True for completion tokens up to and including the stop token.
+Token arrays are [U, R, C], or lanes [U, R, T]; `mask` is True for completion tokens up to and including the stop token.
 """
 
 import jax.numpy as jnp
 
 
-def clipped_surrogate(ratio, advantages_UR, *, clip_eps_low: float, clip_eps_high: float):
+def clipped_surrogate(ratio, advantages, *, clip_eps_low: float, clip_eps_high: float):
     """min(ratio A, clip(ratio, 1 - low, 1 + high) A) per token (PPO, arXiv:1707.06347 eq. 7; clip-higher:
-    DAPO, arXiv:2503.14476 eq. 10). To be maximised."""
-    A = advantages_UR[..., None]
-    return jnp.minimum(ratio * A, jnp.clip(ratio, 1 - clip_eps_low, 1 + clip_eps_high) * A)
+    DAPO, arXiv:2503.14476 eq. 10). To be maximised. Arrays of one shape."""
+    clipped = jnp.clip(ratio, 1 - clip_eps_low, 1 + clip_eps_high)
+    return jnp.minimum(ratio * advantages, clipped * advantages)
 
 
 def kl_term(name: str, logprobs, ref_logprobs):

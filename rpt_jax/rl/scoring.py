@@ -7,35 +7,35 @@ import jax.numpy as jnp
 
 from rpt_jax.config import DecoderConfig
 from rpt_jax.models import decoder
+from rpt_jax.models.head import next_logits, token_logprobs
 from rpt_jax.types import Sequences, TaskBatch
 
 
-def completion_logprobs(config: DecoderConfig, params, sequences: Sequences, num_completion: int, temperature: float):
-    """Teacher-forced log-probabilities and entropies of completion tokens.
+def predictors(config: DecoderConfig, params, sequences: Sequences):
+    """The hidden states that predict: branch tokens [U, R, T, D], and whole trunks [U, L, D].
 
-    Args:
-        num_completion: C, the last columns of the branches.
-        temperature: of the law that is scored; > 0.
-    Returns:
-        (logprobs f32 [U, R, C], entropy f32 [U, R, C], trunk hidden states [U, L, D]).
+    A completion's first token is predicted by its prompt's tail, the others by the token before.
     """
-    trunk_ULD, branch_URTD = decoder.forward(config, params, sequences)
-    U, R, T = sequences.branch_tokens.shape
-    C = num_completion
-    if not R:
-        empty = jnp.zeros((U, 0, C))
-        return empty, empty, trunk_ULD
-    hidden = branch_URTD[:, :, T - C - 1 : T - 1].reshape(U, R * C, -1)
-    targets = sequences.branch_tokens[:, :, T - C :].reshape(U, R * C)
-    both = decoder.token_logprobs(decoder.output_head(params), hidden, targets, temperature=temperature)
-    logprobs, entropy = (x.reshape(U, R, C) for x in both)
-    return logprobs, entropy, trunk_ULD
+    s = sequences
+    stem_UPD, branch_URTD = decoder.forward(config, params, s)
+    trunk_ULD = stem_UPD[:, : s.trunk_tokens.shape[1]]
+    if branch_URTD is None:
+        return jnp.zeros((*s.branch_tokens.shape, stem_UPD.shape[-1]), stem_UPD.dtype), trunk_ULD
+    U, R, T, D = branch_URTD.shape
+    ends_UMD = decoder.tail_ends(stem_UPD, *s.tail_tokens.shape[1:])
+    first = jnp.take_along_axis(ends_UMD, s.branch_prompts.reshape(U, R * T, 1), axis=1).reshape(U, R, T, D)
+    before = jnp.pad(branch_URTD[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
+    return jnp.where((s.branch_index == 0)[..., None], first, before), trunk_ULD
 
 
-@partial(jax.jit, static_argnames=("config", "num_completion", "temperature"))
-def score(config: DecoderConfig, params, sequences: Sequences, *, num_completion: int, temperature: float):
-    """Log-probabilities f32 [U, R, C] of completion tokens, for old and reference policies."""
-    return completion_logprobs(config, params, sequences, num_completion, temperature)[0]
+@partial(jax.jit, static_argnames=("config", "temperature"))
+def score(config: DecoderConfig, params, sequences: Sequences, *, temperature: float):
+    """Teacher-forced log-probabilities f32 [U, R, T] of branch tokens. temperature: of the law that is scored; > 0."""
+    hidden_URTD, _ = predictors(config, params, sequences)
+    U, R, T, D = hidden_URTD.shape
+    targets_UN = sequences.branch_tokens.reshape(U, R * T)
+    logprobs, _ = token_logprobs(config, params, hidden_URTD.reshape(U, R * T, D), targets_UN, temperature=temperature)
+    return logprobs.reshape(U, R, T)
 
 
 @partial(jax.jit, static_argnames=("config", "header_length", "bos_id"))
@@ -49,13 +49,7 @@ def direct_logprobs(config: DecoderConfig, params, batch: TaskBatch, *, header_l
     tokens_UL = batch.trunk_tokens[:, header_length:]
     num_bos = 0 if bos_id is None else 1
     tokens_UL = jnp.pad(tokens_UL, ((0, 0), (num_bos, 0)), constant_values=bos_id or 0)
-    hidden_ULD, _ = decoder.forward(config, params, decoder.empty_branches(tokens_UL))
+    hidden_ULD, _ = decoder.forward(config, params, decoder.trunks_alone(tokens_UL))
     last_UM = jnp.clip(batch.cuts - header_length + num_bos - 1, 0, tokens_UL.shape[1] - 1)
     hidden_UMD = jnp.take_along_axis(hidden_ULD, last_UM[..., None], axis=1)
-    logits = jnp.einsum(
-        "umd,vd->umv",
-        hidden_UMD,
-        decoder.output_head(params).astype(hidden_UMD.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return jax.nn.log_softmax(logits, axis=-1)
+    return jax.nn.log_softmax(next_logits(params, hidden_UMD), axis=-1)

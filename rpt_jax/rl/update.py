@@ -4,8 +4,7 @@ RPT and supervised training differ in one function, `policy_loss` or `supervised
 Loss weights are made for the whole global batch before it is split, so microbatches and devices just add up.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,12 +14,12 @@ import optax
 from jax.sharding import Mesh
 
 from rpt_jax.config import DecoderConfig, LossConfig, OptimizerConfig
-from rpt_jax.models import decoder
+from rpt_jax.models.head import token_loss
 from rpt_jax.models.lora import Frozen, join
 from rpt_jax.parallel.mesh import replicated
 from rpt_jax.rl.advantages import compute_advantages
 from rpt_jax.rl.losses import aggregation_weights, clipped_surrogate, kl_term
-from rpt_jax.rl.scoring import completion_logprobs
+from rpt_jax.rl.scoring import predictors
 from rpt_jax.rollout.engine import to_sequences
 from rpt_jax.types import Experience, TrainBatch, TrainState
 
@@ -108,21 +107,70 @@ def _state_shardings(abstract_state, params, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
 
 
-def _trunk_loss(params, batch: TrainBatch, trunk_ULD):
+def _weighted_logprobs(logprobs, weights):
+    return -weights * logprobs
+
+
+def _trunk_loss(config: DecoderConfig, params, batch: TrainBatch, trunk_ULD):
     """Weighted next-token loss on trunk tokens at temperature 1."""
-    logprobs, _ = decoder.token_logprobs(
-        decoder.output_head(params), trunk_ULD[:, :-1], batch.sequences.trunk_tokens[:, 1:], temperature=1.0
+    loss, _ = token_loss(
+        config,
+        _weighted_logprobs,
+        params,
+        trunk_ULD[:, :-1],
+        batch.sequences.trunk_tokens[:, 1:],
+        batch.trunk_weights[:, 1:],
+        temperature=1.0,
     )
-    return -jnp.sum(batch.trunk_weights[:, 1:] * logprobs)
+    return loss
+
+
+def _branch_loss(config: DecoderConfig, term_fn, params, batch: TrainBatch, hidden_URTD, inputs, temperature: float):
+    """(loss, logprobs [U, R, T], entropy [U, R, T]) of branch tokens; see `head.token_loss`."""
+    shape = hidden_URTD.shape[:3]
+
+    def flat(x_URT):
+        return x_URT.reshape(shape[0], shape[1] * shape[2], *x_URT.shape[3:])
+
+    loss, of_tokens = token_loss(
+        config,
+        term_fn,
+        params,
+        flat(hidden_URTD),
+        flat(batch.sequences.branch_tokens),
+        jax.tree.map(flat, inputs),
+        temperature=temperature,
+    )
+    return loss, *(x.reshape(shape) for x in of_tokens)
 
 
 def supervised_loss(config: DecoderConfig, params, batch: TrainBatch):
     """-(weights * log-probabilities).sum() over trunk and completion tokens; weights sum to 1 over the global batch."""
-    C = batch.token_weights.shape[-1]
-    logprobs, _, trunk_ULD = completion_logprobs(config, params, batch.sequences, C, 1.0)
-    completion = -jnp.sum(batch.token_weights * logprobs)
-    trunk = _trunk_loss(params, batch, trunk_ULD)
+    hidden_URTD, trunk_ULD = predictors(config, params, batch.sequences)
+    completion = jnp.float32(0)
+    if hidden_URTD.shape[1]:
+        completion, _, _ = _branch_loss(
+            config, _weighted_logprobs, params, batch, hidden_URTD, batch.token_weights, temperature=1.0
+        )
+    trunk = _trunk_loss(config, params, batch, trunk_ULD)
     return completion + trunk, {"completion_loss": completion, "trunk_loss": trunk}
+
+
+def _policy_terms(loss: LossConfig, logprobs, inputs):
+    """Terms of the loss, to be minimised and summed. `inputs` is a TrainBatch's own tokens."""
+    # Padding holds arbitrary tokens: its terms must not reach a product with weight 0 as inf or NaN.
+    logprobs = jnp.where(inputs["mask"], logprobs, 0.0)
+    ratio = jnp.exp(logprobs - _old_logprobs(logprobs, inputs))
+    terms = clipped_surrogate(
+        ratio, inputs["advantages"], clip_eps_low=loss.clip_eps_low, clip_eps_high=loss.clip_eps_high
+    )
+    if inputs["ref"] is not None:
+        terms = terms - loss.kl_coef * kl_term(loss.kl_estimator, logprobs, inputs["ref"])
+    return -inputs["weights"] * terms
+
+
+def _old_logprobs(logprobs, inputs):
+    return jax.lax.stop_gradient(logprobs) if inputs["old"] is None else inputs["old"]
 
 
 def policy_loss(config: DecoderConfig, loss: LossConfig, temperature: float, params, batch: TrainBatch):
@@ -131,70 +179,77 @@ def policy_loss(config: DecoderConfig, loss: LossConfig, temperature: float, par
     Log-probabilities are those of the rollout temperature. With one update per batch `old_logprobs` is None and the
     ratio is exactly 1.
     """
-    mask = batch.completion_mask
-    logprobs, entropy, trunk_ULD = completion_logprobs(config, params, batch.sequences, mask.shape[-1], temperature)
-    # Padding holds arbitrary tokens: their terms must not reach a product with weight 0 as inf or NaN.
+    mask, weights = batch.sequences.branch_mask, batch.token_weights
+    hidden_URTD, trunk_ULD = predictors(config, params, batch.sequences)
+    inputs = {
+        "mask": mask,
+        "weights": weights,
+        "advantages": batch.advantages,
+        "old": batch.old_logprobs,
+        "ref": batch.ref_logprobs,
+    }
+    terms = partial(_policy_terms, loss)
+    total, logprobs, entropy = _branch_loss(config, terms, params, batch, hidden_URTD, inputs, temperature)
     logprobs = jnp.where(mask, logprobs, 0.0)
-    old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else jnp.where(mask, batch.old_logprobs, 0.0)
-    ratio = jnp.exp(logprobs - old)
-    terms = clipped_surrogate(ratio, batch.advantages, clip_eps_low=loss.clip_eps_low, clip_eps_high=loss.clip_eps_high)
     metrics = {}
     if batch.ref_logprobs is not None:
-        kl = kl_term(loss.kl_estimator, logprobs, jnp.where(mask, batch.ref_logprobs, 0.0))
-        terms = terms - loss.kl_coef * kl
-        metrics["kl"] = jnp.sum(batch.token_weights * kl)
-    total = -jnp.sum(batch.token_weights * terms)
+        metrics["kl"] = jnp.sum(weights * kl_term(loss.kl_estimator, logprobs, batch.ref_logprobs))
     if loss.ntp_coef:
-        metrics["ntp_loss"] = _trunk_loss(params, batch, trunk_ULD)
+        metrics["ntp_loss"] = _trunk_loss(config, params, batch, trunk_ULD)
         total = total + loss.ntp_coef * metrics["ntp_loss"]
-    mismatch = jnp.abs(jax.lax.stop_gradient(logprobs) - jnp.where(mask, batch.sampler_logprobs, 0.0))
+    ratio = jnp.exp(logprobs - _old_logprobs(logprobs, inputs))
     clipped = (ratio < 1 - loss.clip_eps_low) | (ratio > 1 + loss.clip_eps_high)
+    mismatch = jnp.abs(logprobs - batch.sampler_logprobs)
     return total, metrics | {
-        "token_weight": jnp.sum(batch.token_weights),
-        "entropy": jnp.sum(batch.token_weights * entropy),
-        "clip_fraction": jnp.sum(batch.token_weights * clipped),
-        "sampler_mismatch": jnp.sum(batch.token_weights * mismatch),
+        "token_weight": jnp.sum(weights),
+        "entropy": jnp.sum(weights * entropy),
+        "clip_fraction": jnp.sum(weights * clipped),
+        "sampler_mismatch": jnp.sum(weights * mismatch),
         "sampler_mismatch_max": jnp.max(mismatch, initial=0.0),
     }
 
 
-@partial(jax.jit, static_argnames=("loss_fn", "optimizer", "num_microbatches"), donate_argnums=0)
 def update(
-    state: TrainState, batch: TrainBatch, *, loss_fn, optimizer, num_microbatches: int, frozen: Frozen | None = None
-):
-    """One optimizer step.
+    state: TrainState, microbatches: Sequence[TrainBatch], *, loss_fn, optimizer, frozen: Frozen | None = None
+) -> tuple[TrainState, dict]:
+    """One optimizer step; `state` is donated.
 
     A step whose loss or gradient is not finite changes neither parameters nor optimizer state, bit for bit; it is
     counted in `state.skipped`, which the next good step sets back to 0.
 
     Args:
+        microbatches: run one after the other; their gradients add up. Their shapes may differ.
         loss_fn: (policy's parameters, batch) -> (scalar, dict of scalars); a static, hashable callable.
         frozen: what the trained parameters are adapters of; None: they are the whole policy.
-        num_microbatches: the batch's trunks are run in so many passes whose gradients add up.
     Returns:
         (TrainState, dict of f32 scalars: loss, grad_norm, skipped and those of the loss; names ending in _max are
         maxima, the others sums over microbatches).
     """
-    value_and_grad = jax.value_and_grad(lambda params, batch: loss_fn(join(frozen, params), batch), has_aux=True)
+    gradients, metrics = None, []
+    for batch in microbatches:
+        gradients, of_batch = _add_gradients(state.params, frozen, batch, gradients, loss_fn=loss_fn)
+        metrics.append(of_batch)
+    return _apply(state, gradients, metrics, optimizer=optimizer)
 
-    def split(x):
-        # Every n-th trunk: each pass then has trunks of every device.
-        return jnp.swapaxes(x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]), 0, 1)
 
-    def accumulate(total, microbatch):
-        (loss, metrics), grads = value_and_grad(state.params, microbatch)
-        return jax.tree.map(jnp.add, total, (loss, grads)), metrics
+@partial(jax.jit, static_argnames="loss_fn", donate_argnames="total")
+def _add_gradients(params, frozen, batch: TrainBatch, total, *, loss_fn):
+    value_and_grad = jax.value_and_grad(lambda params: loss_fn(join(frozen, params), batch), has_aux=True)
+    (loss, metrics), gradients = value_and_grad(params)
+    if total is not None:
+        gradients = jax.tree.map(jnp.add, total, gradients)
+    return gradients, metrics | {"loss": loss}
 
-    if num_microbatches == 1:
-        (loss, metrics), grads = value_and_grad(state.params, batch)
-    else:
-        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, grads), metrics = jax.lax.scan(accumulate, zero, jax.tree.map(split, batch))
-        metrics = {name: v.max() if name.endswith("_max") else v.sum() for name, v in metrics.items()}
 
-    grad_norm = optax.tree.norm(grads)
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+@partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
+def _apply(state: TrainState, gradients, metrics: list[dict], *, optimizer) -> tuple[TrainState, dict]:
+    metrics = {
+        name: (jnp.max if name.endswith("_max") else jnp.sum)(jnp.stack([m[name] for m in metrics]))
+        for name in metrics[0]
+    }
+    grad_norm = optax.tree.norm(gradients)
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
     def keep(new, old):
@@ -206,12 +261,14 @@ def update(
         opt_state=keep(opt_state, state.opt_state),
         skipped=jnp.where(is_finite, 0, state.skipped + 1),
     )
-    return new_state, metrics | {"loss": loss, "grad_norm": grad_norm, "skipped": new_state.skipped}
+    return new_state, metrics | {"grad_norm": grad_norm, "skipped": new_state.skipped}
 
 
 @partial(jax.jit, static_argnames=("loss", "header_length"))
 def policy_batch(experience: Experience, *, loss: LossConfig, header_length: int) -> TrainBatch:
     """The TrainBatch of one rollout batch: its sequences, advantages and loss weights, made over the whole of it.
+
+    Weights are times the number of minibatches, so that each minibatch has a loss of the usual size.
 
     Args:
         header_length: trunk tokens before the document, which the next-token term leaves out.
@@ -222,23 +279,13 @@ def policy_batch(experience: Experience, *, loss: LossConfig, header_length: int
     advantages_UMG = compute_advantages(loss.advantage, experience.rewards, lengths_UMG, experience.group_mask)
     columns = jnp.arange(tasks.trunk_tokens.shape[1])
     trunk_mask = (columns >= max(1, header_length)) & (columns < tasks.trunk_lengths[:, None])
+    weights_URC = aggregation_weights(loss.aggregation, rollouts.mask, jnp.repeat(experience.group_mask, G, axis=1))
     return TrainBatch(
         sequences=to_sequences(tasks, rollouts.tokens, rollouts.mask),
-        completion_mask=rollouts.mask,
-        token_weights=aggregation_weights(
-            loss.aggregation, rollouts.mask, jnp.repeat(experience.group_mask, G, axis=1)
-        ),
-        trunk_weights=trunk_mask / jnp.maximum(1, trunk_mask.sum()),
-        advantages=advantages_UMG.reshape(U, M * G),
+        token_weights=loss.num_minibatches * weights_URC,
+        trunk_weights=loss.num_minibatches * trunk_mask / jnp.maximum(1, trunk_mask.sum()),
+        advantages=jnp.broadcast_to(advantages_UMG.reshape(U, M * G, 1), rollouts.mask.shape),
         sampler_logprobs=rollouts.sampler_logprobs,
         old_logprobs=None,
         ref_logprobs=None,
     )
-
-
-def split_minibatches(batch: TrainBatch, number: int) -> list[TrainBatch]:
-    """Every `number`-th trunk each, so that all devices hold a part; weights times `number` keep the loss's size."""
-    if number == 1:
-        return [batch]
-    parts = [jax.tree.map(lambda x, i=i: x[i::number], batch) for i in range(number)]
-    return [replace(p, token_weights=p.token_weights * number, trunk_weights=p.trunk_weights * number) for p in parts]

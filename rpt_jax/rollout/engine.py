@@ -1,18 +1,23 @@
-"""Many rows until all are done: trunks prefilled once, branches' caches hold their own tokens only.
+"""Many rows until all are done: stems prefilled once, branches' caches hold completion tokens only.
 
-The tail of a prompt is run once per prompt and its keys and values are handed to the G rollouts. One jitted
-`while_loop` then samples a token a row; it ends when every row has stopped.
+Rows wait in a queue of their trunk and run in slots. One jitted loop feeds and draws a token per slot, and hands the
+slot of a row that ends to the next waiting one. Where no row waits, the host moves the live rows into fewer slots, and
+it widens the caches as rows get longer. Noise is keyed by row and token, so a schedule changes nothing but the rounding
+of products of other shapes.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rpt_jax.config import DecoderConfig
 from rpt_jax.models import decoder
+from rpt_jax.models.attention import Reach, kernels_of, sees_stem
+from rpt_jax.models.head import next_logits
 from rpt_jax.rollout.sampling import row_keys, sample
 from rpt_jax.types import Rollouts, Sequences, TaskBatch, record
 
@@ -23,10 +28,32 @@ def rollout_key(seed: int, step: int, round_number: int = 0):
     return jax.random.fold_in(key, round_number)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("config", "max_completion_tokens", "temperature", "top_p", "top_k", "eos_id", "vocab_size"),
-)
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How rows are brought through the machine. What is sampled does not depend on it, but for near-ties."""
+
+    window: int = 64
+    """Columns of the caches to begin with; doubled when rows outgrow them."""
+    compact: bool = True
+    """Move live rows into fewer slots where no row waits."""
+
+
+# Caches of full width from the start, every row in its slot until all have ended.
+STATIC = Schedule(window=2**30, compact=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Law:
+    """What is sampled; see `generate`."""
+
+    max_completion_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    eos_id: int
+    vocab_size: int
+
+
 def generate(
     config: DecoderConfig,
     params,
@@ -39,6 +66,8 @@ def generate(
     top_k: int,
     eos_id: int,
     vocab_size: int,
+    slots_per_trunk: int = 0,
+    schedule: Schedule = Schedule(),
 ) -> Rollouts:
     """Sample G completions for every prompt of the batch.
 
@@ -48,127 +77,374 @@ def generate(
         temperature, top_p, top_k: see `sampling.sample`.
         eos_id: a row stops after this token.
         vocab_size: the tokenizer's ids; larger model vocabularies have unused entries that are never sampled.
+        slots_per_trunk: rows of a trunk in flight at once; 0: all.
     """
+    limit = max_completion_tokens
+    law = _Law(
+        max_completion_tokens=limit,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        eos_id=eos_id,
+        vocab_size=vocab_size,
+    )
     U, M, G = batch.row_ids.shape
-    R, C, E = M * G, max_completion_tokens, batch.tail_tokens.shape[-1]
-    layers = decoder.unstack_layers(config, params)
-    head_VD = decoder.output_head(params)
-    keys_UR = row_keys(key, batch.row_ids.reshape(U, R))
-    cuts_UR, tail_lengths_UR = (jnp.repeat(a, G, axis=1) for a in (batch.cuts, batch.tail_lengths))
-    slots = jnp.arange(E + C)
+    slots = min(slots_per_trunk or M * G, M * G)
+    weights = decoder.decoding_weights(config, params)
+    stems, flight, written = _start(config, law, params, batch, key, slots=slots, window=min(schedule.window, limit))
+    # Trunks of a sharded batch stay on their device.
+    may_regroup = _num_shards(batch.trunk_tokens) == 1
+    room = U * (stems.columns.shape[1] + slots * limit)
+    floor = U * slots * 3 // 4 if schedule.compact else 0
+    while True:
+        flight, written, status = _run(config, law, weights, stems, flight, written, key, np.int32(floor))
+        live_U, clock, is_waiting = jax.device_get(status)
+        num_live, window = int(live_U.sum()), _window(flight)
+        if not num_live and not is_waiting:
+            return _rollouts(law, written)
+        if clock == window < limit:
+            flight = _widen(config, flight, window=min(2 * window, limit))
+        if schedule.compact and not is_waiting and num_live <= floor:
+            shape = _fewer_slots(live_U, flight.row.shape, stems.columns.shape[1], limit, room, may_regroup)
+            if shape and may_regroup:
+                stems, flight = _regroup(stems, flight, num_trunks=U, groups=shape[0], slots=shape[1])
+            elif shape:
+                flight = _shrink(flight, slots=shape[1])
+            floor = num_live * 3 // 4
 
-    def draw(hidden_URD, index) -> dict:
-        logits_URV = jnp.einsum(
-            "urd,vd->urv", hidden_URD, head_VD.astype(hidden_URD.dtype), preferred_element_type=jnp.float32
-        )
-        logits_URV = jnp.where(jnp.arange(logits_URV.shape[-1]) < vocab_size, logits_URV, -jnp.inf)
-        drawn = sample(logits_URV, keys_UR, index, temperature=temperature, top_p=top_p, top_k=top_k)
-        return dict(index=index, **dict(zip(("token", "logprob", "rejected"), drawn, strict=True)))
 
-    def feed_and_draw(rows: _Rows) -> _Rows:
-        """Feed the token in hand, draw the next one, record it."""
-        slot = E + rows.index
-        visible_URS = (slots >= E - tail_lengths_UR[..., None]) & (slots <= slot)
-        hidden_UR1D, cache = decoder.extend(
-            config,
-            params,
-            layers,
-            rows.token[..., None],
-            (cuts_UR + tail_lengths_UR + rows.index)[..., None],
-            trunk_kv,
-            cuts_UR,
-            rows.cache,
-            slot,
-            visible_URS[:, :, None, :],
-        )
-        return _record_token(replace(rows, cache=cache, **draw(hidden_UR1D[:, :, 0], rows.index + 1)), eos_id)
+def _num_shards(array) -> int:
+    sharding = getattr(array, "sharding", None)
+    return 1 if sharding is None else array.shape[0] // sharding.shard_shape(array.shape)[0]
 
-    trunk_kv = decoder.prefill(config, params, batch.trunk_tokens)
-    hidden_URD, cache = _run_tails(config, params, layers, batch, trunk_kv, C)
-    rows = _Rows(
-        **draw(hidden_URD, jnp.int32(0)),
-        # Rows of padded positions are done from the start.
-        done=~jnp.repeat(batch.position_mask, G, axis=1),
-        tokens=jnp.zeros((U, R, C), jnp.int32),
-        mask=jnp.zeros((U, R, C), bool),
-        logprobs=jnp.zeros((U, R, C), jnp.float32),
-        num_rejected=jnp.zeros((U, R), jnp.int32),
-        cache=cache,
-    )
-    rows = jax.lax.while_loop(
-        lambda r: (r.index < C - 1) & ~jnp.all(r.done), feed_and_draw, _record_token(rows, eos_id)
-    )
-    return Rollouts(
-        tokens=rows.tokens,
-        mask=rows.mask,
-        sampler_logprobs=rows.logprobs,
-        truncated=~rows.done,
-        num_rejected=rows.num_rejected,
-    )
+
+_EMPTY = 2**30  # the row of an empty slot: beyond every array
 
 
 @record
-class _Rows:
-    """All rows of a batch in flight. The token in hand is drawn but not yet fed."""
+class _Stems:
+    """What the slots of a group read: a trunk's stem, its prompts, its rows. Leading dimension: groups of slots."""
 
-    index: Any  # i32 [], completion tokens before the one in hand
-    token: Any  # i32 [U, R], in hand
-    logprob: Any  # f32 [U, R], of the token in hand
-    rejected: Any  # bool [U, R], its first draw was refused
-    done: Any  # bool [U, R]
-    tokens: Any  # i32 [U, R, C], recorded so far
-    mask: Any  # bool [U, R, C]
+    kv: Any  # keys and values of the stems, a pair per layer
+    tail_hidden: Any  # [U, M, D], hidden state of each prompt's last token
+    cuts: Any  # i32 [U, M]
+    tail_lengths: Any  # i32 [U, M]
+    columns: Any  # i32 [U, P], as attention.Reach
+    row_ids: Any  # i32 [U, R]
+    queue: Any  # i32 [U, R], rows in the order they are started, those of padded positions last
+    num_queued: Any  # i32 [U], rows that are started
+
+
+@record
+class _Flight:
+    """Rows in their slots. The token in hand is drawn and written, but not yet fed."""
+
+    clock: Any  # i32 [], tokens fed to every slot; column clock mod W of the caches is next
+    trunk: Any  # i32 [U], the trunk that a group of slots belongs to
+    num_started: Any  # i32 [U], rows of the queue that have had a slot
+    row: Any  # i32 [U, S]; _EMPTY where the slot is empty
+    index: Any  # i32 [U, S], number of the token in hand in its completion; -1 before the first
+    token: Any  # i32 [U, S], in hand
+    cache: Any  # own keys and values per layer; their W columns are a ring of the last tokens fed
+
+
+@record
+class _Written:
+    """Completions so far, by row."""
+
+    tokens: Any  # i32 [U, R, C]
     logprobs: Any  # f32 [U, R, C]
-    num_rejected: Any  # i32 [U, R]
-    cache: Any  # own keys and values per layer
+    mask: Any  # bool [U, R, C]
+    rejected: Any  # bool [U, R, C], the token's first draw was refused
 
 
-def _record_token(rows: _Rows, eos_id: int) -> _Rows:
-    """Write the token in hand into the rows that are not done; a stop token is written and ends its row."""
-    alive = ~rows.done
-
-    def write(array_URC, value_UR):
-        return jax.lax.dynamic_update_index_in_dim(array_URC, value_UR, rows.index, axis=2)
-
-    return replace(
-        rows,
-        tokens=write(rows.tokens, jnp.where(alive, rows.token, 0)),
-        mask=write(rows.mask, alive),
-        logprobs=write(rows.logprobs, jnp.where(alive, rows.logprob, 0.0)),
-        num_rejected=rows.num_rejected + (alive & rows.rejected),
-        done=rows.done | (rows.token == eos_id),
-    )
+def _window(flight: _Flight) -> int:
+    """W."""
+    return flight.cache[0][1].shape[-2]
 
 
-def _run_tails(config: DecoderConfig, params, layers, batch: TaskBatch, trunk_kv, num_completion: int):
-    """Run each prompt's tail once; (last hidden state [U, R, D], caches with room for completions), per rollout."""
+@partial(jax.jit, static_argnames=("config", "law", "slots", "window"))
+def _start(config: DecoderConfig, law: _Law, params, batch: TaskBatch, key, *, slots: int, window: int):
+    """Prefill, fill the slots, draw each row's first token."""
     U, M, G = batch.row_ids.shape
-    E = batch.tail_tokens.shape[-1]
-    mask_UME = jnp.arange(E) >= E - batch.tail_lengths[..., None]
-    hidden_UMED, cache = decoder.extend(
-        config,
-        params,
-        layers,
-        batch.tail_tokens,
-        decoder.branch_positions(batch.cuts, mask_UME),
-        trunk_kv,
-        batch.cuts,
-        decoder.empty_cache(config, U, M, E + num_completion),
-        0,
-        jnp.pad(decoder.own_mask(mask_UME), ((0, 0), (0, 0), (0, 0), (0, num_completion))),
+    R, C, E = M * G, law.max_completion_tokens, batch.tail_tokens.shape[-1]
+    hidden_UPD, kv = decoder.prefill(config, params, _stems_alone(batch))
+    is_real_UR = jnp.repeat(batch.position_mask, G, axis=1)
+    stems = _Stems(
+        kv=kv,
+        tail_hidden=decoder.tail_ends(hidden_UPD, M, E),
+        cuts=jnp.asarray(batch.cuts),
+        tail_lengths=jnp.asarray(batch.tail_lengths),
+        columns=decoder.stem_columns(batch.trunk_tokens.shape[1], batch.tail_lengths, E),
+        row_ids=batch.row_ids.reshape(U, R),
+        queue=jnp.argsort(~is_real_UR, axis=1, stable=True).astype(jnp.int32),
+        num_queued=is_real_UR.sum(1, dtype=jnp.int32),
     )
-    return jax.tree.map(lambda a: jnp.repeat(a, G, axis=1), (hidden_UMED[:, :, -1], cache))
+    flight = _Flight(
+        clock=jnp.int32(0),
+        trunk=jnp.arange(U, dtype=jnp.int32),
+        num_started=jnp.zeros(U, jnp.int32),
+        row=jnp.full((U, slots), _EMPTY, jnp.int32),
+        index=jnp.zeros((U, slots), jnp.int32),
+        token=jnp.zeros((U, slots), jnp.int32),
+        cache=decoder.empty_cache(config, U, slots, window),
+    )
+    flight = _start_waiting_rows(stems, flight)
+    nothing_USD = jnp.zeros((U, slots, config.width), config.activation_dtype)
+    flight, entry = _draw(law, params, stems, flight, nothing_USD, key)
+    written = _Written(
+        tokens=jnp.zeros((U, R, C), jnp.int32),
+        logprobs=jnp.zeros((U, R, C), jnp.float32),
+        mask=jnp.zeros((U, R, C), bool),
+        rejected=jnp.zeros((U, R, C), bool),
+    )
+    return stems, flight, _write(written, flight.trunk, jax.tree.map(lambda x: x[None], entry))
+
+
+@partial(jax.jit, static_argnames=("config", "law"), donate_argnames=("flight", "written"))
+def _run(config: DecoderConfig, law: _Law, weights, stems: _Stems, flight: _Flight, written: _Written, key, floor):
+    """Feed and draw until all is done, the caches are full, or no row waits and at most `floor` live.
+
+    Returns:
+        (flight, written, (live rows i32 [U] by trunk, the clock, whether rows wait)).
+    """
+    U, W = written.tokens.shape[0], _window(flight)
+    may_widen = law.max_completion_tokens > W
+
+    def is_running(carry):
+        flight, _, steps = carry
+        num_live, is_waiting = jnp.sum(flight.row < _EMPTY), _is_waiting(stems, flight)
+        is_running = (steps < W) & jnp.where(is_waiting, True, num_live > floor)
+        return is_running & (flight.clock < W) if may_widen else is_running
+
+    def feed_and_draw(carry):
+        flight, tape, steps = carry
+        flight = _start_waiting_rows(stems, flight)
+        hidden_USD, flight = _feed(config, weights, stems, flight)
+        flight, entry = _draw(law, weights["rest"], stems, flight, hidden_USD, key)
+        tape = jax.tree.map(
+            lambda all_steps, now: jax.lax.dynamic_update_index_in_dim(all_steps, now, steps, 0), tape, entry
+        )
+        return flight, tape, steps + 1
+
+    shape = (W, *flight.row.shape)
+    blank = _Entry(
+        row=jnp.full(shape, _EMPTY, jnp.int32),
+        index=jnp.zeros(shape, jnp.int32),
+        token=jnp.zeros(shape, jnp.int32),
+        logprob=jnp.zeros(shape, jnp.float32),
+        rejected=jnp.zeros(shape, bool),
+    )
+    flight, tape, _ = jax.lax.while_loop(is_running, feed_and_draw, (flight, blank, jnp.int32(0)))
+    live_U = jnp.zeros(U, jnp.int32).at[flight.trunk].add(jnp.sum(flight.row < _EMPTY, axis=1))
+    return flight, _write(written, flight.trunk, tape), (live_U, flight.clock, _is_waiting(stems, flight))
+
+
+@record
+class _Entry:
+    """What one step has drawn, for every slot."""
+
+    row: Any  # i32 [U, S]; _EMPTY: nothing
+    index: Any  # i32 [U, S]
+    token: Any  # i32 [U, S]
+    logprob: Any  # f32 [U, S]
+    rejected: Any  # bool [U, S]
+
+
+def _write(written: _Written, trunk_U, tape: _Entry) -> _Written:
+    """Put a tape [steps, U, S] of tokens where they belong."""
+    place = (trunk_U[None, :, None], tape.row, tape.index)  # _EMPTY is out of range: dropped
+    return _Written(
+        tokens=written.tokens.at[place].set(tape.token, mode="drop"),
+        logprobs=written.logprobs.at[place].set(tape.logprob, mode="drop"),
+        mask=written.mask.at[place].set(True, mode="drop"),
+        rejected=written.rejected.at[place].set(tape.rejected, mode="drop"),
+    )
+
+
+@partial(jax.jit, static_argnames="law")
+def _rollouts(law: _Law, written: _Written) -> Rollouts:
+    return Rollouts(
+        tokens=written.tokens,
+        mask=written.mask,
+        sampler_logprobs=written.logprobs,
+        truncated=written.mask[..., -1] & (written.tokens[..., -1] != law.eos_id),
+        num_rejected=written.rejected.sum(-1),
+    )
+
+
+# --- One step -----------------------------------------------------------------------------------------------------
+
+
+def _is_waiting(stems: _Stems, flight: _Flight):
+    return jnp.any(flight.num_started < stems.num_queued)
+
+
+def _start_waiting_rows(stems: _Stems, flight: _Flight) -> _Flight:
+    """Empty slots take the next rows of their trunk's queue."""
+    R = stems.queue.shape[1]
+    is_empty = flight.row == _EMPTY
+    place = flight.num_started[:, None] + jnp.cumsum(is_empty, axis=1) - 1
+    is_fresh = is_empty & (place < stems.num_queued[:, None])
+    row = jnp.take_along_axis(stems.queue, jnp.minimum(place, R - 1), axis=1)
+    return replace(
+        flight,
+        row=jnp.where(is_fresh, row, flight.row),
+        index=jnp.where(is_fresh, -1, flight.index),
+        num_started=flight.num_started + is_fresh.sum(1, dtype=jnp.int32),
+    )
+
+
+def _prompt_of(stems: _Stems, flight: _Flight):
+    """i32 [U, S]: the prompt of each slot's row; that of some row where the slot is empty."""
+    R, M = stems.queue.shape[1], stems.cuts.shape[1]
+    return jnp.minimum(flight.row, R - 1) // (R // M)
+
+
+def _feed(config: DecoderConfig, weights, stems: _Stems, flight: _Flight):
+    """Hidden states [U, S, D] behind the tokens in hand. A row's first token needs none: it comes from the stem."""
+    W, prompts = _window(flight), _prompt_of(stems, flight)
+    cuts, tail_lengths = (jnp.take_along_axis(x, prompts, axis=1) for x in (stems.cuts, stems.tail_lengths))
+    column = flight.clock % W
+    # A column holds what was fed `age` tokens ago; a row has fed index + 1 tokens, the one in hand among them.
+    age_W = (column - jnp.arange(W)) % W
+    own_mask = age_W < (flight.index + 1)[:, :, None, None]
+    reach = Reach(cuts=cuts[..., None], prompts=prompts[..., None], first=None, columns=stems.columns)
+    hidden_US1D, cache = decoder.extend(
+        config,
+        weights,
+        flight.token[..., None],
+        (cuts + tail_lengths + flight.index)[..., None],
+        stems.kv,
+        sees_stem(reach),
+        flight.cache,
+        column,
+        own_mask,
+    )
+    return hidden_US1D[:, :, 0], replace(flight, cache=cache, clock=flight.clock + 1)
+
+
+def _draw(law: _Law, params, stems: _Stems, flight: _Flight, hidden_USD, key) -> tuple[_Flight, _Entry]:
+    """Draw the next token of every slot; the slots of rows that end with it are empty."""
+    R = stems.queue.shape[1]
+    first_USD = jnp.take_along_axis(stems.tail_hidden, _prompt_of(stems, flight)[..., None], axis=1)
+    hidden_USD = jnp.where((flight.index < 0)[..., None], first_USD, hidden_USD)
+    logits_USV = next_logits(params, hidden_USD)
+    if logits_USV.shape[-1] > law.vocab_size:
+        logits_USV = jnp.where(jnp.arange(logits_USV.shape[-1]) < law.vocab_size, logits_USV, -jnp.inf)
+    keys = row_keys(key, jnp.take_along_axis(stems.row_ids, jnp.minimum(flight.row, R - 1), axis=1))
+    index = flight.index + 1
+    token, logprob, rejected = sample(
+        logits_USV, keys, index, temperature=law.temperature, top_p=law.top_p, top_k=law.top_k
+    )
+    entry = _Entry(row=flight.row, index=index, token=token, logprob=logprob, rejected=rejected)
+    has_ended = (token == law.eos_id) | (index + 1 >= law.max_completion_tokens)
+    return replace(flight, token=token, index=index, row=jnp.where(has_ended, _EMPTY, flight.row)), entry
+
+
+# --- Between segments ---------------------------------------------------------------------------------------------
+
+
+def _fewer_slots(live_U, shape, num_stem: int, limit: int, room: int, may_regroup: bool) -> tuple[int, int] | None:
+    """(groups, slots a group) that hold the live rows in at most 4/5 of the present slots; None: there are none.
+
+    Of these the one that keeps and reads least: a stem for each group and a row for each slot. A trunk with many live
+    rows may take several groups, as long as all fits into the `room` (tokens kept) of the whole batch. Groups come in
+    quarters of the present number, slots in halves and three quarters, so that few programs are compiled.
+    """
+    groups, slots = shape
+    sizes = {max(1, -(-slots * share // 64)) for share in (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)}
+    quarter = max(1, groups // 4)
+    best, least = None, room + 1
+    for size in sorted(sizes, reverse=True):
+        number = groups
+        if may_regroup:
+            number = max(1, -(-int(np.sum(-(-live_U // size))) // quarter)) * quarter
+        elif live_U.max() > size:
+            continue
+        kept = number * (num_stem + size * limit)
+        if number * size <= 0.8 * groups * slots and kept < least:
+            best, least = (number, size), kept
+    return best
+
+
+@partial(jax.jit, static_argnames=("config", "window"))
+def _widen(config: DecoderConfig, flight: _Flight, *, window: int) -> _Flight:
+    """Columns added behind; only before the ring has turned for the first time."""
+    more = window - _window(flight)
+
+    def pad(x, axis):
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, more)
+        return jnp.pad(x, widths)
+
+    axes = decoder.slots_axis(kernels_of(config))
+    return replace(flight, cache=[tuple(map(pad, kv, axes)) for kv in flight.cache])
+
+
+@partial(jax.jit, static_argnames="slots")
+def _shrink(flight: _Flight, *, slots: int) -> _Flight:
+    """Live rows in the first slots of their trunk; the others are given up."""
+    order = jnp.argsort(flight.row == _EMPTY, axis=1, stable=True)[:, :slots]
+
+    def take(x):
+        return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+
+    rows = {name: take(getattr(flight, name)) for name in ("row", "index", "token")}
+    return replace(flight, **rows, cache=jax.tree.map(take, flight.cache))
+
+
+@partial(jax.jit, static_argnames=("num_trunks", "groups", "slots"))
+def _regroup(stems: _Stems, flight: _Flight, *, num_trunks: int, groups: int, slots: int) -> tuple[_Stems, _Flight]:
+    """Live rows in `groups` groups of slots; a trunk's rows fill one group after the other."""
+    size = flight.row.size
+    trunk_B = jnp.where(flight.row == _EMPTY, num_trunks, flight.trunk[:, None]).reshape(-1)
+    order_B = jnp.argsort(trunk_B, stable=True)
+    sorted_B = trunk_B[order_B]
+    ends_U = jnp.searchsorted(sorted_B, jnp.arange(num_trunks), side="right")
+    counts_U = jnp.diff(ends_U, prepend=0)
+    last_group_U = jnp.cumsum(-(-counts_U // slots))
+    # The first slot of a trunk, then one for each of its rows. Empty slots sort last, and go nowhere.
+    first_slot_U = (last_group_U - -(-counts_U // slots)) * slots
+    rank_B = jnp.arange(size) - jnp.take(ends_U - counts_U, sorted_B, mode="clip")
+    place_B = jnp.where(sorted_B < num_trunks, jnp.take(first_slot_U, sorted_B, mode="clip") + rank_B, groups * slots)
+    source = jnp.full(groups * slots, -1).at[place_B].set(order_B, mode="drop")
+    trunk = jnp.searchsorted(last_group_U, jnp.arange(groups), side="right")
+    trunk = jnp.minimum(trunk, num_trunks - 1).astype(jnp.int32)
+    # Any present group of the trunk has its stem.
+    group_of_trunk_U = jnp.zeros(num_trunks, jnp.int32).at[flight.trunk].set(jnp.arange(len(flight.trunk)))
+
+    def take(x):
+        return x.reshape(size, *x.shape[2:])[jnp.maximum(source, 0)].reshape(groups, slots, *x.shape[2:])
+
+    row = jnp.where(source.reshape(groups, slots) < 0, _EMPTY, take(flight.row))
+    moved = _Flight(
+        clock=flight.clock,
+        trunk=trunk,
+        num_started=flight.num_started[group_of_trunk_U[trunk]],
+        row=row,
+        index=take(flight.index),
+        token=take(flight.token),
+        cache=jax.tree.map(take, flight.cache),
+    )
+    return jax.tree.map(lambda x: x[group_of_trunk_U[trunk]], stems), moved
+
+
+# --- Sequences ----------------------------------------------------------------------------------------------------
+
+
+def _stems_alone(batch: TaskBatch) -> Sequences:
+    stems = decoder.trunks_alone(batch.trunk_tokens)
+    return replace(stems, cuts=batch.cuts, tail_tokens=batch.tail_tokens, tail_lengths=batch.tail_lengths)
 
 
 def to_sequences(batch: TaskBatch, tokens_URC, mask_URC) -> Sequences:
-    """Trunks, and branches of tail + completion, as the update and the scorer read them."""
-    G = batch.row_ids.shape[-1]
-    E = batch.tail_tokens.shape[-1]
-    tail_mask = jnp.arange(E) >= E - batch.tail_lengths[..., None]
-    tails, tail_mask, cuts = (jnp.repeat(a, G, axis=1) for a in (batch.tail_tokens, tail_mask, batch.cuts))
-    return Sequences(
-        trunk_tokens=batch.trunk_tokens,
-        cuts=cuts,
-        branch_tokens=jnp.concatenate([tails, tokens_URC], axis=-1),
-        branch_mask=jnp.concatenate([tail_mask, mask_URC], axis=-1),
+    """Stems, and a lane for each completion, as the update and the scorer read them."""
+    prompts_R = jnp.arange(tokens_URC.shape[1]) // batch.row_ids.shape[-1]
+    return replace(
+        _stems_alone(batch),
+        branch_tokens=tokens_URC,
+        branch_mask=mask_URC,
+        branch_prompts=jnp.broadcast_to(prompts_R[:, None], tokens_URC.shape),
+        branch_index=jnp.broadcast_to(jnp.arange(tokens_URC.shape[-1]), tokens_URC.shape),
     )

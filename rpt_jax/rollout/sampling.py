@@ -18,13 +18,15 @@ def row_keys(key, row_ids):
     return fold(key, row_ids)
 
 
-def _uniform(keys, token_index, draw):
-    def one(key):
+def uniform(keys, token_index, draw):
+    """f32 in [0, 1) for each key: the noise of draw number `draw` (0 unless one was refused) of a row's token."""
+
+    def one(key, token_index):
         return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, token_index), draw))
 
     for _ in range(keys.ndim):
         one = jax.vmap(one)
-    return one(keys)
+    return one(keys, jnp.broadcast_to(token_index, keys.shape))
 
 
 def _invert_cdf(weights, uniform):
@@ -75,7 +77,7 @@ def sample(logits, keys, token_index, *, temperature: float, top_p: float, top_k
     Args:
         logits: f32 [..., V].
         keys: typed keys [...], one per row (`row_keys`).
-        token_index: i32 scalar.
+        token_index: i32, a scalar or one per row.
         temperature: 0 is greedy.
         top_p: in (0, 1]; top_k: 0 is no limit.
     Returns:
@@ -92,7 +94,7 @@ def sample(logits, keys, token_index, *, temperature: float, top_p: float, top_k
     def weight_of(token):
         return jnp.take_along_axis(weights, token[..., None], axis=-1)[..., 0]
 
-    token = _invert_cdf(weights, _uniform(keys, token_index, 0))
+    token = _invert_cdf(weights, uniform(keys, token_index, 0))
     if top_p >= 1 and top_k == 0:
         return token, jnp.log(weight_of(token) / total), jnp.zeros(token.shape, bool)
 
@@ -108,7 +110,7 @@ def sample(logits, keys, token_index, *, temperature: float, top_p: float, top_k
     def redraw(carry):
         token, outside, draw = carry
         inner = jnp.where(weights > weight_of(token)[..., None], weights, 0.0)
-        again = _invert_cdf(inner, _uniform(keys, token_index, draw))
+        again = _invert_cdf(inner, uniform(keys, token_index, draw))
         token = jnp.where(outside, again, token)
         return token, outside & is_outside(token), draw + 1
 

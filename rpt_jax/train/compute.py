@@ -24,7 +24,7 @@ def num_parameters(params: Any) -> int:
 
 @jax.jit
 def count_tokens(experience: Experience) -> dict[str, jax.Array]:
-    """Tokens of one rollout batch: prefilled, sampled, in the update, and the same with prompts repeated."""
+    """Tokens of one rollout batch: prefilled, sampled, and the same with prompts repeated."""
     tasks, rollouts = experience.tasks, experience.rollouts
     G = tasks.row_ids.shape[-1]
     trunks = jnp.sum(jnp.where(tasks.position_mask.any(-1), tasks.trunk_lengths, 0))
@@ -35,7 +35,6 @@ def count_tokens(experience: Experience) -> dict[str, jax.Array]:
         "tokens_trunks": trunks,
         "tokens_prefilled": trunks + tails,
         "tokens_sampled": sampled,
-        "tokens_updated": trunks + G * tails + sampled,
         "tokens_if_prompts_repeated": G * prompts + sampled,
     }
 
@@ -62,15 +61,15 @@ def update_flops(config: Config, num_params: int, num_tokens: float) -> float:
     return each * num_params * num_tokens
 
 
-def step_flops(config: Config, num_params: int, rounds: list[dict], kept: dict) -> float:
+def step_flops(config: Config, num_params: int, rounds: list[dict], tokens_updated: float) -> float:
     """FLOPs of one step: every round's rollouts, the passes that score, the update.
 
     Args:
-        rounds: `count_tokens` of every rollout round, as floats. kept: that of the batch the update saw.
+        rounds: `count_tokens` of every rollout round, as floats.
     """
     forward = sum(r["tokens_prefilled"] + r["tokens_sampled"] for r in rounds)
     # Reference and old log-probabilities each run the update's tokens forward; dense rewards run the trunks again.
-    forward += kept["tokens_updated"] * ((config.loss.kl_coef > 0) + (config.loss.num_minibatches > 1))
+    forward += tokens_updated * ((config.loss.kl_coef > 0) + (config.loss.num_minibatches > 1))
     if "dense" in config.reward.name:
         forward += sum(r["tokens_trunks"] for r in rounds)
-    return FORWARD_FLOPS_PER_PARAMETER * num_params * forward + update_flops(config, num_params, kept["tokens_updated"])
+    return FORWARD_FLOPS_PER_PARAMETER * num_params * forward + update_flops(config, num_params, tokens_updated)

@@ -68,8 +68,7 @@ class StepRecorder:
         # Rewards are those of everything sampled; what dynamic sampling kept would flatter them.
         metrics = [experience_metrics(e) for e in spent]
         masked = 1 - jnp.sum(experience.group_mask) / jnp.maximum(1, jnp.sum(experience.tasks.position_mask))
-        tokens = [count_tokens(e) for e in spent], count_tokens(experience)
-        pending = (step, metrics, masked, *tokens, updates, trunks_passed_over)
+        pending = (step, metrics, masked, [count_tokens(e) for e in spent], updates, trunks_passed_over)
         self.flush()
         self._pending = pending
         every = self._config.run.completions_every_steps
@@ -80,15 +79,12 @@ class StepRecorder:
         """Write what is held; returns FLOPs so far."""
         if self._pending is None:
             return self.flops
-        step, metrics, masked, spent, kept, updates, passed_over = self._pending
+        step, metrics, masked, spent, updates, passed_over = self._pending
         self._pending = None
         metrics, rounds, updates = ([to_host(x) for x in xs] for xs in (metrics, spent, updates))
-        kept = to_host(kept)
-        self.flops += step_flops(self._config, self._num_params, rounds, kept)
+        self.flops += step_flops(self._config, self._num_params, rounds, updates[0]["tokens_updated"])
         record = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
-        record |= {name: sum(r[name] for r in rounds) for name in rounds[0]} | {
-            "tokens_updated": kept["tokens_updated"]
-        }
+        record |= {name: sum(r[name] for r in rounds) for name in rounds[0]}
         weight = max(sum(u.pop("token_weight") for u in updates), 1e-9)
         for name in updates[0]:
             values = [u[name] for u in updates]

@@ -17,6 +17,7 @@ from rpt_jax.data.documents import Document, lengths_of
 from rpt_jax.data.prompts import Template
 from rpt_jax.data.readers import read_records
 from rpt_jax.errors import DataError
+from rpt_jax.models import decoder
 from rpt_jax.models.lora import Frozen, join
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rl.update import supervised_loss, update
@@ -235,16 +236,25 @@ def make_batch(examples: list[Example], config: Config, tail) -> TrainBatch:
     R, E, C = int(has_branches), len(tail), config.rollout.max_completion_tokens
     trunk_tokens, trunk_weights = np.zeros((U, L), np.int32), np.zeros((U, L), np.float32)
     cuts = np.ones((U, R), np.int32)
-    branch_tokens, branch_mask = np.zeros((U, R, E + C), np.int32), np.zeros((U, R, E + C), bool)
+    branch_tokens, branch_mask = np.zeros((U, R, C), np.int32), np.zeros((U, R, C), bool)
     for u, e in enumerate(examples):
         trunk_tokens[u, : len(e.trunk)] = e.trunk
         trunk_weights[u, e.first : len(e.trunk)] = e.weight
         if e.completion is not None:
             cuts[u, 0] = len(e.trunk)
-            branch_tokens[u, 0, : E + len(e.completion)] = [*tail, *e.completion]
-            branch_mask[u, 0, : E + len(e.completion)] = True
-    sequences = Sequences(trunk_tokens=trunk_tokens, cuts=cuts, branch_tokens=branch_tokens, branch_mask=branch_mask)
-    return _weighted(sequences, branch_mask[:, :, E:], trunk_weights)
+            branch_tokens[u, 0, : len(e.completion)] = e.completion
+            branch_mask[u, 0, : len(e.completion)] = True
+    sequences = Sequences(
+        trunk_tokens=trunk_tokens,
+        cuts=cuts,
+        tail_tokens=np.broadcast_to(np.asarray(tail, np.int32), (U, R, E)),
+        tail_lengths=np.full((U, R), E, np.int32),
+        branch_tokens=branch_tokens,
+        branch_mask=branch_mask,
+        branch_prompts=np.zeros((U, R, C), np.int32),
+        branch_index=np.broadcast_to(np.arange(C, dtype=np.int32), (U, R, C)),
+    )
+    return _weighted(sequences, trunk_weights)
 
 
 def make_packed_batch(
@@ -276,23 +286,15 @@ def make_packed_batch(
         segments[row, start : start + size] = taken + 1
         used[row] += size
         taken += 1
-    sequences = Sequences(
-        trunk_tokens=tokens,
-        trunk_segments=segments,
-        cuts=np.ones((num_rows, 0), np.int32),
-        branch_tokens=np.zeros((num_rows, 0, 1), np.int32),
-        branch_mask=np.zeros((num_rows, 0, 1), bool),
-    )
-    return _weighted(sequences, np.zeros((num_rows, 0, 1), bool), weights), taken, int(used.sum())
+    return _weighted(decoder.trunks_alone(tokens, segments), weights), taken, int(used.sum())
 
 
-def _weighted(sequences: Sequences, completion_mask, trunk_weights) -> TrainBatch:
+def _weighted(sequences: Sequences, trunk_weights) -> TrainBatch:
     """The batch with weights that sum to 1."""
-    total = max(1e-9, trunk_weights.sum() + completion_mask.sum())
+    total = max(1e-9, trunk_weights.sum() + sequences.branch_mask.sum())
     return TrainBatch(
         sequences=sequences,
-        completion_mask=completion_mask,
-        token_weights=(completion_mask / total).astype(np.float32),
+        token_weights=(sequences.branch_mask / total).astype(np.float32),
         trunk_weights=(trunk_weights / total).astype(np.float32),
         advantages=None,
         sampler_logprobs=None,
@@ -356,7 +358,7 @@ def train_supervised(
         while (step < num_steps) if num_steps is not None else (flops < max_flops):
             batch, num_tokens = next(stream)
             state, metrics = update(
-                state, shard_batch(mesh, batch), loss_fn=loss_fn, optimizer=optimizer, num_microbatches=1, frozen=frozen
+                state, [shard_batch(mesh, batch)], loss_fn=loss_fn, optimizer=optimizer, frozen=frozen
             )
             step += 1
             flops += update_flops(config, num_params, num_tokens)

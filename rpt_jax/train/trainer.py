@@ -9,12 +9,14 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Config
 from rpt_jax.models.lora import Frozen, join
+from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rewards.reward import Reward
+from rpt_jax.rl.packing import Microbatch, pack, plan_update
 from rpt_jax.rl.scoring import direct_logprobs, score
-from rpt_jax.rl.update import policy_batch, policy_loss, split_minibatches, update
+from rpt_jax.rl.update import policy_batch, policy_loss, update
 from rpt_jax.rollout.engine import generate, rollout_key
 from rpt_jax.tokenizer import Tokenizer
-from rpt_jax.types import Experience, TaskBatch, TrainState
+from rpt_jax.types import Experience, TaskBatch, TrainBatch, TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,26 +69,30 @@ class Trainer:
 
     def learn(self, state: TrainState, experience: Experience) -> tuple[TrainState, list[dict]]:
         """One update per minibatch; with a single minibatch the ratio is exactly 1."""
-        loss, temperature = self.config.loss, self.config.rollout.training_temperature
+        loss = self.config.loss
         batch = policy_batch(experience, loss=loss, header_length=self.header_length)
-        score_fn = partial(score, num_completion=batch.completion_mask.shape[-1], temperature=temperature)
-        if self.reference is not None:
-            batch = replace(batch, ref_logprobs=score_fn(self.config.model, self.reference, batch.sequences))
-        if loss.num_minibatches > 1:
-            batch = replace(batch, old_logprobs=score_fn(self.config.model, self.policy(state), batch.sequences))
+        plans, counts = plan_update(experience, batch, loss, self.config.mesh.trunk_shards)
+        # Old log-probabilities are those before the first of several updates.
+        old = self.policy(state) if loss.num_minibatches > 1 else None
+        minibatches = [[self._microbatch(batch, m, old) for m in plan] for plan in plans]
         metrics = []
-        for minibatch in split_minibatches(batch, loss.num_minibatches):
-            size = minibatch.advantages.shape[0]
-            state, step_metrics = update(
-                state,
-                minibatch,
-                loss_fn=self.loss_fn,
-                optimizer=self.optimizer,
-                num_microbatches=size // (loss.microbatch_trunks or size),
-                frozen=self.frozen,
+        for microbatches in minibatches:
+            state, of_update = update(
+                state, microbatches, loss_fn=self.loss_fn, optimizer=self.optimizer, frozen=self.frozen
             )
-            metrics.append(step_metrics)
+            metrics.append(of_update | counts)
         return state, metrics
+
+    def _microbatch(self, batch: TrainBatch, plan: Microbatch, old_policy) -> TrainBatch:
+        packed = pack(batch, *shard_batch(self.mesh, (plan.trunks, plan.source)))
+        temperature = self.config.rollout.training_temperature
+
+        def logprobs(params):
+            return (
+                None if params is None else score(self.config.model, params, packed.sequences, temperature=temperature)
+            )
+
+        return replace(packed, ref_logprobs=logprobs(self.reference), old_logprobs=logprobs(old_policy))
 
     @cached_property
     def loss_fn(self):

@@ -1,0 +1,112 @@
+"""What the benchmarks share: the small model and its tasks, alternated timing, and how results are kept."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from rpt_jax.config import DecoderConfig
+from rpt_jax.types import TaskBatch
+
+# 10.0 M parameters: 8 layers of width 256, tied embeddings. The peers get the same.
+MODEL_S = DecoderConfig(
+    family="qwen3",
+    vocab_size=8192,
+    num_layers=8,
+    width=256,
+    mlp_width=1024,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=64,
+    rope_theta=1e6,
+    tie_embeddings=True,
+)
+
+
+def make_tasks(num_trunks: int, cuts, tail: int, group_size: int, vocab_size: int, seed: int = 0) -> TaskBatch:
+    """Trunks of random ids, each cut at every one of `cuts`. Continuations are empty."""
+    rng = np.random.default_rng(seed)
+    U, M, G, L = num_trunks, len(cuts), group_size, max(cuts)
+    return TaskBatch(
+        trunk_tokens=rng.integers(0, vocab_size - 1, (U, L), np.int32),
+        trunk_lengths=np.full(U, L, np.int32),
+        cuts=np.tile(np.asarray(cuts, np.int32), (U, 1)),
+        position_mask=np.ones((U, M), bool),
+        tail_tokens=rng.integers(0, vocab_size - 1, (U, M, tail), np.int32),
+        tail_lengths=np.full((U, M), tail, np.int32),
+        continuation_bytes=np.zeros((U, M, 8), np.uint8),
+        boundary_mask=np.zeros((U, M, 8), bool),
+        target_tokens=np.zeros((U, M), np.int32),
+        row_ids=np.arange(U * M * G, dtype=np.int32).reshape(U, M, G),
+        position_ids=np.arange(U * M, dtype=np.int32).reshape(U, M),
+    )
+
+
+def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, dict]:
+    """Seconds of each function's calls, one of each in turn; the first call of each (compilation) is not counted.
+
+    Returns:
+        {name: {"median": seconds, "samples": [seconds, ...]}}.
+    """
+    for function in functions.values():
+        jax.block_until_ready(function())
+    samples = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            samples[name].append(time.perf_counter() - start)
+    return {name: {"median": statistics.median(s), "samples": s} for name, s in samples.items()}
+
+
+def machine() -> dict:
+    """What the figures were taken on."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return {
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": jax.devices()[0].device_kind,
+        "jax": metadata.version("jax"),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def parser(doc: str, **defaults) -> argparse.ArgumentParser:
+    """Options that every benchmark has: --rounds and --json."""
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--rounds", type=int, default=defaults.get("rounds", 5), help="alternations")
+    result.add_argument("--json", type=Path, default=Path(f"runs/benchmarks/{defaults['name']}.json"))
+    return result
+
+
+def keep(args: argparse.Namespace, figures: dict, draw: Callable, panels: int = 1) -> None:
+    """Write figures as JSON with the command and the machine, and a picture beside; print the JSON.
+
+    Args:
+        draw: called with the axes of so many panels, side by side.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    command = " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
+    record = {"command": command, "machine": machine()} | figures
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(record, indent=2) + "\n")
+    figure, axes = plt.subplots(1, panels, figsize=(7 if panels == 1 else 3.6 * panels, 4), layout="constrained")
+    draw(*np.atleast_1d(axes))
+    figure.savefig(args.json.with_suffix(".png"), dpi=130)
+    plt.close(figure)
+    print(json.dumps(record, indent=2))

@@ -1,0 +1,193 @@
+"""Decode against the memory-bandwidth limit of its shape, and the update against matrix peak, on an accelerator.
+
+python -m experiments.benchmarks.gpu [--rounds 3] [--json FILE] [--dry-run]
+
+A random 1.5 B policy (28 layers, width 1536, vocabulary 151,936, tied), bfloat16 activations and caches. Peaks are
+measured in the same run: a copy of 4 GiB, a bfloat16 product of 8192 x 8192 matrices.
+
+decode: 4 documents of 2,048 tokens, 8 positions x 8 rollouts each, 512 new tokens; seconds from the first token to the
+    last, so without the prefill. Limit: a step reads the weights once, each document's keys and values once, and each
+    row's own. `repeated prompts` is the same engine with every row a document of its own, read whole at each step.
+update: the same batch. Arithmetic: 6 per parameter and token and 12 per attended pair, layer and head dimension, each
+    token of a document once; what is computed again in the backward pass is not counted. `repeated prompts` as above.
+
+--dry-run takes a small model and batch on any machine, to see that the script runs; its shares say nothing.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.common import MODEL_S, alternate, keep, make_tasks, parser
+from rpt_jax.config import DecoderConfig, LossConfig, MeshConfig, OptimizerConfig
+from rpt_jax.models.decoder import init_params
+from rpt_jax.parallel.mesh import make_mesh, shard_batch
+from rpt_jax.rl.update import init_state, make_optimizer, policy_loss, update
+from rpt_jax.rollout.engine import generate, rollout_key, to_sequences
+from rpt_jax.types import Rollouts, TaskBatch, TrainBatch
+
+MODEL_1_5B = DecoderConfig(
+    family="qwen2",
+    vocab_size=151_936,
+    num_layers=28,
+    width=1536,
+    mlp_width=8960,
+    num_heads=12,
+    num_kv_heads=2,
+    head_size=128,
+    qkv_bias=True,
+    qk_norm=False,
+    rope_theta=1e6,
+    tie_embeddings=True,
+    activation_dtype="bfloat16",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    model: DecoderConfig
+    documents: int
+    context: int
+    positions: int
+    tail: int
+    new: int
+    copy_bytes: int
+    matrix: int
+    rollouts: int = 8
+
+    @property
+    def rows(self) -> int:
+        return self.documents * self.positions * self.rollouts
+
+    def tasks(self) -> TaskBatch:
+        cuts = [self.context - i * self.context // (8 * self.positions) for i in range(self.positions)]
+        return make_tasks(self.documents, cuts, self.tail, self.rollouts, self.model.vocab_size)
+
+
+FULL = Shape(MODEL_1_5B, documents=4, context=2048, positions=8, tail=24, new=512, copy_bytes=2**32, matrix=8192)
+DRY = Shape(MODEL_S, documents=2, context=128, positions=2, tail=8, new=32, copy_bytes=2**26, matrix=512)
+
+
+def repeated(tasks: TaskBatch) -> TaskBatch:
+    """Every row a document of its own: what an engine without trunks reads."""
+    U, M, G = tasks.row_ids.shape
+
+    def rows(x, per_prompt: bool):
+        return np.repeat(x.reshape(U * M, 1, *x.shape[2:]) if per_prompt else np.repeat(x, M, axis=0), G, axis=0)
+
+    fields = {f.name: getattr(tasks, f.name) for f in dataclasses.fields(tasks)}
+    per_trunk = {name: rows(fields[name], False) for name in ("trunk_tokens", "trunk_lengths")}
+    per_prompt = {n: rows(x, True) for n, x in fields.items() if n not in per_trunk and n != "row_ids"}
+    return TaskBatch(row_ids=tasks.row_ids.reshape(U * M * G, 1, 1), **per_trunk, **per_prompt)
+
+
+def peaks(shape: Shape, rounds: int) -> dict:
+    """Bytes per second of a copy, operations per second of a matrix product in the activations' type."""
+    x = jnp.zeros(shape.copy_bytes // 4, jnp.float32)
+    a = jax.random.normal(jax.random.key(0), (shape.matrix, shape.matrix), jnp.dtype(shape.model.activation_dtype))
+    copy, product = jax.jit(lambda x: x + 1), jax.jit(lambda a: a @ a)
+    seconds = alternate({"copy": lambda: copy(x), "product": lambda: product(a)}, max(5, rounds))
+    return {
+        "bytes_per_second": 2 * shape.copy_bytes / min(seconds["copy"]["samples"]),
+        "flops_per_second": 2 * shape.matrix**3 / min(seconds["product"]["samples"]),
+    }
+
+
+def decode_bytes(shape: Shape, num_params: int, *, is_repeated: bool) -> float:
+    """Bytes that all steps after the first token must read."""
+    c = shape.model
+    itemsize = jnp.dtype(c.activation_dtype).itemsize
+    token = 2 * c.num_layers * c.num_kv_heads * c.head_size * itemsize
+    contexts = shape.rows * (shape.context + shape.tail) if is_repeated else shape.documents * shape.context
+    tails = 0 if is_repeated else shape.documents * shape.positions * shape.tail
+    own = shape.rows * (shape.new - 1) / 2
+    return (shape.new - 1) * (num_params * itemsize + token * (contexts + tails + own))
+
+
+def update_flops(shape: Shape, num_params: int) -> float:
+    """Arithmetic of forward and backward of a batch, each token of a document once."""
+    c = shape.model
+    stem = shape.documents * (shape.context + shape.positions * shape.tail)
+    tokens = stem + shape.rows * shape.new
+    pairs = shape.documents * shape.context**2 / 2 + shape.documents * shape.positions * shape.tail * shape.context
+    pairs += shape.rows * shape.new * (shape.context + shape.tail + shape.new / 2)
+    # The output head meets completion tokens only; the embedding is looked up.
+    head = c.vocab_size * c.width
+    body = num_params - head * (1 if c.tie_embeddings else 2)
+    return 6 * (body * tokens + head * shape.rows * shape.new) + 12 * pairs * c.num_layers * c.num_heads * c.head_size
+
+
+def microbatches(tasks: TaskBatch, rollouts: Rollouts, size: int) -> list[TrainBatch]:
+    """All rows, `size` trunks at a time, advantages 1 and -1 in turn."""
+    shape = rollouts.mask.shape
+    batch = TrainBatch(
+        sequences=to_sequences(tasks, rollouts.tokens, rollouts.mask),
+        token_weights=rollouts.mask / rollouts.mask.sum(),
+        trunk_weights=jnp.zeros(tasks.trunk_tokens.shape),
+        advantages=jnp.broadcast_to(1.0 - 2.0 * (tasks.row_ids.reshape(shape[:2]) % 2)[..., None], shape),
+        sampler_logprobs=rollouts.sampler_logprobs,
+        old_logprobs=None,
+        ref_logprobs=None,
+    )
+    return [jax.tree.map(lambda x, i=i: x[i : i + size], batch) for i in range(0, shape[0], size)]
+
+
+def measure(shape: Shape, rounds: int) -> dict:
+    peak = peaks(shape, rounds)
+    mesh, optimizer = make_mesh(MeshConfig()), make_optimizer(OptimizerConfig(), 100)
+    params = init_params(shape.model, mesh, jax.random.key(0))
+    num_params = sum(p.size for p in jax.tree.leaves(params))
+    loss_fn = partial(policy_loss, shape.model, LossConfig(), 1.0)
+    no_stop = shape.model.vocab_size - 1
+    law = dict(temperature=1.0, top_p=1.0, top_k=0, eos_id=no_stop, vocab_size=no_stop)
+    held = {"state": init_state(params, optimizer, mesh)}
+    figures = {"parameters": num_params, "peaks": peak, "decode": {}, "update": {}}
+    for name, tasks, size in (
+        ("trunk and branches", shape.tasks(), 1),
+        ("repeated prompts", repeated(shape.tasks()), shape.positions),
+    ):
+        tasks = shard_batch(mesh, tasks)
+
+        def decode(new, tasks=tasks):
+            params, key = held["state"].params, rollout_key(0, 0)
+            return generate(shape.model, params, tasks, key, max_completion_tokens=new, **law)
+
+        batches = microbatches(tasks, decode(shape.new), size)
+
+        def learn(batches=batches):
+            held["state"], _ = update(held["state"], batches, loss_fn=loss_fn, optimizer=optimizer)
+            return held["state"]
+
+        timings = alternate({"all": partial(decode, shape.new), "one": partial(decode, 1), "update": learn}, rounds)
+        seconds = timings["all"]["median"] - timings["one"]["median"]
+        limit = decode_bytes(shape, num_params, is_repeated=name == "repeated prompts") / peak["bytes_per_second"]
+        figures["decode"][name] = {
+            "seconds": seconds,
+            "prefill_seconds": timings["one"]["median"],
+            "tokens_per_second": shape.rows * (shape.new - 1) / seconds,
+            "share_of_limit": limit / seconds,
+        }
+        arithmetic = update_flops(shape, num_params) / peak["flops_per_second"]
+        figures["update"][name] = timings["update"] | {"share_of_limit": arithmetic / timings["update"]["median"]}
+    return figures
+
+
+def main() -> None:
+    command = parser(__doc__, name="gpu", rounds=3)
+    command.add_argument("--dry-run", action="store_true")
+    args = command.parse_args()
+    figures = measure(DRY if args.dry_run else FULL, args.rounds)
+
+    def draw(axes):
+        bars = {f"{part}\n{name}": f for part in ("decode", "update") for name, f in figures[part].items()}
+        axes.bar(list(bars), [100 * f["share_of_limit"] for f in bars.values()])
+        axes.set(ylabel="% of the limit", title="Decode: bandwidth limit. Update: matrix peak")
+
+    keep(args, {"dry_run": args.dry_run} | figures, draw)
+
+
+if __name__ == "__main__":
+    main()

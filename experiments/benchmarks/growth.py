@@ -1,0 +1,155 @@
+"""How a step's cost grows: with context length, positions per document, rollouts, vocabulary and model size.
+
+python -m experiments.benchmarks.growth [--rounds 3] [--json FILE] [--axes positions context ...]
+
+A step is a rollout and an update of full-length completions (no stop token, no group idle). Each axis varies one number
+around 4 documents of 512 tokens, 4 positions x 8 rollouts, tails of 24 and completions of 64 tokens, model S. Beside
+the measured seconds stands the count of tokens that trunk and branches need, T + PG(s + c) for each document, times the
+parameters that a token meets, scaled to the axis's median; and what repeated prompts count, PG(T + s + c).
+"""
+
+import dataclasses
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.common import MODEL_S, keep, make_tasks, parser
+from rpt_jax.config import Config, DecoderConfig, LossConfig, OptimizerConfig, RolloutConfig
+from rpt_jax.models.decoder import init_params
+from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.rewards.reward import Reward
+from rpt_jax.rl.update import init_state, make_optimizer
+from rpt_jax.train.trainer import Trainer
+
+TAIL, NEW = 24, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    documents: int = 4
+    context: int = 512
+    positions: int = 4
+    rollouts: int = 8
+    model: DecoderConfig = MODEL_S
+
+    @property
+    def cuts(self) -> list[int]:
+        """Spread evenly over the last quarter of the context."""
+        return [self.context - i * self.context // (4 * self.positions) for i in range(self.positions)]
+
+    def count(self, num_params: int, *, repeated: bool = False) -> float:
+        """Parameters met by all tokens of a step's documents."""
+        rows = self.positions * self.rollouts
+        tokens = rows * (self.context + TAIL + NEW) if repeated else self.context + rows * (TAIL + NEW)
+        return self.documents * tokens * num_params
+
+
+def scaled(layers: int, width: int) -> DecoderConfig:
+    return dataclasses.replace(
+        MODEL_S, num_layers=layers, width=width, mlp_width=4 * width, num_heads=width // 64, num_kv_heads=width // 128
+    )
+
+
+AXES = {
+    "positions": [(p, Point(positions=p)) for p in (1, 2, 4, 8, 16)],
+    "context": [(t, Point(context=t)) for t in (128, 256, 512, 1024)],
+    "rollouts": [(g, Point(rollouts=g)) for g in (4, 8, 16, 32)],
+    "vocabulary": [
+        (v, Point(documents=1, model=dataclasses.replace(MODEL_S, vocab_size=v))) for v in (2048, 8192, 32_768, 131_072)
+    ],
+    "parameters": [
+        (None, Point(documents=1, model=scaled(*shape))) for shape in ((4, 128), (8, 256), (8, 384), (12, 512))
+    ],
+}
+
+
+def make_step(point: Point):
+    """(a function that runs one step, number of parameters)."""
+    U, M, G = point.documents, point.positions, point.rollouts
+    config = Config(
+        model=point.model,
+        rollout=RolloutConfig(
+            num_trunks=U, prompts_per_trunk=M, group_size=G, max_completion_tokens=NEW, temperature=1.0
+        ),
+        loss=LossConfig(microbatch_trunks=1),
+        optimizer=OptimizerConfig(),
+    )
+    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer, 100)
+    params = init_params(config.model, mesh, jax.random.key(0))
+    rewards = jnp.asarray(np.tile(np.arange(G) % 2, (U, M, 1)), jnp.float32)
+    no_stop = point.model.vocab_size - 1
+    trainer = Trainer(
+        config=config,
+        mesh=mesh,
+        tokenizer=SimpleNamespace(eos_id=no_stop, bos_id=None, vocab_size=no_stop),
+        header_length=0,
+        reward=Reward((), lambda rollouts, tasks, _: (rewards, None, jnp.zeros(rewards.shape, bool))),
+        optimizer=optimizer,
+        columns=None,
+    )
+    tasks = make_tasks(U, point.cuts, TAIL, G, point.model.vocab_size)
+    held = {"state": init_state(params, optimizer, mesh)}
+
+    def step():
+        experience = trainer.roll_out(held["state"].params, 0, tasks, 0)
+        held["state"], _ = trainer.learn(held["state"], experience)
+        return jax.block_until_ready(held["state"])
+
+    return step, sum(p.size for p in jax.tree.leaves(params))
+
+
+def measure(axis: str, rounds: int) -> list[dict]:
+    """Points of one axis, a step of each in turn."""
+    steps = {i: make_step(point) for i, (_, point) in enumerate(AXES[axis])}
+    for step, _ in steps.values():
+        step()
+    samples = {i: [] for i in steps}
+    for _ in range(rounds):
+        for i, (step, _) in steps.items():
+            start = time.perf_counter()
+            step()
+            samples[i].append(time.perf_counter() - start)
+    rows = []
+    for i, (value, point) in enumerate(AXES[axis]):
+        num_params = steps[i][1]
+        rows.append(
+            {
+                "value": value or num_params,
+                "seconds": float(np.median(samples[i])),
+                "samples": samples[i],
+                "count": point.count(num_params),
+                "repeated_count": point.count(num_params, repeated=True),
+            }
+        )
+    scale = np.median([r["seconds"] / r["count"] for r in rows])
+    return [r | {"seconds_over_count": r["seconds"] / (scale * r["count"])} for r in rows]
+
+
+def main() -> None:
+    command = parser(__doc__, name="growth", rounds=3)
+    command.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
+    args = command.parse_args()
+    results = {}
+    for axis in args.axes:
+        results[axis] = measure(axis, args.rounds)
+        print(axis, *(f"{r['value']}: {r['seconds']:.2f} s ({r['seconds_over_count']:.2f})" for r in results[axis]))
+    keep(args, {"axes": results}, partial(draw, results), panels=len(results))
+
+
+def draw(results, *panels) -> None:
+    for axes, (axis, rows) in zip(panels, results.items(), strict=True):
+        values = [r["value"] for r in rows]
+        scale = np.median([r["seconds"] / r["count"] for r in rows])
+        axes.plot(values, [r["seconds"] for r in rows], "o-", label="measured")
+        axes.plot(values, [scale * r["count"] for r in rows], "--", label="trunk and branches, counted")
+        axes.plot(values, [scale * r["repeated_count"] for r in rows], ":", label="repeated prompts, counted")
+        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds a step")
+    panels[0].legend(fontsize=8)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""This package's worker of `experiments.benchmarks.peers`: a Trainer's `roll_out` and `learn`, as the loop calls them.
+
+Documents are trunks and positions their cuts: a context goes through the model once, whatever leaves it.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.common import MODEL_S, make_tasks
+from experiments.benchmarks.peers import GROUP_SIZE, LEARNING_RATE, STOP_ID, VOCABULARY, Shape, as_worker
+from rpt_jax.config import Config, LossConfig, OptimizerConfig, RolloutConfig
+from rpt_jax.models.decoder import init_params
+from rpt_jax.parallel.mesh import make_mesh, shard_batch
+from rpt_jax.rewards.reward import Reward
+from rpt_jax.rl.update import init_state, make_optimizer
+from rpt_jax.train.trainer import Trainer
+from rpt_jax.types import TaskBatch
+
+# Documents of one forward-backward pass.
+MICROBATCH_TRUNKS = 2
+
+
+def make_config(shape: Shape) -> Config:
+    return Config(
+        model=MODEL_S,
+        rollout=RolloutConfig(
+            num_trunks=shape.num_documents,
+            prompts_per_trunk=len(shape.cuts),
+            group_size=GROUP_SIZE,
+            max_completion_tokens=shape.new_tokens,
+            temperature=1.0,
+        ),
+        loss=LossConfig(microbatch_trunks=MICROBATCH_TRUNKS),
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, max_grad_norm=1.0),
+    )
+
+
+def make_batch(shape: Shape) -> TaskBatch:
+    """The shape's documents as trunks, with the ids that the peers get."""
+    tasks = make_tasks(shape.num_documents, shape.cuts, shape.tail_tokens, GROUP_SIZE, VOCABULARY)
+    tails = np.broadcast_to(shape.tail(), tasks.tail_tokens.shape)
+    return replace(tasks, trunk_tokens=shape.documents(), tail_tokens=tails)
+
+
+def rewards(rollouts, tasks, requested):
+    """`peers.reward` of every rollout."""
+    shares_UMG = jnp.mean(rollouts.tokens < VOCABULARY // 2, axis=-1).reshape(tasks.row_ids.shape)
+    return shares_UMG, None, jnp.zeros(tasks.row_ids.shape, bool)
+
+
+def main() -> None:
+    shape, turns = as_worker()
+    config = make_config(shape)
+    config.validate()
+    mesh = make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, config.num_updates)
+    trainer = Trainer(
+        config=config,
+        mesh=mesh,
+        # Ids from the stop token on are never sampled.
+        tokenizer=SimpleNamespace(eos_id=STOP_ID, bos_id=None, vocab_size=STOP_ID),
+        header_length=0,
+        reward=Reward(requests=(), fn=rewards),
+        optimizer=optimizer,
+        columns=lambda task_id: {},
+    )
+    state = init_state(init_params(config.model, mesh, jax.random.key(0)), optimizer, mesh)
+    tasks = shard_batch(mesh, make_batch(shape))
+    step = 0
+    while turns.wait():
+        experience = jax.block_until_ready(trainer.roll_out(trainer.policy(state), step, tasks, 0))
+        turns.rolled_out(int(experience.rollouts.mask.sum()))
+        state, _ = trainer.learn(state, experience)
+        jax.block_until_ready(state)
+        turns.answer()
+        step += 1
+
+
+if __name__ == "__main__":
+    main()

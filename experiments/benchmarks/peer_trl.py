@@ -1,0 +1,134 @@
+"""TRL's worker of `experiments.benchmarks.peers`: a GRPOTrainer whose training loop waits for its turn between steps.
+
+Rollouts are transformers' `generate` on the whole batch, an update's passes as many of them as run fastest. Gradient
+checkpointing is off, and with one update per batch TRL runs no pass for old log-probabilities.
+"""
+
+import tempfile
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from experiments.benchmarks.peers import (
+    GROUP_SIZE,
+    LEARNING_RATE,
+    NUM_CORES,
+    STOP_ID,
+    VOCABULARY,
+    Shape,
+    Turns,
+    as_worker,
+    reward,
+)
+
+# Rollouts of one forward-backward pass.
+MICROBATCH_ROWS = 8
+
+
+class WaitForTurn(TrainerCallback):
+    """Lets the training loop go on when the driver asks for a step."""
+
+    def __init__(self, turns: Turns):
+        self._turns = turns
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._turns.wait()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._turns.answer()
+        control.should_training_stop = not self._turns.wait()
+
+
+class TimedTrainer(GRPOTrainer):
+    """GRPOTrainer that says when a batch's completions and rewards are there."""
+
+    turns: Turns
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        self.turns.rolled_out(int(batch["completion_mask"].sum()))
+        return batch
+
+
+def rewards(completion_ids, **columns) -> list[float]:
+    return [reward(ids) for ids in completion_ids]
+
+
+def make_model() -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=STOP_ID,
+            pad_token_id=STOP_ID,
+        )
+    )
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A text is its ids in decimal, parted by blanks."""
+    tokenizer = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token=str(STOP_ID)))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    stop = str(STOP_ID)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=stop, pad_token=stop, padding_side="left")
+
+
+def make_arguments(shape: Shape, directory: str) -> GRPOConfig:
+    return GRPOConfig(
+        output_dir=directory,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        beta=0.0,
+        num_iterations=1,
+        num_generations=GROUP_SIZE,
+        per_device_train_batch_size=MICROBATCH_ROWS,
+        gradient_accumulation_steps=shape.num_prompts * GROUP_SIZE // MICROBATCH_ROWS,
+        max_completion_length=shape.new_tokens,
+        generation_kwargs={"min_new_tokens": shape.new_tokens},
+        temperature=1.0,
+        max_steps=1_000_000,
+        shuffle_dataset=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def main() -> None:
+    shape, turns = as_worker()
+    torch.set_num_threads(NUM_CORES)
+    prompts = [" ".join(map(str, ids)) for ids in shape.prompts()]
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = TimedTrainer(
+            model=make_model(),
+            reward_funcs=rewards,
+            args=make_arguments(shape, directory),
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            processing_class=make_tokenizer(),
+            callbacks=[WaitForTurn(turns)],
+        )
+        trainer.turns = turns
+        trainer.train()
+
+
+if __name__ == "__main__":
+    main()

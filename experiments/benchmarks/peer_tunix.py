@@ -1,0 +1,136 @@
+"""Tunix's worker of `experiments.benchmarks.peers`: a GRPOLearner fed one batch a turn.
+
+Actor and rollout share one mesh of one device, so they share weights. Rollouts are its vanilla engine on the whole
+batch, the update's passes as many prompts as run fastest. One update per batch and no KL term: it runs no other passes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from tunix.models.qwen3.model import ModelConfig, Qwen3
+from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
+from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
+from tunix.rl.rollout.base_rollout import RolloutConfig
+
+from experiments.benchmarks.peers import GROUP_SIZE, LEARNING_RATE, VOCABULARY, Shape, Turns, as_worker, reward
+
+# Prompts of one forward-backward pass.
+MICROBATCH_PROMPTS = 2
+
+
+class Tokenizer:
+    """A text is its ids in decimal, parted by blanks.
+
+    Tunix's engine cannot be kept from sampling an id and leaves padding and stop tokens out of the loss, so both are
+    an id beyond the vocabulary.
+    """
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def bos_id(self) -> None:
+        return None
+
+    def eos_id(self) -> int:
+        return VOCABULARY
+
+    def pad_id(self) -> int:
+        return VOCABULARY
+
+
+class TimedLearner(GRPOLearner):
+    """GRPOLearner that says when a batch's completions and rewards are there."""
+
+    turns: Turns
+
+    def _generate_and_compute_advantage(self, training_input, *args, **kwargs):
+        batch = jax.block_until_ready(super()._generate_and_compute_advantage(training_input, *args, **kwargs))
+        self.turns.rolled_out(int(batch.completion_mask.sum()))
+        return batch
+
+
+def rewards(prompts, completions, **columns) -> list[float]:
+    return [reward(Tokenizer().encode(text)) for text in completions]
+
+
+def make_model() -> Qwen3:
+    """Random weights; Tunix's own initial MLPs are zero."""
+    config = ModelConfig(
+        num_layers=8,
+        vocab_size=VOCABULARY,
+        embed_dim=256,
+        hidden_dim=1024,
+        num_heads=4,
+        head_dim=64,
+        num_kv_heads=2,
+        rope_theta=1_000_000,
+        norm_eps=1e-6,
+        use_tied_embedding=True,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+    )
+    model = Qwen3(config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+
+    def randomise(weights):
+        return weights if weights.ndim == 1 else jnp.asarray(0.02 * rng.standard_normal(weights.shape, np.float32))
+
+    nnx.update(model, jax.tree.map(randomise, nnx.state(model)))
+    return model
+
+
+def make_cluster(shape: Shape) -> RLCluster:
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    longest = max(map(len, shape.prompts()))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.01))
+    return RLCluster(
+        actor=make_model(),
+        tokenizer=Tokenizer(),
+        cluster_config=ClusterConfig(
+            role_to_mesh={Role.ACTOR: mesh, Role.ROLLOUT: mesh},
+            training_config=RLTrainingConfig(
+                actor_optimizer=optimizer,
+                max_steps=1_000_000,
+                eval_every_n_steps=1_000_000,
+                mini_batch_size=shape.num_prompts,
+                train_micro_batch_size=MICROBATCH_PROMPTS,
+                rollout_micro_batch_size=shape.num_prompts,
+            ),
+            rollout_config=RolloutConfig(
+                max_tokens_to_generate=shape.new_tokens,
+                max_prompt_length=longest,
+                kv_cache_size=longest + shape.new_tokens,
+                temperature=1.0,
+                top_p=1.0,
+                top_k=None,
+            ),
+        ),
+    )
+
+
+def main() -> None:
+    shape, turns = as_worker()
+    cluster = make_cluster(shape)
+    config = GRPOConfig(num_generations=GROUP_SIZE, num_iterations=1, beta=0.0)
+    learner = TimedLearner(rl_cluster=cluster, algo_config=config, reward_fns=rewards)
+    learner.turns = turns
+    prompts = [" ".join(map(str, ids)) for ids in shape.prompts()]
+
+    def batches():
+        # The learner asks for the next batch when it is done with the one before.
+        while turns.wait():
+            yield {"prompts": prompts}
+            jax.block_until_ready(nnx.state(cluster.actor_trainer.model))
+            turns.answer()
+
+    learner.train(batches())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""One GRPO step of this package, of TRL and of Tunix, alternated in one run on two CPU cores.
+
+python -m experiments.benchmarks.peers --shape rpt|questions [--alternations 3] [--json FILE]
+    [--implementations rpt_jax trl tunix]
+
+A step is a rollout (prompts in, completions and their rewards out) and one AdamW update from it: no KL term, group
+size 8, temperature 1, float32. All take the same token ids, sample exactly as many tokens and score them by the same
+rule, and have the same model: Qwen3's block, 8 layers, width 256, tied embeddings, 10.0 M random parameters.
+
+Every implementation is a process of its own in its own environment (made on first use in .venv-peers/), which stays
+and waits without work while others have their turn. Its first step compiles and is not counted. Figures are medians;
+memory is the process's highest resident set, its libraries and compilation included. A speed-up is against the peer
+that is faster in that same quantity. Writes JSON, a chart beside it and the workers' logs beside both.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from experiments.benchmarks.memory import peak_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_CORES = 2
+GROUP_SIZE = 8
+LEARNING_RATE = 1e-6
+VOCABULARY = 8192
+# The stop token is in no prompt and never sampled, so every completion has its full length.
+STOP_ID = VOCABULARY - 1
+QUANTITIES = ("step", "rollout", "update")
+
+
+class PeerError(RuntimeError):
+    """A worker or its environment that failed; the message ends with the tail of its log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Prompts of a batch: each document is cut at every one of `cuts`, and the same tail follows each cut.
+
+    Implementations that know no trunks get every prompt whole; this package gets a document once, with its cuts.
+    """
+
+    num_documents: int
+    cuts: tuple[int, ...]
+    tail_tokens: int
+    new_tokens: int
+
+    @property
+    def num_prompts(self) -> int:
+        return self.num_documents * len(self.cuts)
+
+    @property
+    def tokens_sampled(self) -> int:
+        return self.num_prompts * GROUP_SIZE * self.new_tokens
+
+    def documents(self) -> np.ndarray:
+        """i32 [documents, longest cut], the same random ids for every implementation."""
+        return np.random.default_rng(0).integers(0, STOP_ID, (self.num_documents, max(self.cuts)), np.int32)
+
+    def tail(self) -> np.ndarray:
+        """i32 [tail tokens], what ends every prompt."""
+        return np.random.default_rng(1).integers(0, STOP_ID, self.tail_tokens, np.int32)
+
+    def prompts(self) -> list[np.ndarray]:
+        """Every prompt as one sequence of ids, document by document."""
+        return [np.concatenate([d[:cut], self.tail()]) for d in self.documents() for cut in self.cuts]
+
+
+SHAPES = {
+    # Positions near the end of their windows, where contexts are long: 16 prompts of 488 to 536 tokens.
+    "rpt": Shape(num_documents=4, cuts=(464, 480, 496, 512), tail_tokens=24, new_tokens=64),
+    # A question is a document with one cut; the tail stands for the template's end. 8 prompts of 128 tokens.
+    "questions": Shape(num_documents=8, cuts=(120,), tail_tokens=8, new_tokens=128),
+}
+
+
+def reward(tokens) -> float:
+    """Share of a completion's ids in the vocabulary's lower half: differs within a group, so no group is degenerate."""
+    return float(np.mean(np.asarray(tokens) < VOCABULARY // 2))
+
+
+class Turns:
+    """The worker's end: waits for its turn, times the parts of one step, answers with them."""
+
+    def __init__(self, answers_fd: int):
+        self._answers = os.fdopen(answers_fd, "w")
+
+    def wait(self) -> bool:
+        """Block until the driver asks for a step and start the clocks; False: it asks for no more."""
+        line = sys.stdin.readline()
+        if not line or json.loads(line)["command"] != "step":
+            return False
+        self._start, self._cpu_start = time.perf_counter(), time.process_time()
+        return True
+
+    def rolled_out(self, tokens_sampled: int) -> None:
+        """Completions and rewards are there; the rest of the step is the update."""
+        self._rollout_end, self._tokens_sampled = time.perf_counter(), tokens_sampled
+
+    def answer(self) -> None:
+        end = time.perf_counter()
+        figures = {
+            "rollout_seconds": self._rollout_end - self._start,
+            "update_seconds": end - self._rollout_end,
+            "step_seconds": end - self._start,
+            "cpu_seconds": time.process_time() - self._cpu_start,
+            "tokens_sampled": self._tokens_sampled,
+            "peak_bytes": peak_bytes(),
+        }
+        print(json.dumps(figures), file=self._answers, flush=True)
+
+
+def as_worker() -> tuple[Shape, Turns]:
+    """What a worker's command line asks for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--answers-fd", type=int, required=True)
+    args = parser.parse_args()
+    return SHAPES[args.shape], Turns(args.answers_fd)
+
+
+def environment(name: str) -> Path:
+    """The interpreter of an implementation; a peer's is installed on first use and when its requirements change.
+
+    Raises:
+        PeerError: pip failed.
+    """
+    if name == "rpt_jax":
+        return Path(sys.executable)
+    requirements = ROOT / f"experiments/benchmarks/peers_requirements_{name}.txt"
+    directory = ROOT / ".venv-peers" / name
+    python, installed = directory / "bin/python", directory / "installed.txt"
+    if not installed.exists() or installed.read_text() != requirements.read_text():
+        print(f"{name}: installing {requirements.name} in {directory}", flush=True)
+        venv.create(directory, clear=True, symlinks=True, with_pip=True)
+        if subprocess.run([python, "-m", "pip", "install", "-q", "-r", requirements]).returncode:
+            raise PeerError(f"{name}: pip could not install {requirements}; its message is above")
+        installed.write_text(requirements.read_text())
+    return python
+
+
+class Worker:
+    """The driver's end of one implementation's process."""
+
+    def __init__(self, name: str, shape: str, log: Path):
+        self.name, self._shape, self._log = name, SHAPES[shape], log
+        python = environment(name)
+        read_fd, write_fd = os.pipe()
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(NUM_CORES))
+        command = [python, "-m", f"experiments.benchmarks.peer_{name}", "--shape", shape, "--answers-fd", str(write_fd)]
+        with log.open("w") as output:
+            self._process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | threads | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[write_fd],
+                text=True,
+            )
+        os.close(write_fd)
+        self._answers = os.fdopen(read_fd)
+
+    def step(self) -> dict:
+        """Run one step there.
+
+        Raises:
+            PeerError: the process ended, or sampled another number of tokens than the shape has.
+        """
+        try:
+            print(json.dumps({"command": "step"}), file=self._process.stdin, flush=True)
+            line = self._answers.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            tail = "\n".join(self._log.read_text().splitlines()[-30:])
+            raise PeerError(f"{self.name} ended with status {self._process.wait()}; the end of {self._log}:\n{tail}")
+        figures = json.loads(line)
+        if figures["tokens_sampled"] != self._shape.tokens_sampled:
+            raise PeerError(
+                f"{self.name} sampled {figures['tokens_sampled']} tokens; the shape has {self._shape.tokens_sampled}"
+            )
+        return figures
+
+    def stop(self) -> None:
+        """Ask the process to end; one that is in the middle of a step is killed."""
+        try:
+            self._process.communicate(json.dumps({"command": "stop"}) + "\n", timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def summarise(samples: dict[str, list[dict]]) -> dict:
+    """Medians and peak memory of each implementation, and this package against the peers."""
+    figures = {
+        name: {key: statistics.median(s[key] for s in steps) for key in steps[0]}
+        | {"peak_bytes": max(s["peak_bytes"] for s in steps), "samples": steps}
+        for name, steps in samples.items()
+    }
+    summary = {"implementations": figures}
+    ours, peers = figures.get("rpt_jax"), [f for name, f in figures.items() if name != "rpt_jax"]
+    if ours and peers:
+        for quantity in QUANTITIES:
+            key = f"{quantity}_seconds"
+            summary[f"speedup_{quantity}"] = min(p[key] for p in peers) / ours[key]
+    if ours and "trl" in figures:
+        summary["memory_ratio_trl"] = ours["peak_bytes"] / figures["trl"]["peak_bytes"]
+    return summary
+
+
+def draw(summary: dict, axes) -> None:
+    """A bar per implementation: rollout, and the update on top of it."""
+    figures = summary["implementations"]
+    rollout, update = ([f[f"{part}_seconds"] for f in figures.values()] for part in ("rollout", "update"))
+    axes.bar(list(figures), rollout, label="rollout", color="#4477aa")
+    bars = axes.bar(list(figures), update, bottom=rollout, label="update", color="#ee6677")
+    axes.bar_label(bars, labels=[f"{f['step_seconds']:.1f} s" for f in figures.values()], padding=2)
+    axes.margins(y=0.12)
+    axes.set(ylabel="seconds per GRPO step", title=f"{summary['shape']}, {NUM_CORES} CPU cores")
+    axes.legend(frameon=False)
+
+
+def show(summary: dict) -> None:
+    """Print the medians as a table, and the ratios."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", *(f"{q}, s" for q in QUANTITIES), "CPU, s", "sampled/s", "peak, GiB")
+    for name, f in summary["implementations"].items():
+        seconds = [f"{f[f'{key}_seconds']:.2f}" for key in (*QUANTITIES, "cpu")]
+        rate, peak = f["tokens_sampled"] / f["rollout_seconds"], f["peak_bytes"] / 2**30
+        table.add_row(name, *seconds, f"{rate:.0f}", f"{peak:.2f}")
+    console = Console()
+    console.print(table)
+    for key in [k for k in summary if k.startswith(("speedup_", "memory_ratio_"))]:
+        console.print(f"{key} {summary[key]:.2f}")
+
+
+def measure(names, shape: str, alternations: int, logs: Path) -> dict[str, list[dict]]:
+    """Figures of every counted step of each implementation, one step of each in turn."""
+    workers, samples = [], {name: [] for name in names}
+    try:
+        for name in names:
+            workers.append(Worker(name, shape, logs.with_name(f"{logs.name}_{name}.log")))
+            print(f"{name}: warm-up {workers[-1].step()['step_seconds']:.1f} s", flush=True)
+        for turn in range(alternations):
+            for worker in workers:
+                samples[worker.name].append(step := worker.step())
+                parts = ", ".join(f"{q} {step[f'{q}_seconds']:.2f} s" for q in QUANTITIES)
+                print(f"{turn + 1}/{alternations} {worker.name}: {parts}", flush=True)
+    finally:
+        for worker in workers:
+            worker.stop()
+    return samples
+
+
+def main(argv: list[str]) -> None:
+    # Not above: the peers' environments, which import this module too, have neither JAX of ours nor matplotlib.
+    from experiments.benchmarks.common import keep
+
+    names = ("rpt_jax", "trl", "tunix")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--alternations", type=int, default=3, help="counted steps of each implementation")
+    parser.add_argument("--json", type=Path, help="default: runs/benchmarks/peers_<shape>.json")
+    parser.add_argument("--implementations", nargs="+", choices=names, default=names)
+    args = parser.parse_args(argv)
+    args.json = args.json or Path(f"runs/benchmarks/peers_{args.shape}.json")
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    # Workers inherit this, and XLA sizes its thread pools by it.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
+    load = os.getloadavg()[0]
+    samples = measure(args.implementations, args.shape, args.alternations, args.json.with_suffix(""))
+    summary = {"shape": args.shape, "load_average_before": load} | summarise(samples)
+    keep(args, summary, partial(draw, summary), size=(5, 3.5))
+    show(summary)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

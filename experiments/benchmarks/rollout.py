@@ -1,0 +1,152 @@
+"""Rows of geometric length: useful tokens per second of the rollout's schedules, alternated in one run.
+
+python -m experiments.benchmarks.rollout [--rounds 3] [--json FILE]
+
+Model S samples completions that end with probability 1/48 at every token and are cut at 128, from 8 prompts of 128
+tokens.
+
+queue: 512 rows, 64 of each prompt. Static: 64 rows at a time until each has ended, eight times over; and all 512 at
+    once, until all have ended. Against: 64 slots that waiting rows refill; and all at once, live rows moved into fewer
+    slots.
+questions: 64 rows, 8 of each trunk, all in flight: static against fewer slots.
+
+Every row's tokens are compared with the static schedule's. Rows that differ must differ first at a near-tie: a draw
+within 1e-4 of a boundary of the law that a teacher-forced pass gives.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.common import MODEL_S, alternate, keep, make_tasks, parser
+from rpt_jax.config import MeshConfig
+from rpt_jax.models.decoder import forward, init_params
+from rpt_jax.models.head import next_logits
+from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.rollout.engine import STATIC, generate, rollout_key, to_sequences
+from rpt_jax.rollout.sampling import row_keys, uniform
+
+MEAN, LIMIT, EOS, TEMPERATURE = 48, 128, 1, 20.0
+NEAR = 1e-4
+
+
+def near_ties(params, tasks, key, ours, static) -> dict:
+    """Rows whose tokens differ, and whether a near-tie explains each."""
+    a, b = np.asarray(ours.tokens), np.asarray(static.tokens)
+    differ = np.argwhere((a != b).any(-1))
+    explained = 0
+    for u, r in differ:
+        step = int(np.argmax(a[u, r] != b[u, r]))
+        law = _law_at(params, tasks, static, u, r, step)
+        cdf = np.concatenate([[0.0], np.cumsum(law)])
+        row_id = tasks.row_ids.reshape(len(tasks.cuts), -1)[u, r]
+        point = float(uniform(row_keys(key, jnp.asarray([row_id])), step, 0)[0])
+        explained += bool(np.abs(cdf - point).min() < NEAR)
+    return {"rows_that_differ": len(differ), "of_them_near_ties": explained, "rows": a.shape[0] * a.shape[1]}
+
+
+def _law_at(params, tasks, rollouts, u, r, step):
+    """The law f64 [MEAN] of one token, teacher-forced."""
+    one = jax.tree.map(lambda x: np.asarray(x)[u : u + 1], (tasks, rollouts))
+    sequences = to_sequences(one[0], jnp.asarray(one[1].tokens), jnp.asarray(one[1].mask))
+    sequences = dataclasses.replace(
+        sequences,
+        **{
+            name: getattr(sequences, name)[:, r : r + 1]
+            for name in ("branch_tokens", "branch_mask", "branch_prompts", "branch_index")
+        },
+    )
+    stem, branch = jax.jit(partial(forward, MODEL_S))(params, sequences)
+    prompt = r // tasks.row_ids.shape[-1]
+    tail_end = tasks.trunk_tokens.shape[1] + (prompt + 1) * tasks.tail_tokens.shape[-1] - 1
+    hidden = stem[0, tail_end] if step == 0 else branch[0, 0, step - 1]
+    logits = np.asarray(next_logits(params, hidden), np.float64)[:MEAN] / TEMPERATURE
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def run_shape(params, tasks, schedules: dict, static: str, rounds: int) -> dict:
+    """Figures of one shape. A schedule is (options of `generate`, batches it takes in turn)."""
+    key = rollout_key(0, 0)
+    law = dict(max_completion_tokens=LIMIT, temperature=TEMPERATURE, top_p=1.0, top_k=0, eos_id=EOS, vocab_size=MEAN)
+
+    def call(options, batches):
+        return [generate(MODEL_S, params, batch, key, **law, **options) for batch in batches]
+
+    timings = alternate({name: partial(call, *schedule) for name, schedule in schedules.items()}, rounds)
+    results = {name: _joined(call(*schedule), schedule[1], tasks) for name, schedule in schedules.items()}
+    useful = int(np.asarray(results[static].mask).sum())
+    lengths = np.asarray(results[static].mask).sum(-1)
+    figures = {
+        "rows": int(lengths.size),
+        "mean_length": float(lengths.mean()),
+        "useful_tokens": useful,
+        "schedules": {
+            name: {
+                "seconds": t,
+                "useful_tokens_per_second": useful / t["median"],
+                "speedup": timings[static]["median"] / t["median"],
+            }
+            | ({} if name == static else {"tokens": near_ties(params, tasks, key, results[name], results[static])})
+            for name, t in timings.items()
+        },
+    }
+    return figures
+
+
+def _joined(rollouts: list, batches: list, tasks):
+    """The rollouts of all batches in the order of the rows of `tasks`."""
+    if len(rollouts) == 1:
+        return rollouts[0]
+    order = np.argsort(np.concatenate([b.row_ids.reshape(len(b.cuts), -1) for b in batches], axis=1), axis=1)
+
+    def join(*parts):
+        whole = np.concatenate([np.asarray(p) for p in parts], axis=1)
+        return np.take_along_axis(whole, order.reshape(order.shape + (1,) * (whole.ndim - 2)), axis=1)
+
+    return jax.tree.map(join, *rollouts)
+
+
+def main() -> None:
+    args = parser(__doc__, name="rollout", rounds=3).parse_args()
+    params = init_params(MODEL_S, make_mesh(MeshConfig()), jax.random.key(0))
+    static = {"schedule": STATIC}
+    many = make_tasks(8, [120], 8, 64, MODEL_S.vocab_size)
+    eighths = [dataclasses.replace(many, row_ids=many.row_ids[..., 8 * i : 8 * i + 8]) for i in range(8)]
+    few = make_tasks(8, [120], 8, 8, MODEL_S.vocab_size)
+    shapes = {
+        "queue": run_shape(
+            params,
+            many,
+            {
+                "static, 64 at a time": (static, eighths),
+                "static, all 512": (static, [many]),
+                "64 slots, refilled": ({"slots_per_trunk": 8}, [many]),
+                "all 512, fewer slots": ({}, [many]),
+            },
+            "static, 64 at a time",
+            args.rounds,
+        ),
+        "questions": run_shape(
+            params, few, {"static": (static, [few]), "fewer slots": ({}, [few])}, "static", args.rounds
+        ),
+    }
+
+    def draw(axes):
+        bars = [
+            (f"{name}\n({shape})", s["useful_tokens_per_second"])
+            for shape, f in shapes.items()
+            for name, s in f["schedules"].items()
+        ]
+        axes.barh(*zip(*reversed(bars), strict=True))
+        axes.set_xlabel("useful tokens per second")
+        axes.set_title(f"Completions of geometric length (mean {MEAN}, limit {LIMIT}), model S")
+
+    keep(args, {"shapes": shapes}, draw)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""From hidden states to laws over the vocabulary, and to losses of them, without a [rows, tokens, vocabulary] array."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from rpt_jax.config import DecoderConfig
+from rpt_jax.models.attention import kernels_of
+
+
+def output_head(params):
+    """The head's matrix [V, D], its low-rank adapter added; the embedding where the two are tied."""
+    head_VD = params["head"] if "head" in params else params["embedding"]
+    if "head_lora_a" in params:
+        return head_VD + (params["head_lora_a"] @ params["head_lora_b"]).T.astype(head_VD.dtype)
+    return head_VD
+
+
+def next_logits(params, hidden_D):
+    """Logits f32 [..., V] of hidden states after the final norm."""
+    head_VD = output_head(params).astype(hidden_D.dtype)
+    return jnp.einsum("...d,vd->...v", hidden_D, head_VD, preferred_element_type=jnp.float32)
+
+
+def _chunks(config: DecoderConfig, vocab_size: int, arrays):
+    """Arrays [U, N, ...] cut along N for a scan, so that one chunk's logits keep within the limit; and N."""
+    U, n = jax.tree.leaves(arrays)[0].shape[:2]
+    chunk = max(1, min(n, kernels_of(config).max_logits // (U * vocab_size)))
+    num_chunks = -(-n // chunk)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, num_chunks * chunk - n)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(U, num_chunks, chunk, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(cut, arrays), n
+
+
+def _joined(chunks, n: int):
+    """The inverse of `_chunks` for its results."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :n], chunks)
+
+
+def _chunk_logprobs(head_VD, hidden_UnD, targets_Un, temperature: float):
+    """(log-probability of the targets [U, n], entropy [U, n], the law [U, n, V])."""
+    logits_UnV = jnp.einsum("und,vd->unv", hidden_UnD, head_VD, preferred_element_type=jnp.float32) / temperature
+    logits_UnV = logits_UnV - logits_UnV.max(-1, keepdims=True)
+    weights_UnV = jnp.exp(logits_UnV)
+    total_Un1 = weights_UnV.sum(-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits_UnV, targets_Un[..., None], axis=-1)
+    logprobs = (chosen - jnp.log(total_Un1))[..., 0]
+    entropy = (jnp.log(total_Un1) - jnp.sum(weights_UnV * logits_UnV, axis=-1, keepdims=True) / total_Un1)[..., 0]
+    return logprobs, entropy, weights_UnV / total_Un1
+
+
+@partial(jax.jit, static_argnames=("config", "temperature"))
+def token_logprobs(config: DecoderConfig, params, hidden_UND, targets_UN, *, temperature: float):
+    """Log-probability of each target and entropy of its law, softmax(logits / temperature), for scoring.
+
+    Args:
+        hidden_UND: hidden states after the final norm, any token dimension N.
+        targets_UN: i32.
+        temperature: > 0.
+    Returns:
+        (logprobs f32 [U, N], entropy f32 [U, N]), nats.
+    """
+    head_VD = output_head(params).astype(hidden_UND.dtype)
+    chunks, n = _chunks(config, head_VD.shape[0], (hidden_UND, targets_UN))
+    return _joined(jax.lax.map(lambda x: _chunk_logprobs(head_VD, *x, temperature)[:2], chunks), n)
+
+
+def token_loss(config: DecoderConfig, term_fn, params, hidden_UND, targets_UN, inputs, *, temperature: float):
+    """Sum of a loss over tokens, each a function of the token's log-probability; its gradient is made chunk by chunk.
+
+    A chunk's logits serve its loss and its gradient, and are gone before the next: no second product with the head, and
+    no [rows, tokens, vocabulary] array.
+
+    Args:
+        term_fn: (logprobs [U, n], inputs [U, n]) -> terms f32 [U, n], elementwise.
+        hidden_UND, targets_UN, temperature: as in `token_logprobs`.
+        inputs: tree of arrays [U, N], constants of the loss.
+    Returns:
+        (scalar loss, (logprobs f32 [U, N], entropy f32 [U, N])); the last two carry no gradient.
+    """
+    head_VD = output_head(params).astype(hidden_UND.dtype)
+    return _token_loss(config, term_fn, temperature, head_VD, hidden_UND, targets_UN, inputs)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _token_loss(config, term_fn, temperature, head_VD, hidden_UND, targets_UN, inputs):
+    chunks, n = _chunks(config, head_VD.shape[0], (hidden_UND, targets_UN, inputs))
+
+    def one(chunk):
+        hidden, targets, inputs = chunk
+        logprobs, entropy, _ = _chunk_logprobs(head_VD, hidden, targets, temperature)
+        return term_fn(logprobs, inputs).sum(), logprobs, entropy
+
+    losses, *rest = jax.lax.map(one, chunks)
+    return losses.sum(), _joined(tuple(rest), n)
+
+
+def _token_loss_fwd(config, term_fn, temperature, head_VD, hidden_UND, targets_UN, inputs):
+    chunks, n = _chunks(config, head_VD.shape[0], (hidden_UND, targets_UN, inputs))
+
+    def one(head_gradient_VD, chunk):
+        hidden, targets, inputs = chunk
+        logprobs, entropy, law_UnV = _chunk_logprobs(head_VD, hidden, targets, temperature)
+        terms, pull = jax.vjp(lambda x: term_fn(x, inputs), logprobs)
+        (slope_Un,) = pull(jnp.ones_like(terms))
+        is_target = jnp.arange(law_UnV.shape[-1]) == targets[..., None]
+        gradient_UnV = (slope_Un / temperature)[..., None] * (is_target - law_UnV)
+        gradient_UnV = gradient_UnV.astype(hidden.dtype)
+        hidden_gradient = jnp.einsum("unv,vd->und", gradient_UnV, head_VD, preferred_element_type=jnp.float32)
+        head_gradient_VD += jnp.einsum("unv,und->vd", gradient_UnV, hidden, preferred_element_type=jnp.float32)
+        return head_gradient_VD, (terms.sum(), logprobs, entropy, hidden_gradient.astype(hidden.dtype))
+
+    zero = jnp.zeros(head_VD.shape, jnp.float32)
+    head_gradient_VD, (losses, *rest, hidden_gradient) = jax.lax.scan(one, zero, chunks)
+    primal = losses.sum(), _joined(tuple(rest), n)
+    return primal, (head_gradient_VD.astype(head_VD.dtype), _joined(hidden_gradient, n))
+
+
+def _token_loss_bwd(config, term_fn, temperature, gradients, cotangent):
+    scale, _ = cotangent
+    return *(jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)), None, None
+
+
+_token_loss.defvjp(_token_loss_fwd, _token_loss_bwd)
