@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test trials lint
+.PHONY: quickstart test trials benchmark lint
 
 $(VENV)/.installed: requirements.txt setup.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -19,6 +19,18 @@ test: $(VENV)/.installed
 
 trials: $(VENV)/.installed
 	$(RUN) -m pytest -m slow
+
+# The claims of the README's performance tables, on a CPU: about half an hour on a quiet machine of two cores, more on
+# first use, when TRL and Tunix are installed in .venv-peers.
+benchmark: $(VENV)/.installed
+	$(RUN) -m experiments.benchmarks.sampling
+	$(RUN) -m experiments.benchmarks.reward
+	$(RUN) -m experiments.benchmarks.rollout
+	$(RUN) -m experiments.benchmarks.update
+	$(RUN) -m experiments.benchmarks.growth
+	$(RUN) -m experiments.benchmarks.gpu --dry-run
+	$(RUN) -m experiments.benchmarks.peers --shape questions
+	$(RUN) -m experiments.benchmarks.peers --shape rpt
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

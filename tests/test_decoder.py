@@ -131,7 +131,7 @@ def test_trunk_and_branch_gradients_equal_repeated_prompts(tiny_config, tiny_par
 
 
 def test_attention_block_by_block_changes_nothing(tiny_config, tiny_params, monkeypatch):
-    """Scores of a whole batch at once, of four queries of a lane, and keys kept the other way round."""
+    """Scores of a whole batch at once, of a few queries of a lane or a trunk, and keys kept the other way round."""
     sequences, _ = ragged_sequences(tiny_config)
     weights = random_weights(sequences)
     whole = logprob_gradient(tiny_config, tiny_params, sequences, weights)

@@ -18,7 +18,6 @@ from rpt_jax.models import decoder
 from rpt_jax.rl.update import supervised_loss
 from rpt_jax.train.rejection import accepted_rows, write_examples
 from rpt_jax.train.supervised import Example, batches, document_examples, make_batch, make_packed_batch, read_examples
-from rpt_jax.types import Sequences
 
 CONFIG = Config(
     data=DataConfig(template="minimal", trunk_length=12, window_stride=4),

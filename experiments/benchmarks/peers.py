@@ -284,7 +284,7 @@ def main(argv: list[str]) -> None:
     load = os.getloadavg()[0]
     samples = measure(args.implementations, args.shape, args.alternations, args.json.with_suffix(""))
     summary = {"shape": args.shape, "load_average_before": load} | summarise(samples)
-    keep(args, summary, partial(draw, summary), size=(5, 3.5))
+    keep(args, summary, partial(draw, summary))
     show(summary)
 
 

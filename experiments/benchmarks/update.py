@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from experiments.benchmarks.common import MODEL_S, alternate, keep, make_tasks, parser
-from rpt_jax.config import Config, DecoderConfig, LossConfig, MeshConfig, OptimizerConfig
+from rpt_jax.config import Config, DecoderConfig, LossConfig, MeshConfig, OptimizerConfig, RolloutConfig
 from rpt_jax.models.decoder import forward, init_params, trunks_alone
 from rpt_jax.models.head import next_logits, token_loss
 from rpt_jax.parallel.mesh import make_mesh
@@ -94,7 +94,7 @@ def time_updates(rounds: int) -> dict:
     mesh, optimizer = make_mesh(MeshConfig()), make_optimizer(OptimizerConfig(max_grad_norm=0.0), 100)
     params = init_params(MODEL_S, mesh, jax.random.key(0))
     trainer = Trainer(
-        config=Config(model=MODEL_S, loss=LOSS),
+        config=Config(model=MODEL_S, loss=LOSS, rollout=RolloutConfig(temperature=1.0)),
         mesh=mesh,
         tokenizer=None,
         header_length=0,

@@ -5,7 +5,7 @@ product; those keys are never repeated per branch. Scores and softmax are float3
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,19 @@ class Kernels:
 
     keys_transposed: bool
     """Keys are kept [.., Q, S] instead of [.., S, Q]: both products of decoding then read contiguously."""
-    trunk_attention: Literal["xla", "cudnn", "splash"]
-    """Kernel of a trunk's attention to itself."""
+    flash_attention: bool
+    """A trunk in 16-bit activations attends to itself by cuDNN's kernel."""
     max_scores: int
-    """Attention scores (numbers) of branches that are made at once; more are made block by block, twice in training."""
+    """Attention scores (numbers) made at once; more are made block by block, and once more in the backward pass."""
     max_logits: int
     """Logits (numbers) that are made at once."""
 
 
 # CPU: measured, experiments/benchmarks/rollout.py and update.py. The others follow the kernels' own layouts.
 KERNELS = {
-    "cpu": Kernels(keys_transposed=True, trunk_attention="xla", max_scores=2**28, max_logits=2**23),
-    "gpu": Kernels(keys_transposed=False, trunk_attention="cudnn", max_scores=2**29, max_logits=2**28),
-    "tpu": Kernels(keys_transposed=False, trunk_attention="splash", max_scores=2**29, max_logits=2**28),
+    "cpu": Kernels(keys_transposed=True, flash_attention=False, max_scores=2**28, max_logits=2**23),
+    "gpu": Kernels(keys_transposed=False, flash_attention=True, max_scores=2**29, max_logits=2**28),
+    "tpu": Kernels(keys_transposed=False, flash_attention=False, max_scores=2**29, max_logits=2**28),
 }
 
 
@@ -65,13 +65,45 @@ def sees_stem(reach: Reach):
     return in_trunk | (columns_UP == reach.prompts[..., None])
 
 
-def causal_attention(q_ULHQ, k_ULKQ, v_ULKQ, segments_UL=None):
+def causal_attention(q_ULHQ, k_ULKQ, v_ULKQ, kernels: Kernels, segments_UL=None):
     """Plain causal self-attention with grouped heads: [U, L, H, Q]. Right padding of trunks needs no mask.
 
     segments_UL: i32, tokens see those of their own segment only; None: a row is one sequence.
     """
-    mask = None if segments_UL is None else (segments_UL[:, :, None] == segments_UL[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q_ULHQ, k_ULKQ, v_ULKQ, mask=mask, is_causal=True)
+    U, L, H, Q = q_ULHQ.shape
+    if segments_UL is None and kernels.flash_attention and q_ULHQ.dtype.itemsize == 2 and Q % 8 == 0 and Q <= 128:
+        return jax.nn.dot_product_attention(q_ULHQ, k_ULKQ, v_ULKQ, is_causal=True, implementation="cudnn")
+
+    def attend(q, columns):
+        mask = columns[:, None] >= jnp.arange(L)
+        if segments_UL is not None:
+            mask = mask & (segments_UL[:, columns, None] == segments_UL[:, None, :])[:, None]
+        return jax.nn.dot_product_attention(q, k_ULKQ, v_ULKQ, mask=mask if mask.ndim == 4 else mask[None, None])
+
+    per_query = U * H * L
+    if per_query * L <= kernels.max_scores:
+        return attend(q_ULHQ, jnp.arange(L))
+    blocks, columns = _query_blocks((q_ULHQ,), max(1, kernels.max_scores // per_query))
+    attended = jax.lax.map(jax.checkpoint(lambda b: attend(b[0][0], jnp.minimum(b[1], L - 1))), (blocks, columns))
+    return _whole(attended, L)
+
+
+def _query_blocks(arrays, size: int):
+    """Arrays [U, T, ...] as [blocks, U, size, ...], the last block padded; and the queries' columns [blocks, size]."""
+    T = arrays[0].shape[1]
+    num_blocks = -(-T // size)
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, num_blocks * size - T)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, size, *x.shape[2:]), 1, 0)
+
+    return tuple(map(split, arrays)), jnp.arange(num_blocks * size).reshape(num_blocks, size)
+
+
+def _whole(blocks, num_queries: int):
+    """The inverse of `_query_blocks` for one result [blocks, U, size, ...]."""
+    x = jnp.moveaxis(blocks, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :num_queries]
 
 
 def branch_attention(q_URTHQ, stem_kv, own_kv, reach: Reach, kernels: Kernels):
@@ -83,7 +115,7 @@ def branch_attention(q_URTHQ, stem_kv, own_kv, reach: Reach, kernels: Kernels):
     Returns:
         [U, R, T, H, Q] in the queries' dtype.
     """
-    U, R, T, H, Q = q_URTHQ.shape
+    U, R, T, H, _ = q_URTHQ.shape
     P = reach.columns.shape[-1]
     columns_T = jnp.arange(T)
 
@@ -99,23 +131,16 @@ def branch_attention(q_URTHQ, stem_kv, own_kv, reach: Reach, kernels: Kernels):
         return attend(q, own_kv, *rest, columns_T)
 
     # A lane at a time, and of it as many queries as are allowed.
-    block = max(1, min(T, kernels.max_scores // per_query))
-    num_blocks = -(-T // block)
-
-    def split(x_UT):
-        x = jnp.pad(x_UT, [(0, 0), (0, num_blocks * block - T)] + [(0, 0)] * (x_UT.ndim - 2))
-        return jnp.moveaxis(x.reshape(U, num_blocks, block, *x.shape[2:]), 1, 0)[:, :, None]
-
-    @jax.checkpoint
-    def one_block(own_kv, q, cuts, prompts, first, columns):
-        return attend(q, own_kv, cuts, prompts, first, columns)[:, 0]
-
     def one_lane(lane):
-        own_kv, *tokens = lane
-        own_kv = jax.tree.map(lambda x: x[:, None], own_kv)
-        columns = jnp.arange(num_blocks * block).reshape(num_blocks, block)
-        blocks = jax.lax.map(lambda b: one_block(own_kv, *b), (*map(split, tokens), columns))
-        return jnp.moveaxis(blocks, 0, 1).reshape(U, num_blocks * block, H, Q)[:, :T]
+        lane_kv, *tokens = lane
+        lane_kv = jax.tree.map(lambda x: x[:, None], lane_kv)
+
+        @jax.checkpoint
+        def one_block(block):
+            tokens, columns = block
+            return attend(tokens[0][:, None], lane_kv, *(x[:, None] for x in tokens[1:]), columns)[:, 0]
+
+        return _whole(jax.lax.map(one_block, _query_blocks(tokens, max(1, kernels.max_scores // per_query))), T)
 
     lanes = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (own_kv, *of_tokens))
     return jnp.moveaxis(jax.lax.map(one_lane, lanes), 0, 1)

@@ -149,11 +149,11 @@ class Block(nn.Module):
 def _stem_attention(q_UPHQ, k_UPKQ, v_UPKQ, geometry: "Geometry", kernels: Kernels):
     """The trunk sees itself; a prompt's tail sees the trunk up to its cut, and itself."""
     if geometry.tail_mask_UMEE is None:
-        return causal_attention(q_UPHQ, k_UPKQ, v_UPKQ, geometry.segments)
+        return causal_attention(q_UPHQ, k_UPKQ, v_UPKQ, kernels, geometry.segments)
     U, M, E, _ = geometry.tail_mask_UMEE.shape
     L = q_UPHQ.shape[1] - M * E
     (q, q_tail), (k, k_tail), (v, v_tail) = (jnp.split(x, [L], axis=1) for x in (q_UPHQ, k_UPKQ, v_UPKQ))
-    trunk_ULHQ = causal_attention(q, k, v)
+    trunk_ULHQ = causal_attention(q, k, v, kernels)
     q_tail, k_tail, v_tail = (x.reshape(U, M, E, *x.shape[2:]) for x in (q_tail, k_tail, v_tail))
     tails_UMEHQ = merged_attention(
         q_tail,

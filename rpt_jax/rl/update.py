@@ -226,16 +226,22 @@ def update(
         maxima, the others sums over microbatches).
     """
     gradients, metrics = None, []
+    shardings = tuple(p.sharding for p in jax.tree.leaves(state.params))
     for batch in microbatches:
-        gradients, of_batch = _add_gradients(state.params, frozen, batch, gradients, loss_fn=loss_fn)
+        gradients, of_batch = _add_gradients(
+            state.params, frozen, batch, gradients, loss_fn=loss_fn, shardings=shardings
+        )
         metrics.append(of_batch)
     return _apply(state, gradients, metrics, optimizer=optimizer)
 
 
-@partial(jax.jit, static_argnames="loss_fn", donate_argnames="total")
-def _add_gradients(params, frozen, batch: TrainBatch, total, *, loss_fn):
+@partial(jax.jit, static_argnames=("loss_fn", "shardings"), donate_argnames="total")
+def _add_gradients(params, frozen, batch: TrainBatch, total, *, loss_fn, shardings: tuple):
+    """Gradients added to `total` (None: nothing yet), lying as the parameters do; and metrics with the loss."""
     value_and_grad = jax.value_and_grad(lambda params: loss_fn(join(frozen, params), batch), has_aux=True)
     (loss, metrics), gradients = value_and_grad(params)
+    leaves, tree = jax.tree.flatten(gradients)
+    gradients = tree.unflatten(map(jax.lax.with_sharding_constraint, leaves, shardings))
     if total is not None:
         gradients = jax.tree.map(jnp.add, total, gradients)
     return gradients, metrics | {"loss": loss}
