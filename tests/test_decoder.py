@@ -211,7 +211,7 @@ def test_parameters_lie_on_the_mesh_as_the_table_says():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     config = DecoderConfig(vocab_size=64, width=32, mlp_width=48, num_heads=4, num_kv_heads=2, head_size=8)
     params = decoder.init_params(config, mesh, jax.random.key(0))
-    assert params["layers"]["q_proj"].sharding.spec == P(None, "fsdp", "tensor", None)
+    assert params["layers"]["q_proj"].sharding.spec == P(None, "fsdp", "tensor")
     assert params["layers"]["down_proj"].sharding.spec == P(None, "tensor", "fsdp")
     assert params["embedding"].sharding.spec == P("tensor", "fsdp")
     # Half of the width and half of the heads lie on each device.

@@ -74,7 +74,7 @@ def test_rollout_and_update_compile_for_a_tpu_slice(slice_of_four):
     )  # fmt: skip
     loss_fn = partial(update.policy_loss, CONFIG, LossConfig(), 1.0)
     _, (gradients, metrics) = compiled(
-        update._add_gradients, params, None, on_trunks(batch), None, loss_fn=loss_fn,
+        update._add_gradients, params, params, None, on_trunks(batch), loss_fn=loss_fn,
         shardings=tuple(p.sharding for p in jax.tree.leaves(params)),
     )  # fmt: skip
     for gradient, parameter in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.common import MODEL_S, make_tasks
-from experiments.benchmarks.peers import GROUP_SIZE, LEARNING_RATE, STOP_ID, VOCABULARY, Shape, as_worker
+from experiments.benchmarks.peers import GROUP_SIZE, LEARNING_RATE, STOP_ID, VOCABULARY, PeerError, Shape, as_worker
 from rpt_jax.config import Config, LossConfig, OptimizerConfig, RolloutConfig
 from rpt_jax.models.decoder import init_params
 from rpt_jax.parallel.mesh import make_mesh, shard_batch
@@ -48,8 +48,8 @@ def make_batch(shape: Shape) -> TaskBatch:
 
 def rewards(rollouts, tasks, requested):
     """`peers.reward` of every rollout."""
-    shares_UMG = jnp.mean(rollouts.tokens < VOCABULARY // 2, axis=-1).reshape(tasks.row_ids.shape)
-    return shares_UMG, None, jnp.zeros(tasks.row_ids.shape, bool)
+    means_UR = jnp.mean(rollouts.tokens.astype(jnp.float32), axis=-1)
+    return means_UR.reshape(tasks.row_ids.shape) / VOCABULARY, None, jnp.zeros(tasks.row_ids.shape, bool)
 
 
 def main() -> None:
@@ -74,8 +74,10 @@ def main() -> None:
     while turns.wait():
         experience = jax.block_until_ready(trainer.roll_out(trainer.policy(state), step, tasks, 0))
         turns.rolled_out(int(experience.rollouts.mask.sum()))
-        state, _ = trainer.learn(state, experience)
+        state, metrics = trainer.learn(state, experience)
         jax.block_until_ready(state)
+        if any(m["rows_left_out_fraction"] for m in metrics):
+            raise PeerError("rpt_jax left rows out of the update; every row must have an advantage to compare")
         turns.answer()
         step += 1
 

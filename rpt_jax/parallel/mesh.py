@@ -61,4 +61,14 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
 
 def param_shardings(mesh: Mesh, abstract_params: Any) -> Any:
     """NamedShardings for a tree of `nn.Partitioned` shapes, through RULES."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, RULES)
+    named = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, RULES)
+    return jax.tree.map(_as_compiled, named)
+
+
+def _as_compiled(sharding: NamedSharding) -> NamedSharding:
+    """The same sharding as a compiled program names it: an update's results then compile nothing anew."""
+    sizes = sharding.mesh.shape
+    axes = [axis if axis is not None and sizes[axis] > 1 else None for axis in sharding.spec]
+    while axes and axes[-1] is None:
+        axes.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))

@@ -225,26 +225,29 @@ def update(
         (TrainState, dict of f32 scalars: loss, grad_norm, skipped and those of the loss; names ending in _max are
         maxima, the others sums over microbatches).
     """
-    gradients, metrics = None, []
     shardings = tuple(p.sharding for p in jax.tree.leaves(state.params))
+    gradients, metrics = _zeros_like(state.params, shardings), []
     for batch in microbatches:
         gradients, of_batch = _add_gradients(
-            state.params, frozen, batch, gradients, loss_fn=loss_fn, shardings=shardings
+            gradients, state.params, frozen, batch, loss_fn=loss_fn, shardings=shardings
         )
         metrics.append(of_batch)
     return _apply(state, gradients, metrics, optimizer=optimizer)
 
 
+@partial(jax.jit, static_argnames="shardings")
+def _zeros_like(params, shardings: tuple):
+    leaves, tree = jax.tree.flatten(jax.tree.map(jnp.zeros_like, params))
+    return tree.unflatten(map(jax.lax.with_sharding_constraint, leaves, shardings))
+
+
 @partial(jax.jit, static_argnames=("loss_fn", "shardings"), donate_argnames="total")
-def _add_gradients(params, frozen, batch: TrainBatch, total, *, loss_fn, shardings: tuple):
-    """Gradients added to `total` (None: nothing yet), lying as the parameters do; and metrics with the loss."""
+def _add_gradients(total, params, frozen, batch: TrainBatch, *, loss_fn, shardings: tuple):
+    """A microbatch's gradients added to `total`, lying as the parameters do; and its metrics, the loss among them."""
     value_and_grad = jax.value_and_grad(lambda params: loss_fn(join(frozen, params), batch), has_aux=True)
     (loss, metrics), gradients = value_and_grad(params)
-    leaves, tree = jax.tree.flatten(gradients)
-    gradients = tree.unflatten(map(jax.lax.with_sharding_constraint, leaves, shardings))
-    if total is not None:
-        gradients = jax.tree.map(jnp.add, total, gradients)
-    return gradients, metrics | {"loss": loss}
+    leaves, tree = jax.tree.flatten(jax.tree.map(jnp.add, total, gradients))
+    return tree.unflatten(map(jax.lax.with_sharding_constraint, leaves, shardings)), metrics | {"loss": loss}
 
 
 @partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
