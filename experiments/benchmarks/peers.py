@@ -270,7 +270,7 @@ def measure(names, shape: str, alternations: int, logs: Path) -> dict[str, list[
 
 
 def main(argv: list[str]) -> None:
-    # Not above: the peers' environments, which import this module too, have neither JAX of ours nor matplotlib.
+    # Not above: the peers' environments import this module too, and TRL's has no JAX.
     from experiments.benchmarks.common import keep
 
     names = ("rpt_jax", "trl", "tunix")

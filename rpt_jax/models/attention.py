@@ -28,12 +28,12 @@ class Kernels:
     max_scores: int
     """Attention scores (numbers) made at once; more are made block by block, and once more in the backward pass."""
     max_logits: int
-    """Logits (numbers) that are made at once."""
+    """Logits (numbers) made at once; but always those of 64 tokens."""
 
 
 # CPU: measured, experiments/benchmarks/rollout.py and update.py. The others follow the kernels' own layouts.
 KERNELS = {
-    "cpu": Kernels(keys_transposed=True, flash_attention=False, max_scores=2**28, max_logits=2**23),
+    "cpu": Kernels(keys_transposed=True, flash_attention=False, max_scores=2**28, max_logits=2**21),
     "gpu": Kernels(keys_transposed=False, flash_attention=True, max_scores=2**29, max_logits=2**28),
     "tpu": Kernels(keys_transposed=False, flash_attention=False, max_scores=2**29, max_logits=2**28),
 }
@@ -157,31 +157,37 @@ def merged_attention(q_URTHQ, stem_kv, stem_mask_URTP, own_kv, own_mask_URTS, ke
     Returns:
         [U, R, T, H, Q] in the queries' dtype.
     """
-    (stem_k, stem_v), (own_k, own_v) = stem_kv, own_kv
     U, R, T, H, Q = q_URTHQ.shape
-    K = stem_v.shape[1]
-    q = q_URTHQ.reshape(U, R, T, K, H // K, Q) * Q**-0.5
-    stem_key, own_key = ("ukqp", "urkqs") if kernels.keys_transposed else ("ukpq", "urksq")
+    K = stem_kv[1].shape[1]
+    J = H // K
+    q_URTKJQ = q_URTHQ.reshape(U, R, T, K, J, Q) * Q**-0.5
+    # Few and large dimensions: with one for each letter XLA's CPU backend takes twice as long to decode.
+    of_stem = jnp.moveaxis(q_URTKJQ, 3, 1).reshape(U, K, R * T, J, Q)
+    of_own = jnp.moveaxis(q_URTKJQ, 3, 2).reshape(U, R, K, T, J, Q)
+    stem = _one_part(of_stem, stem_kv, stem_mask_URTP.reshape(U, 1, R * T, 1, -1), kernels)
+    own = _one_part(of_own, own_kv, own_mask_URTS[:, :, None, :, None], kernels)
+    stem = [jnp.moveaxis(x.reshape(U, K, R, T, J, -1), 1, 2) for x in stem]
 
-    def product(spec, a, b):
-        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    (stem_sum, stem_total, stem_peak), (own_sum, own_total, own_peak) = stem, own
+    peak = jnp.maximum(stem_peak, own_peak)
+    stem_scale, own_scale = jnp.exp(stem_peak - peak), jnp.exp(own_peak - peak)
+    attended = (stem_sum * stem_scale + own_sum * own_scale) / (stem_total * stem_scale + own_total * own_scale)
+    return jnp.moveaxis(attended, 2, 3).astype(q_URTHQ.dtype).reshape(U, R, T, H, Q)
 
-    stem_scores = product(f"urtkjq,{stem_key}->ukrtjp", q, stem_k)
-    stem_scores = jnp.where(stem_mask_URTP[:, None, :, :, None, :], stem_scores, _MASKED)
-    own_scores = product(f"urtkjq,{own_key}->urktjs", q, own_k)
-    own_scores = jnp.where(own_mask_URTS[:, :, None, :, None, :], own_scores, _MASKED)
 
-    stem_max = jnp.swapaxes(stem_scores.max(-1), 1, 2)  # [U, R, K, T, J]
-    peak = jax.lax.stop_gradient(jnp.maximum(stem_max, own_scores.max(-1)))
-    stem_weights = jnp.exp(stem_scores - jnp.swapaxes(peak, 1, 2)[..., None])
-    own_weights = jnp.exp(own_scores - peak[..., None])
-    total = jnp.swapaxes(stem_weights.sum(-1), 1, 2) + own_weights.sum(-1)
-
-    dtype = q.dtype
-    from_stem = product("ukrtjp,ukpq->urtkjq", stem_weights.astype(dtype), stem_v)
-    from_own = product("urktjs,urksq->urtkjq", own_weights.astype(dtype), own_v)
-    total = jnp.swapaxes(total, 2, 3)[..., None]
-    return ((from_stem + from_own) / total).astype(dtype).reshape(U, R, T, H, Q)
+def _one_part(q_TJQ, kv, mask_T1S, kernels: Kernels):
+    """Softmax attention undivided: weighted values f32 [..., T, J, Q], sums of weights and peaks [..., T, J, 1]."""
+    *lead, T, J, Q = q_TJQ.shape
+    k, v_SQ = kv
+    q_XQ = q_TJQ.reshape(*lead, T * J, Q)
+    key = "...qs" if kernels.keys_transposed else "...sq"
+    scores_XS = jnp.einsum(f"...xq,{key}->...xs", q_XQ, k, preferred_element_type=jnp.float32)
+    scores_TJS = jnp.where(mask_T1S, scores_XS.reshape(*lead, T, J, -1), _MASKED)
+    peak_TJ1 = jax.lax.stop_gradient(scores_TJS.max(-1, keepdims=True))
+    weights_TJS = jnp.exp(scores_TJS - peak_TJ1)
+    weights_XS = weights_TJS.reshape(scores_XS.shape).astype(v_SQ.dtype)
+    sums_XQ = jnp.einsum("...xs,...sq->...xq", weights_XS, v_SQ, preferred_element_type=jnp.float32)
+    return sums_XQ.reshape(q_TJQ.shape), weights_TJS.sum(-1, keepdims=True), peak_TJ1
 
 
 def keep(k_SKQ, v_SKQ, kernels: Kernels):

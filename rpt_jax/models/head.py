@@ -26,7 +26,7 @@ def next_logits(params, hidden_D):
 def _chunks(config: DecoderConfig, vocab_size: int, arrays):
     """Arrays [U, N, ...] cut along N for a scan, so that one chunk's logits keep within the limit; and N."""
     U, n = jax.tree.leaves(arrays)[0].shape[:2]
-    chunk = max(1, min(n, kernels_of(config).max_logits // (U * vocab_size)))
+    chunk = min(n, max(1, 64 // U, kernels_of(config).max_logits // (U * vocab_size)))
     num_chunks = -(-n // chunk)
 
     def cut(x):
