@@ -30,15 +30,13 @@ def prefix_match_reward(prediction_BX, prediction_lengths_B, continuation_BY, bo
             f"{boundary_mask_BY.shape} must share B, and the last two Y"
         )
     width = min(X, Y)
-    prediction, continuation, boundary = (
-        _words(x, width) for x in (prediction_BX, continuation_BY, boundary_mask_BY.astype(jnp.uint8))
-    )
-    lengths = prediction_lengths_B[:, None]
-    differs = (prediction ^ continuation) & _first_bytes(lengths, prediction.shape[1])
-    # Whether l bytes end at a boundary is said by byte l - 1: one of the first l, but not of the first l - 1.
-    last = _first_bytes(lengths, boundary.shape[1]) ^ _first_bytes(lengths - 1, boundary.shape[1])
-    at_boundary = jnp.any((boundary & last) != 0, axis=1) & (prediction_lengths_B <= width)
-    return (~jnp.any(differs != 0, axis=1) & at_boundary).astype(jnp.float32)
+    prediction, continuation = _words(prediction_BX, width), _words(continuation_BY, width)
+    differs = (prediction ^ continuation) & _first_bytes(prediction_lengths_B[:, None], prediction.shape[1])
+    last = jnp.clip(prediction_lengths_B - 1, 0, width - 1)
+    at_boundary = jnp.take_along_axis(boundary_mask_BY, last[:, None], axis=1)[:, 0]
+    is_inside = (prediction_lengths_B >= 1) & (prediction_lengths_B <= width)
+    # A maximum is taken faster than an any().
+    return ((jnp.max(differs, axis=1) == 0) & at_boundary & is_inside).astype(jnp.float32)
 
 
 def _words(bytes_BX, width: int):
@@ -67,4 +65,4 @@ def first_token_reward(prediction_BX, prediction_lengths_B, continuation_BY, bou
     prediction, continuation = _words(prediction_BX, width), _words(continuation_BY, width)
     differs = (prediction ^ continuation) & _first_bytes(first[:, None], prediction.shape[1])
     reaches = (prediction_lengths_B >= first) & (first <= width) & jnp.any(boundary_mask_BY, axis=1)
-    return (~jnp.any(differs != 0, axis=1) & reaches).astype(jnp.float32)
+    return ((jnp.max(differs, axis=1) == 0) & reaches).astype(jnp.float32)

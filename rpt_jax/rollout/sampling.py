@@ -29,24 +29,46 @@ def uniform(keys, token_index, draw):
     return one(keys, jnp.broadcast_to(token_index, keys.shape))
 
 
-def _invert_cdf(weights, uniform):
-    """Index drawn with probability weights / sum, from one uniform in [0, 1) a row.
+def _blocks(logits):
+    """[..., blocks, _BLOCK], filled with -inf.
 
-    Two levels: blocks of 128 are summed, the block is found in the cumulative block sums, the entry inside its block.
-    Entries of weight 0 are never returned.
+    Sums over all logits go by blocks: XLA's CPU backend makes and sums numbers in one pass if they are cut first.
     """
-    *lead, V = weights.shape
+    *lead, V = logits.shape
     num_blocks = -(-V // _BLOCK)
-    blocks = jnp.pad(weights, [(0, 0)] * len(lead) + [(0, num_blocks * _BLOCK - V)])
-    blocks = blocks.reshape(*lead, num_blocks, _BLOCK)
-    block_sums = blocks.sum(-1)
+    padding = [(0, 0)] * len(lead) + [(0, num_blocks * _BLOCK - V)]
+    return jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(*lead, num_blocks, _BLOCK)
+
+
+def _draw(logits, weight_of, floor, uniform):
+    """(index, sum of weights): an index drawn in proportion to its weight, from one uniform in [0, 1) a row.
+
+    Two levels: weights are summed by blocks, the block is found in the cumulative sums, the entry inside its block. The
+    weights of all entries are summed as they are made, and never stored. Entries of weight 0 are never returned.
+
+    Args:
+        logits: f32 [..., V].
+        weight_of: logits [..., any] or [..., blocks, any] -> weights.
+        floor: f32 [...], only logits above it count; None: all do.
+    """
+    *lead, V = logits.shape
+
+    def weights(some):
+        """Of logits [..., any] or [..., blocks, any]."""
+        lift = (..., *(None,) * (some.ndim - len(lead)))
+        some_weights = weight_of(some)
+        return some_weights if floor is None else jnp.where(some > floor[lift], some_weights, 0.0)
+
+    block_sums = weights(_blocks(logits)).sum(-1)
     ends = jnp.cumsum(block_sums, axis=-1)
     point = uniform * ends[..., -1]
     block = _first_above(ends, point, block_sums)
     before = jnp.take_along_axis(ends - block_sums, block[..., None], axis=-1)[..., 0]
-    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    entries = block[..., None] * _BLOCK + jnp.arange(_BLOCK)
+    inside = weights(jnp.take_along_axis(logits, jnp.minimum(entries, V - 1), axis=-1))
+    inside = jnp.where(entries < V, inside, 0.0)
     entry = _first_above(jnp.cumsum(inside, axis=-1), jnp.maximum(point - before, 0.0), inside)
-    return (block * _BLOCK + entry).astype(jnp.int32)
+    return (block * _BLOCK + entry).astype(jnp.int32), ends[..., -1]
 
 
 def _first_above(ends, point, weights):
@@ -59,11 +81,12 @@ def _first_above(ends, point, weights):
 
 def greedy(logits):
     """(argmax i32 [...], its log-probability at temperature 1 f32 [...]); the first index wins a tie."""
-    peak = logits.max(-1, keepdims=True)
-    V = logits.shape[-1]
-    token = jnp.min(jnp.where(logits == peak, jnp.arange(V), V), axis=-1).astype(jnp.int32)
+    V, blocks = logits.shape[-1], _blocks(logits)
+    peak = blocks.max((-1, -2), keepdims=True)
+    places = jnp.arange(blocks.shape[-2] * _BLOCK).reshape(blocks.shape[-2:])
+    token = jnp.where(blocks == peak, places, V).min(-1).min(-1).astype(jnp.int32)
     # min(V - 1): rows of NaN have no peak; the loss guard reports them.
-    return jnp.minimum(token, V - 1), -jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1))
+    return jnp.minimum(token, V - 1), -jnp.log(jnp.exp(blocks - peak).sum(-1).sum(-1))
 
 
 def sample(logits, keys, token_index, *, temperature: float, top_p: float, top_k: int):
@@ -87,33 +110,36 @@ def sample(logits, keys, token_index, *, temperature: float, top_p: float, top_k
     if temperature == 0:
         token, logprob = greedy(logits)
         return token, logprob, jnp.zeros(token.shape, bool)
-    scaled = logits / temperature
-    weights = jnp.exp(scaled - scaled.max(-1, keepdims=True))
-    total = weights.sum(-1)
+    peak = logits.max(-1, keepdims=True)
 
-    def weight_of(token):
-        return jnp.take_along_axis(weights, token[..., None], axis=-1)[..., 0]
+    def weight_of(some):
+        return jnp.exp((some - peak.reshape(*peak.shape, *(1,) * (some.ndim - peak.ndim))) / temperature)
 
-    token = _invert_cdf(weights, uniform(keys, token_index, 0))
+    def logit_of(token):
+        return jnp.take_along_axis(logits, token[..., None], axis=-1)
+
+    def logprob_of(token):
+        return ((logit_of(token) - peak) / temperature)[..., 0] - jnp.log(total)
+
+    token, total = _draw(logits, weight_of, None, uniform(keys, token_index, 0))
     if top_p >= 1 and top_k == 0:
-        return token, jnp.log(weight_of(token) / total), jnp.zeros(token.shape, bool)
+        return token, logprob_of(token), jnp.zeros(token.shape, bool)
 
     def is_outside(token):
-        above = weights > weight_of(token)[..., None]
+        above = _blocks(logits) > logit_of(token)[..., None]
         outside = jnp.zeros(token.shape, bool)
         if top_p < 1:
-            outside |= jnp.sum(weights * above, axis=-1) >= top_p * total
+            outside |= jnp.where(above, weight_of(_blocks(logits)), 0.0).sum(-1).sum(-1) >= top_p * total
         if top_k:
-            outside |= jnp.sum(above, axis=-1) >= top_k
+            outside |= above.sum(-1).sum(-1) >= top_k
         return outside
 
     def redraw(carry):
         token, outside, draw = carry
-        inner = jnp.where(weights > weight_of(token)[..., None], weights, 0.0)
-        again = _invert_cdf(inner, uniform(keys, token_index, draw))
+        again, _ = _draw(logits, weight_of, logit_of(token)[..., 0], uniform(keys, token_index, draw))
         token = jnp.where(outside, again, token)
         return token, outside & is_outside(token), draw + 1
 
     rejected = is_outside(token)
     token, _, _ = jax.lax.while_loop(lambda c: jnp.any(c[1]), redraw, (token, rejected, jnp.int32(1)))
-    return token, jnp.log(weight_of(token) / total), rejected
+    return token, logprob_of(token), rejected
