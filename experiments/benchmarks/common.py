@@ -68,14 +68,16 @@ def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, dict]:
             jax.block_until_ready(function())
         return (time.perf_counter() - start) / number
 
-    numbers = {}
-    for name, function in functions.items():
+    for function in functions.values():
         turn(function, 1)
-        numbers[name] = max(1, round(0.05 / turn(function, 1)))
-    samples = {name: [] for name in functions}
-    for _ in range(rounds):
+    samples, numbers = {name: [] for name in functions}, dict.fromkeys(functions, 1)
+    for number in range(rounds):
         for name, function in functions.items():
-            samples[name].append(turn(function, numbers[name]))
+            seconds = turn(function, numbers[name])
+            if number == 0 and seconds < 0.05:
+                numbers[name] = round(0.05 / seconds)
+                seconds = turn(function, numbers[name])
+            samples[name].append(seconds)
     return {name: {"median": statistics.median(s), "samples": s} for name, s in samples.items()}
 
 
