@@ -150,7 +150,7 @@ class DecoderConfig:
 class PolicyConfig:
     path: str = ""
     """Hugging Face model directory to start from; its config.json then replaces the model section, but for
-    activation_dtype and remat. Empty: random parameters in the shape of the model section."""
+    activation_dtype, remat and platform. Empty: random parameters in the shape of the model section."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which parameters are kept and updated."""
 

@@ -4,7 +4,7 @@
     lanes of them · B branches = U·R, trunk-major · E tail tokens · P stem tokens = L + M·E · C completion tokens
     T tokens of a lane · X prediction bytes · Y continuation bytes · V vocabulary · W bytes of the longest token
     N layers · D width · F MLP width · H query heads · K key/value heads · J query heads per key/value head
-    Q head size · S cache slots
+    Q head size · S columns of keys, or slots of rows in flight
 
 Arrays carry these as a suffix (`logprobs_URC`); record fields state their shape in a comment.
 """

@@ -383,6 +383,22 @@ def test_minibatches_see_their_own_ratio(tiny_config, tiny_params, experience):
     np.testing.assert_allclose(metrics["clip_fraction"], 1.0, rtol=1e-5)
 
 
+def test_log_probabilities_of_padding_reach_nothing(tiny_config, tiny_params, experience):
+    """exp(0 + 200) would overflow: a scored padding token may be as unlikely as that."""
+    loss = LossConfig(kl_coef=0.5)
+    batch = policy_batch(experience, loss=loss, header_length=0)
+    mask = batch.sequences.branch_mask
+    logprobs = score(tiny_config, tiny_params, batch.sequences, temperature=1.0)
+    values = []
+    for padding in (0.0, -200.0):
+        scored = jnp.where(mask, logprobs, padding)
+        both = dataclasses.replace(batch, old_logprobs=scored, ref_logprobs=scored, sampler_logprobs=scored)
+        value, metrics = policy_loss(tiny_config, loss, 1.0, tiny_params, both)
+        values.append((value, *metrics.values()))
+    assert np.isfinite(values).all()
+    np.testing.assert_array_equal(*values)
+
+
 def test_kl_term_pulls_towards_the_reference(tiny_config, tiny_params, experience):
     batch = policy_batch(experience, loss=LOSS, header_length=0)
     logprobs = score(tiny_config, tiny_params, batch.sequences, temperature=1.0)

@@ -87,4 +87,4 @@ def test_rollout_and_update_compile_for_a_tpu_slice(slice_of_four):
         opt_state=shapes(moments, update._state_shardings(moments, params, mesh)),
         skipped=on_all(np.int32(0)),
     )
-    compiled(update._apply, state, gradients, [metrics], optimizer=optimizer)
+    compiled(update._apply, state, gradients, metrics, optimizer=optimizer)

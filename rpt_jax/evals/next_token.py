@@ -195,7 +195,8 @@ class Evaluator:
         stub_lengths = np.array([len(close) + len(box), len(box)], np.int32)
         is_closed = think_end_tokens > 0
         # An open thought keeps all its tokens but a stop token.
-        keep = jnp.where(is_closed, think_end_tokens, rollouts.mask.sum(-1) - ~rollouts.truncated)
+        num_open = jnp.maximum(0, rollouts.mask.sum(-1) - ~rollouts.truncated)  # padding has no tokens
+        keep = jnp.where(is_closed, think_end_tokens, num_open)
         target = jnp.repeat(batch.target_tokens, G, axis=1)
         tokens, mask, last = _append_target(rollouts.tokens, keep, is_closed, stub_ids, stub_lengths, target)
         sequences = to_sequences(batch, tokens, mask)

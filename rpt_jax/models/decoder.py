@@ -2,8 +2,8 @@
 
 A stem is a trunk with the tails of its prompts behind it. `forward` is the update's and the scorer's path: one scan
 over stacked layers, each running the stem and then the branches against that layer's fresh stem keys and values.
-`prefill` and `extend` are the sampler's path over the same block and the same parameters: layers unrolled, caches
-updated in place.
+`prefill` and `extend` are the sampler's path over the same block and the same parameters: the scan once over the stems,
+then layers one by one with caches that are updated in place.
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ from rpt_jax.models.attention import (
     kernels_of,
     merged_attention,
 )
-from rpt_jax.models.head import next_logits
+from rpt_jax.models.head import next_logits, output_head
 from rpt_jax.parallel import mesh as mesh_lib
 from rpt_jax.types import Sequences, record
 
@@ -362,7 +362,10 @@ def decoding_weights(config: DecoderConfig, params) -> dict:
 
     params = jax.tree_util.tree_map_with_path(cast, params)
     layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(config.num_layers)]
-    return {"layers": layers, "rest": {k: v for k, v in params.items() if k != "layers"}}
+    rest = {k: v for k, v in params.items() if k != "layers" and not k.startswith("head_lora")}
+    if "head_lora_a" in params:
+        rest["head"] = output_head(params)  # joined once, not at every token
+    return {"layers": layers, "rest": rest}
 
 
 def prefill(config: DecoderConfig, params, stems: Sequences):

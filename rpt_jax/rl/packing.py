@@ -128,13 +128,11 @@ def _lay_out(group, lanes, lengths_UR, width: int, microbatch_trunks: int, num_s
 
 @jax.jit
 def pack(batch: TrainBatch, trunks_n, source_nRT) -> TrainBatch:
-    """The rows [U, R, C] of a batch in the lanes of a microbatch."""
+    """The rows [U, R, C] of a batch in the lanes of a microbatch. Its policies' log-probabilities are scored after."""
     is_real_n, is_token = trunks_n >= 0, source_nRT >= 0
     trunk = jnp.maximum(trunks_n, 0)
 
     def token(x_URC):
-        if x_URC is None:
-            return None
         flat = x_URC.reshape(x_URC.shape[0], -1)[trunk]
         taken = jnp.take_along_axis(flat, jnp.maximum(source_nRT, 0).reshape(len(flat), -1), axis=1)
         return jnp.where(is_token, taken.reshape(source_nRT.shape), jnp.zeros((), x_URC.dtype))
@@ -156,6 +154,6 @@ def pack(batch: TrainBatch, trunks_n, source_nRT) -> TrainBatch:
         trunk_weights=jnp.where(is_real_n[:, None], batch.trunk_weights[trunk], 0.0),
         advantages=token(batch.advantages),
         sampler_logprobs=token(batch.sampler_logprobs),
-        old_logprobs=token(batch.old_logprobs),
-        ref_logprobs=token(batch.ref_logprobs),
+        old_logprobs=None,
+        ref_logprobs=None,
     )

@@ -170,7 +170,12 @@ def _policy_terms(loss: LossConfig, logprobs, inputs):
 
 
 def _old_logprobs(logprobs, inputs):
+    """With one update per batch they are the present ones, without a gradient."""
     return jax.lax.stop_gradient(logprobs) if inputs["old"] is None else inputs["old"]
+
+
+def _without_padding(logprobs, mask):
+    return None if logprobs is None else jnp.where(mask, logprobs, 0.0)
 
 
 def policy_loss(config: DecoderConfig, loss: LossConfig, temperature: float, params, batch: TrainBatch):
@@ -185,21 +190,21 @@ def policy_loss(config: DecoderConfig, loss: LossConfig, temperature: float, par
         "mask": mask,
         "weights": weights,
         "advantages": batch.advantages,
-        "old": batch.old_logprobs,
-        "ref": batch.ref_logprobs,
+        "old": _without_padding(batch.old_logprobs, mask),
+        "ref": _without_padding(batch.ref_logprobs, mask),
     }
     terms = partial(_policy_terms, loss)
     total, logprobs, entropy = _branch_loss(config, terms, params, batch, hidden_URTD, inputs, temperature)
-    logprobs = jnp.where(mask, logprobs, 0.0)
+    logprobs = _without_padding(logprobs, mask)
     metrics = {}
     if batch.ref_logprobs is not None:
-        metrics["kl"] = jnp.sum(weights * kl_term(loss.kl_estimator, logprobs, batch.ref_logprobs))
+        metrics["kl"] = jnp.sum(weights * kl_term(loss.kl_estimator, logprobs, inputs["ref"]))
     if loss.ntp_coef:
         metrics["ntp_loss"] = _trunk_loss(config, params, batch, trunk_ULD)
         total = total + loss.ntp_coef * metrics["ntp_loss"]
     ratio = jnp.exp(logprobs - _old_logprobs(logprobs, inputs))
     clipped = (ratio < 1 - loss.clip_eps_low) | (ratio > 1 + loss.clip_eps_high)
-    mismatch = jnp.abs(logprobs - batch.sampler_logprobs)
+    mismatch = jnp.abs(logprobs - _without_padding(batch.sampler_logprobs, mask))
     return total, metrics | {
         "token_weight": jnp.sum(weights),
         "entropy": jnp.sum(weights * entropy),
@@ -232,7 +237,14 @@ def update(
             gradients, state.params, frozen, batch, loss_fn=loss_fn, shardings=shardings
         )
         metrics.append(of_batch)
-    return _apply(state, gradients, metrics, optimizer=optimizer)
+    return _apply(state, gradients, _combined(metrics), optimizer=optimizer)
+
+
+@jax.jit
+def _combined(metrics: list[dict]) -> dict:
+    """Apart from `_apply`, which is then compiled once whatever the number of microbatches."""
+    stacked = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
+    return {name: v.max() if name.endswith("_max") else v.sum() for name, v in stacked.items()}
 
 
 @partial(jax.jit, static_argnames="shardings")
@@ -251,11 +263,7 @@ def _add_gradients(total, params, frozen, batch: TrainBatch, *, loss_fn, shardin
 
 
 @partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
-def _apply(state: TrainState, gradients, metrics: list[dict], *, optimizer) -> tuple[TrainState, dict]:
-    metrics = {
-        name: (jnp.max if name.endswith("_max") else jnp.sum)(jnp.stack([m[name] for m in metrics]))
-        for name in metrics[0]
-    }
+def _apply(state: TrainState, gradients, metrics: dict, *, optimizer) -> tuple[TrainState, dict]:
     grad_norm = optax.tree.norm(gradients)
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

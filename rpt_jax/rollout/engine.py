@@ -355,7 +355,7 @@ def _fewer_slots(live_U, shape, num_stem: int, limit: int, room: int, may_regrou
     groups, slots = shape
     sizes = {max(1, -(-slots * share // 64)) for share in (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)}
     quarter = max(1, groups // 4)
-    best, least = None, room + 1
+    best, least = None, min(room, groups * (num_stem + slots * limit)) + 1
     for size in sorted(sizes, reverse=True):
         number = groups
         if may_regroup:

@@ -85,11 +85,12 @@ class StepRecorder:
         self.flops += step_flops(self._config, self._num_params, rounds, updates[0]["tokens_updated"])
         record = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         record |= {name: sum(r[name] for r in rounds) for name in rounds[0]}
-        weight = max(sum(u.pop("token_weight") for u in updates), 1e-9)
+        weight = sum(u.pop("token_weight") for u in updates)
         for name in updates[0]:
             values = [u[name] for u in updates]
             if name in _WEIGHTED:
-                record[name] = sum(values) / weight
+                # Of no tokens there is no mean: the step then has no such metric.
+                record |= {name: sum(values) / weight} if weight else {}
             else:
                 record[name] = max(values) if name.endswith("_max") else float(np.mean(values))
         record |= {"skipped": updates[-1]["skipped"], "masked_group_fraction": float(masked)}

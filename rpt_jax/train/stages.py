@@ -175,7 +175,7 @@ def resolve_model(config: Config, tokenizer: Tokenizer) -> Config:
     model = config.model
     if config.policy.path:
         shape = read_config(config.policy.path)
-        model = replace(shape, activation_dtype=model.activation_dtype, remat=model.remat)
+        model = replace(shape, activation_dtype=model.activation_dtype, remat=model.remat, platform=model.platform)
     size, shards = model.vocab_size, config.mesh.tensor
     if size and size < tokenizer.vocab_size:
         raise ConfigError(
