@@ -1,17 +1,21 @@
 """Command lines: preset, then flags, to a Config. Shared by every experiment script."""
 
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import tyro
 from rich.markup import escape
 
 from experiments.presets import PRESETS
 from rpt_jax.config import Config
-from rpt_jax.errors import CheckpointError, ConfigError, DataError, RewardError
+from rpt_jax.errors import CheckpointError, ConfigError, DataError, Interrupted, RewardError
+from rpt_jax.parallel.interruption import RESUMABLE
 from rpt_jax.train.metrics import console, read_json
 
 
@@ -77,9 +81,24 @@ def describe(config: Config) -> str:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run `main(arguments)`; our own errors end it with their message and status 2, others with a traceback."""
+    """Run `main(arguments)`.
+
+    Our own errors end it with their message and status 2, others with a traceback and 1. A run that was told to stop
+    has saved and ends with `RESUMABLE`: a scheduler may start the same command again.
+    """
     try:
         main(sys.argv[1:])
-    except (ConfigError, DataError, CheckpointError, RewardError) as error:
-        console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
-        sys.exit(2)
+    except Interrupted as stop:
+        console.print(f"{stop}; saved, the same command goes on (exit status {RESUMABLE})")
+        sys.exit(RESUMABLE)
+    except Exception as error:
+        if isinstance(error, (ConfigError, DataError, CheckpointError, RewardError)):
+            console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
+            status = 2
+        else:
+            traceback.print_exc()
+            status = 1
+        sys.stderr.flush()
+        if jax.distributed.is_initialized() and jax.process_count() > 1:
+            os._exit(status)  # an orderly end would wait for the others, who wait for this process
+        sys.exit(status)

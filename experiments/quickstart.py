@@ -10,6 +10,7 @@ from experiments.cli import describe, parse_config, run_script
 from experiments.train import run
 from rpt_jax.config import Config
 from rpt_jax.data.synthetic import write_corpus
+from rpt_jax.parallel import distributed
 
 NUM_TRAIN, NUM_HELDOUT = 12_000, 800
 # Warm-start updates with puzzles of one or two steps, of supervised.num_steps.
@@ -36,8 +37,10 @@ def main(argv: list[str]) -> None:
     if dry_run:
         print(describe(config))
         return
-    if not (Path(config.run.directory) / "corpus" / "tokenizer" / "tokenizer.json").exists():
-        make_corpus(config)
+    distributed.start(config.distributed)
+    with distributed.main_first("quickstart corpus"):
+        if not (Path(config.run.directory) / "corpus" / "tokenizer" / "tokenizer.json").exists():
+            make_corpus(config)
     run(config)
 
 

@@ -28,6 +28,9 @@ class RunConfig:
     """Write one rollout batch's completions (parquet) every so many steps. 0: never."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+    resume: str = "latest"
+    """Where RPT goes on in a run directory that holds a run: latest, its newest checkpoint, or a step that one was kept
+    of; later ones are set aside. In a new directory, DIR or DIR@STEP begins as a copy of that run at that step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,11 +326,30 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """Several processes for one run. Settings of the launch: a run may go on with others."""
+
+    coordinator: str = ""
+    """host:port of process 0, where a launcher says nothing else. Empty: what SLURM or Open MPI say, or one process."""
+    num_processes: int = 0
+    """With a coordinator: how many there are."""
+    process_id: int = 0
+    """With a coordinator: which one this is; 0 writes the files."""
+    join: bool = False
+    """Join the processes that JAX finds in the environment; on slices of several TPU VMs, and under Kubernetes."""
+    heartbeat_seconds: int = 100
+    """A process that is silent for so long is taken for dead; all others then end."""
+    deadline_seconds: float = 3600.0
+    """A process that for so long ends no step, segment of a rollout, or batch hangs: it says where, and ends. 0: it
+    waits for ever."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = 100
-    """Save every so many steps, and after the last."""
+    """Save every so many steps of RPT, of the warm start and of the control, and after the last."""
     keep: int = 2
-    """Checkpoints kept, newest first."""
+    """Checkpoints kept of each stage, newest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,6 +384,7 @@ class Config:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -425,6 +448,12 @@ class Config:
             raise ConfigError(
                 f"positions.pass_rate_band={low} {high}; it must be two shares, the lower first. Correct it."
             )
+        distributed = self.distributed
+        if distributed.coordinator and not distributed.process_id < distributed.num_processes:
+            raise ConfigError(
+                f"distributed.process_id={distributed.process_id} of distributed.num_processes="
+                f"{distributed.num_processes}; with a coordinator ids run from 0 to one below the number. Correct them."
+            )
         self._validate_divisions()
 
     def _lower_bounds(self):
@@ -464,6 +493,10 @@ class Config:
             ("mesh.data", self.mesh.data, 1),
             ("mesh.fsdp", self.mesh.fsdp, 1),
             ("mesh.tensor", self.mesh.tensor, 1),
+            ("distributed.num_processes", self.distributed.num_processes, 0),
+            ("distributed.process_id", self.distributed.process_id, 0),
+            ("distributed.heartbeat_seconds", self.distributed.heartbeat_seconds, 1),
+            ("distributed.deadline_seconds", self.distributed.deadline_seconds, 0.0),
             ("checkpoint.every_steps", self.checkpoint.every_steps, 1),
             ("checkpoint.keep", self.checkpoint.keep, 1),
             ("eval.every_steps", self.eval.every_steps, 1),

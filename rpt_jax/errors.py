@@ -18,3 +18,7 @@ class CheckpointError(RuntimeError):
 
 class RewardError(RuntimeError):
     """A judge that raised, hung or returned no finite number; names the sample."""
+
+
+class Interrupted(RuntimeError):
+    """The run was told to stop and has saved; the same command goes on."""

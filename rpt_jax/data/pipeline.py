@@ -1,7 +1,7 @@
 """Positions to batches of tasks: trunks with up to M cuts, shuffled, sharded by process, resumable anywhere.
 
 The cursor is global (trunks looked at so far), so a run goes on with another number of processes. Row ids come from
-the position table, so sampling noise does not depend on where a row lies.
+the position table, so sampling noise does not depend on where a row lies, nor on the process that makes it.
 """
 
 from collections import Counter
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grain
-import jax
 import numpy as np
 
 from rpt_jax.data.documents import Document
 from rpt_jax.data.positions import PositionTable, window_start
 from rpt_jax.data.prompts import Template, continuation
 from rpt_jax.errors import DataError
+from rpt_jax.parallel.distributed import to_host
 from rpt_jax.types import TaskBatch
 
 
@@ -41,7 +41,9 @@ class Source(Protocol):
 
     def group(self, task_ids, prompts_per_trunk: int) -> Trunks: ...
 
-    def make(self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int) -> TaskBatch: ...
+    def make(
+        self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int, rows: Sequence[int] | None = None
+    ) -> TaskBatch: ...
 
     def columns(self, task_id: int) -> dict[str, Any]:
         """What a host reward may know of a task."""
@@ -84,13 +86,20 @@ class TaskSource:
         is_first = (np.arange(len(ids)) - first) % prompts_per_trunk == 0
         return Trunks(ids, np.append(np.flatnonzero(is_first)[1:], len(ids)))
 
-    def make(self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int) -> TaskBatch:
-        """TaskBatch of numpy arrays from lists of position ids; an empty list is a padded trunk."""
-        U, M, G = len(trunks), prompts_per_trunk, group_size
+    def make(
+        self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int, rows: Sequence[int] | None = None
+    ) -> TaskBatch:
+        """TaskBatch of numpy arrays from lists of position ids; an empty list is a padded trunk.
+
+        Args:
+            rows: trunks of the batch to make; None: all.
+        """
+        rows = range(len(trunks)) if rows is None else rows
+        U, M, G = len(rows), prompts_per_trunk, group_size
         header = self.template.header
         batch = empty_tasks(U, M, self.trunk_length, self.template.tail, self.num_bytes)
-        for u, ids in enumerate(trunks):
-            for m, i in enumerate(ids):
+        for u, row in enumerate(rows):
+            for m, i in enumerate(trunks[row]):
                 document, index = self.documents[self.table.document[i]], int(self.table.index[i])
                 start = window_start(index, window=self.window, stride=self.stride)
                 if m == 0:
@@ -104,7 +113,7 @@ class TaskSource:
                 batch["boundary_mask"][u, m, np.asarray(ends) - 1] = True
                 batch["target_tokens"][u, m] = document.tokens[index]
                 batch["position_ids"][u, m] = i
-        return TaskBatch(**batch, row_ids=row_ids(trunks, batch["position_ids"], len(self.table), G))
+        return TaskBatch(**batch, row_ids=row_ids(trunks, rows, batch["position_ids"], len(self.table), G))
 
     def columns(self, task_id: int) -> dict[str, Any]:
         """document, index, continuation (bytes), boundaries (byte lengths at which tokens end)."""
@@ -130,13 +139,15 @@ def empty_tasks(num_trunks: int, num_prompts: int, trunk_length: int, tail, num_
     )
 
 
-def row_ids(trunks: list[list[int]], position_ids: np.ndarray, num_tasks: int, group_size: int) -> np.ndarray:
-    """i32 [U, M, G]. A trunk that stands in the batch again (at the seam of two epochs) gets noise of its own."""
+def row_ids(
+    trunks: list[list[int]], rows: Sequence[int], position_ids: np.ndarray, num_tasks: int, group_size: int
+) -> np.ndarray:
+    """i32 [rows, M, G]. A trunk that stands in the batch again (at the seam of two epochs) gets noise of its own."""
     occurrences, occurrence = Counter(), np.zeros(len(trunks), np.int32)
     for u, ids in enumerate(trunks):
         occurrence[u] = occurrences[tuple(ids)]
         occurrences[tuple(ids)] += 1
-    numbers = position_ids + occurrence[:, None] * num_tasks
+    numbers = position_ids + occurrence[np.asarray(rows, int), None] * num_tasks
     return numbers[..., None] * group_size + np.arange(group_size, dtype=np.int32)
 
 
@@ -164,7 +175,7 @@ class PassRates:
         self._seen: dict[int, tuple[float, int]] = {}
 
     def add(self, tasks: TaskBatch, rewards_UMG: np.ndarray) -> None:
-        for i, rewards in zip(np.asarray(tasks.position_ids).ravel(), rewards_UMG.reshape(-1, rewards_UMG.shape[-1])):
+        for i, rewards in zip(tasks.position_ids.ravel(), rewards_UMG.reshape(-1, rewards_UMG.shape[-1])):
             if i >= 0:
                 total, count = self._seen.get(int(i), (0.0, 0))
                 self._seen[int(i)] = (total + float(rewards.sum()), count + len(rewards))
@@ -185,11 +196,10 @@ class TrainIterator:
     """Endless TaskBatches over the given tasks, reshuffled each epoch; its state is one global number.
 
     Args:
-        num_trunks: of the global batch; each process makes its own share of it.
+        num_trunks: of the global batch. rows: those of it to make (`mesh.local_trunks`); None: all.
         corpora: i64 [trunks], part of a mixture that each trunk is from; with `weights`, parts are drawn by weight,
             each reshuffled in epochs of its own.
         band: (low, high); trunks all of whose tasks have pass rates outside are passed over, and counted.
-        process_index, process_count: None: JAX's own.
     """
 
     def __init__(
@@ -204,51 +214,52 @@ class TrainIterator:
         corpora=None,
         weights: Sequence[float] = (1.0,),
         band: tuple[float, float] | None = None,
-        process_index: int | None = None,
-        process_count: int | None = None,
+        rows: Sequence[int] | None = None,
     ):
-        self._make = lambda trunks: source.make(trunks, prompts_per_trunk=prompts_per_trunk, group_size=group_size)
+        self._make = lambda trunks: source.make(
+            trunks, prompts_per_trunk=prompts_per_trunk, group_size=group_size, rows=rows
+        )
         self.trunks = source.group(task_ids, prompts_per_trunk)
-        count = jax.process_count() if process_count is None else process_count
-        index = jax.process_index() if process_index is None else process_index
-        self._size, self._share = num_trunks, slice(index * num_trunks // count, (index + 1) * num_trunks // count)
+        self.num_trunks = num_trunks
         self._order = _make_order(len(self.trunks), corpora, weights, seed)
         self._rates = None if band is None else PassRates(*band)
-        self._next = 0
-        self.num_passed_over = 0
+        self.position = (0, 0)
+        """Trunks looked at, and of these passed over, since the run began."""
 
     def __iter__(self) -> Iterator[TaskBatch]:
         return self
 
     def __next__(self) -> TaskBatch:
-        picked = []
-        refused = 0
-        while len(picked) < self._size:
-            ids = self.trunks[int(self._order[self._next])]
-            self._next += 1
+        picked, refused = [], 0
+        following, passed_over = self.position
+        while len(picked) < self.num_trunks:
+            ids = self.trunks[int(self._order[following])]
+            following += 1
             if self._rates is None or self._rates.accepts(ids):
                 picked.append(ids)
                 refused = 0
             else:
-                self.num_passed_over, refused = self.num_passed_over + 1, refused + 1
+                passed_over, refused = passed_over + 1, refused + 1
             if refused > 2 * len(self.trunks):
                 raise DataError(
                     f"all {len(self.trunks)} trunks have pass rates outside positions.pass_rate_band; nothing is left "
                     "to learn from. Widen --positions.pass-rate-band, or give more text."
                 )
-        return self._make(picked[self._share])
+        self.position = (following, passed_over)
+        return self._make(picked)
 
     def observe(self, tasks: TaskBatch, rewards_UMG) -> None:
         """Tell what the tasks earned; waits for the rewards only where a band uses them."""
         if self._rates is not None:
-            self._rates.add(tasks, np.asarray(rewards_UMG))
+            self._rates.add(*to_host((tasks, rewards_UMG)))
 
     def get_state(self) -> dict:
-        state = {"next": self._next, "passed_over": self.num_passed_over}
+        following, passed_over = self.position
+        state = {"next": following, "passed_over": passed_over}
         return state if self._rates is None else state | {"rates": self._rates.get_state()}
 
     def set_state(self, state: dict) -> None:
-        self._next, self.num_passed_over = state["next"], state["passed_over"]
+        self.position = (state["next"], state["passed_over"])
         if self._rates is not None:
             self._rates.set_state(state["rates"])
 

@@ -28,6 +28,8 @@ from rpt_jax.data.prompts import TokenFacts, candidate_mask
 from rpt_jax.errors import DataError
 from rpt_jax.models import decoder
 from rpt_jax.models.head import output_head
+from rpt_jax.parallel.distributed import from_main, is_main, to_host
+from rpt_jax.parallel.interruption import beat
 from rpt_jax.parallel.mesh import shard_batch
 
 NUM_TOP_TOKENS = 16
@@ -204,8 +206,9 @@ def add_scores(
         rows = np.arange(jobs[0][0], jobs[-1][1])
         u = np.repeat(np.arange(len(jobs)), [end - begin for begin, end in jobs])
         columns = len(bos) + table.index[rows] - starts[rows]
-        for result, values in zip(results, statistics, strict=True):
-            result[rows] = np.asarray(values)[u, columns]
+        for result, values in zip(results, to_host(statistics), strict=True):
+            result[rows] = values[u, columns]
+        beat()
     # Rounding may leave a certain position a hair below zero.
     return replace(table, entropy=np.maximum(results[0], 0.0), direct_token=results[1], direct_logprob=results[2])
 
@@ -268,7 +271,8 @@ class ScoredCorpus:
             DataError: a damaged file.
         """
         path = self._path(number)
-        if path.exists():
+        # One answer for all: scoring is work that all processes do together.
+        if from_main(path.exists()):
             return _read_part(path)
         begin, end = self._ranges()[number]
         table = candidate_positions(self.documents, range(begin, end), self.facts, self.windows)
@@ -276,6 +280,8 @@ class ScoredCorpus:
             return table
         description = f"entropy, part {number + 1} of {self.num_parts}"
         table = add_scores(table, self.documents, self.proxy, self.windows, partial(self.progress, description))
+        if not is_main():
+            return table
         self.directory.mkdir(parents=True, exist_ok=True)
         partial_path = path.with_suffix(f".partial-{os.getpid()}")
         pyarrow.parquet.write_table(pyarrow.table(vars(table)), partial_path, compression="zstd")

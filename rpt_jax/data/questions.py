@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -179,17 +180,20 @@ class QuestionSource:
         ids = np.asarray(task_ids, np.int64)
         return Trunks(ids, np.arange(1, len(ids) + 1))
 
-    def make(self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int) -> TaskBatch:
-        """TaskBatch of numpy arrays; continuations are empty. An empty list is a padded trunk."""
-        batch = empty_tasks(len(trunks), prompts_per_trunk, self.trunk_length, self.tail, 8)
-        for u, ids in enumerate(trunks):
-            for i in ids:
+    def make(
+        self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int, rows: Sequence[int] | None = None
+    ) -> TaskBatch:
+        """TaskBatch of numpy arrays; continuations are empty. An empty list is a padded trunk. rows: None makes all."""
+        rows = range(len(trunks)) if rows is None else rows
+        batch = empty_tasks(len(rows), prompts_per_trunk, self.trunk_length, self.tail, 8)
+        for u, row in enumerate(rows):
+            for i in trunks[row]:
                 prompt = self.prompts[i]
                 batch["trunk_tokens"][u, : len(prompt)] = prompt
                 batch["trunk_lengths"][u] = batch["cuts"][u, 0] = len(prompt)
                 batch["position_mask"][u, 0] = True
                 batch["position_ids"][u, 0] = i
-        ids = row_ids(trunks, batch["position_ids"], len(self.questions), group_size)
+        ids = row_ids(trunks, rows, batch["position_ids"], len(self.questions), group_size)
         return TaskBatch(**batch, row_ids=ids)
 
     def columns(self, task_id: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rpt_jax.data.documents import Document
 from rpt_jax.data.pipeline import TaskSource
 from rpt_jax.data.positions import PositionTable, Proxy, Windows, score_documents
 from rpt_jax.data.prompts import token_facts
+from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rewards.prefix import prefix_match_reward
 from rpt_jax.rewards.reward import Reward
@@ -163,24 +164,24 @@ class Evaluator:
             vocab_size=self.tokenizer.vocab_size,
             **settings.rollout.sampling | {"temperature": temperature},
         )
-        prefix, predictions, _ = self.rewards["prefix"].fn(rollouts, device_batch, {})
+        prefix, on_device, _ = self.rewards["prefix"].fn(rollouts, device_batch, {})
         first, _, _ = self.rewards["first_token"].fn(rollouts, device_batch, {})
-        prefix, first = np.asarray(prefix), np.asarray(first)
-        found, lengths = (np.asarray(a).reshape(U, M, G) for a in (predictions.found, predictions.lengths))
+        prefix, first, predictions, tokens_UR = to_host((prefix, first, on_device, rollouts.mask.sum(-1)))
+        found, lengths = (a.reshape(U, M, G) for a in (predictions.found, predictions.lengths))
         figures = {
             f"{style}_prefix": prefix.mean(-1),
             f"{style}_first": first.mean(-1),
             f"{style}_no_prediction": 1 - found.mean(-1),
-            f"{style}_thought_tokens": np.asarray(rollouts.mask).sum(-1).reshape(U, M, G).mean(-1),
+            f"{style}_thought_tokens": tokens_UR.reshape(U, M, G).mean(-1),
         }
         if style == "sampled":
-            texts = np.asarray(predictions.bytes).reshape(U, M, G, -1)
+            texts = predictions.bytes.reshape(U, M, G, -1)
             figures["pass@k"] = prefix.max(-1)
             figures["majority@k"] = _majority(texts, lengths, found, prefix)
-            logprobs = self._thought_logprobs(params, device_batch, rollouts, predictions.think_end_tokens)
+            logprobs = self._thought_logprobs(params, device_batch, rollouts, on_device.think_end_tokens)
             # log mean_i p(x_t | context, thought_i)
-            figures["reasoned_logprob"] = np.asarray(jax.nn.logsumexp(logprobs, axis=-1) - np.log(G))
-            figures["forced_close"] = (np.asarray(predictions.think_end_tokens).reshape(U, M, G) == 0).mean(-1)
+            figures["reasoned_logprob"] = to_host(jax.nn.logsumexp(logprobs, axis=-1) - np.log(G))
+            figures["forced_close"] = (predictions.think_end_tokens.reshape(U, M, G) == 0).mean(-1)
         return figures
 
     def _thought_logprobs(self, params, batch: TaskBatch, rollouts: Rollouts, think_end_tokens):

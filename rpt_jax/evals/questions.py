@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import Config
 from rpt_jax.data.questions import LETTERS, Question, QuestionSource
 from rpt_jax.evals.next_token import EVALUATION_STEP, by_split
+from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rewards.judges import named_letter
 from rpt_jax.rewards.reward import Reward
@@ -112,7 +113,7 @@ class QuestionEvaluator:
                 branch_index=np.broadcast_to(np.arange(width, dtype=np.int32), (U, *own.shape)),
             )
             logprobs = score(self.config.model, params, shard_batch(self.mesh, sequences), temperature=1.0)
-            totals = np.where(own_mask, np.asarray(logprobs), 0.0).sum(-1)
+            totals = np.where(own_mask, to_host(logprobs), 0.0).sum(-1)
             right = []
             for i, total in zip(chosen[: place.stop - place.start], totals):
                 question = source.questions[i]
@@ -138,7 +139,8 @@ class QuestionEvaluator:
                     **settings.rollout.sampling | {"temperature": temperature},
                 )
                 rewards, predictions, _ = self.reward.fn(rollouts, batch, {})
-                figures = self._figures(style, rollouts, np.asarray(rewards)[:, 0], predictions, chosen)
+                rollouts, rewards, predictions = to_host((rollouts, rewards, predictions))
+                figures = self._figures(style, rollouts, rewards[:, 0], predictions, chosen)
                 for metric, values in figures.items():
                     columns.setdefault(metric, np.zeros(len(ids), np.float32))[place] = values
         return columns
@@ -155,14 +157,14 @@ class QuestionEvaluator:
                 figures[f"pass@{size}"] = [pass_at_k(k, int(n), size) for n in counts]
             votes = self._votes(predictions, chosen[:num_real])
             figures[f"majority@{k}"] = [_majority(v, r) for v, r in zip(votes, right)]
-            figures["thought_tokens"] = np.asarray(rollouts.mask).sum(-1)[:num_real].mean(-1)
-            figures["truncated"] = np.asarray(rollouts.truncated)[:num_real].mean(-1)
-            figures["no_prediction"] = 1 - np.asarray(predictions.found)[:num_real].mean(-1)
+            figures["thought_tokens"] = rollouts.mask.sum(-1)[:num_real].mean(-1)
+            figures["truncated"] = rollouts.truncated[:num_real].mean(-1)
+            figures["no_prediction"] = 1 - predictions.found[:num_real].mean(-1)
         return figures
 
     def _votes(self, predictions, chosen: list[int]) -> list[list[str | None]]:
         """What each rollout votes for: the letter of an option, or the answer without outer space; None: nothing."""
-        texts, lengths, found = (np.asarray(a) for a in (predictions.bytes, predictions.lengths, predictions.found))
+        texts, lengths, found = predictions.bytes, predictions.lengths, predictions.found
         votes = []
         for u, number in enumerate(chosen):
             row, has_options = [], bool(self.source.questions[number].choices)

@@ -25,6 +25,7 @@ from rpt_jax.config import DecoderConfig, MeshConfig
 from rpt_jax.errors import CheckpointError
 from rpt_jax.models import decoder
 from rpt_jax.models.families import LAYER_TENSORS, TOP_TENSORS, config_json, read_config
+from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import make_mesh
 
 _DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
@@ -290,7 +291,7 @@ def _tensors_out(params, dtype: str | None):
         kind = np.dtype(dtype) if dtype else array.dtype
 
         def read() -> np.ndarray:
-            host = np.asarray(array if layer is None else array[layer]).astype(kind, copy=False)
+            host = to_host(array if layer is None else array[layer]).astype(kind, copy=False)
             num_in = 2 if ".o_proj." in name else 1
             if layer is not None and "proj.weight" in name:
                 host = host.reshape(math.prod(shape[:num_in]), -1).T

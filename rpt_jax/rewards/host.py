@@ -18,11 +18,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from rpt_jax.config import RewardConfig
 from rpt_jax.errors import ConfigError, RewardError
+from rpt_jax.parallel.distributed import gathered, to_host
+from rpt_jax.parallel.mesh import beside
 from rpt_jax.types import Rollouts, TaskBatch
 
 # A worker may take so long to import its function; math libraries take seconds on a busy machine.
@@ -168,10 +170,12 @@ def make_host_reward_fn(
         U, M, G = tasks.row_ids.shape
         flat = [a.reshape(U * M * G, -1) for a in (rollouts.tokens, rollouts.mask)]
         predictions = extract(*flat)
-        tokens, mask = (np.asarray(a) for a in flat)
-        texts, lengths, found = (np.asarray(a) for a in (predictions.bytes, predictions.lengths, predictions.found))
-        ids = np.repeat(np.asarray(tasks.position_ids).ravel(), G)
-        (rows,) = np.nonzero(ids >= 0)
+        tokens, mask, texts, lengths, found, position_ids = to_host(
+            (*flat, predictions.bytes, predictions.lengths, predictions.found, tasks.position_ids)
+        )
+        ids = np.repeat(position_ids.ravel(), G)
+        # Each completion is judged once, by one process: a time limit is not met alike on two machines.
+        rows = np.flatnonzero(ids >= 0)[jax.process_index() :: jax.process_count()]
         requests = []
         for b in rows:
             completion = b"".join(tokenizer.token_bytes(int(t)) for t in tokens[b][mask[b]])
@@ -179,18 +183,24 @@ def make_host_reward_fn(
             has_answer = found[b] and lengths[b] <= texts.shape[1]
             prediction = texts[b, : lengths[b]].tobytes() if has_answer else None
             requests.append((completion, prediction, columns(int(ids[b]))))
-        rewards, faults = np.zeros(len(ids), np.float32), np.zeros(len(ids), bool)
+        rewards, faults, complaint = np.zeros(len(ids), np.float32), np.zeros(len(ids), bool), ""
         for b, result, request in zip(rows, pool.judge(requests), requests, strict=True):
             if isinstance(result, str):
-                if on_fault == "fail":
-                    raise RewardError(
-                        f"reward {function!r} {result} on task {ids[b]} ({request[2]!r:.200}), completion "
-                        f"{request[0]!r:.200}. Mend the function, or set --reward.on-fault zero to count such faults."
-                    )
                 faults[b] = True
+                complaint = complaint or (
+                    f"{result} on task {ids[b]} ({request[2]!r:.200}), completion {request[0]!r:.200}"
+                )
             else:
                 rewards[b] = result
+        # Sums over processes: a completion has its values from one, and 0 from the others.
+        rewards, faults = gathered(rewards).sum(0), gathered(faults).any(0)
+        if on_fault == "fail" and faults.any():
+            raise RewardError(
+                f"reward {function!r} {complaint or 'failed on another process, which says more'}. Mend the function, "
+                "or set --reward.on-fault zero to count such faults."
+            )
         shape = (U, M, G)
-        return jnp.asarray(rewards.reshape(shape)), predictions, jnp.asarray(faults.reshape(shape))
+        rewards, faults = (beside(tasks.position_ids, x.reshape(shape)) for x in (rewards, faults))
+        return rewards, predictions, faults
 
     return judge

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.config import LossConfig
+from rpt_jax.parallel.distributed import to_host
 from rpt_jax.types import Experience, TrainBatch
 
 # Microbatches have sizes in so many steps, up to the largest: few programs are compiled, little is padded.
@@ -37,15 +38,16 @@ def plan_update(experience: Experience, batch: TrainBatch, loss: LossConfig, num
     tasks, sequences = experience.tasks, batch.sequences
     U, _, C = sequences.branch_mask.shape
     takes_part = jnp.any(batch.token_weights != 0, axis=-1)
-    lengths, takes_part, teaches, stem_tokens = jax.device_get(
+    lengths, takes_part, teaches, stem_tokens, has_prompt = to_host(
         (
             sequences.branch_mask.sum(-1),
             takes_part,
             takes_part & ((loss.kl_coef > 0) | jnp.any(batch.advantages != 0, axis=-1)),
             tasks.trunk_lengths + jnp.sum(tasks.position_mask * tasks.tail_lengths, axis=1),
+            jnp.any(tasks.position_mask, axis=1),
         )
     )
-    has_trunk_loss = np.full(U, loss.ntp_coef > 0) & np.asarray(tasks.position_mask).any(-1)
+    has_trunk_loss = np.full(U, loss.ntp_coef > 0) & has_prompt
     number = loss.num_minibatches
     minibatches = [
         plan_microbatches(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rpt_jax.parallel.distributed import to_host
 from rpt_jax.rl.advantages import degenerate_groups
 from rpt_jax.types import Experience, TaskBatch
 
@@ -35,12 +36,12 @@ def collect(
     informative = np.zeros((0, 1), bool)
     for number in range(rounds):
         spent.append(roll_out(next_tasks(), number))
-        mask = np.asarray(_informative(spent[-1]))
+        mask = to_host(_informative(spent[-1]))
         informative = np.concatenate([informative, mask]) if number else mask
         if informative.any(-1).sum() >= len(mask):
             break
     best = np.argsort(-informative.sum(-1), kind="stable")[: len(mask)]
-    packed = _pack(spent, jnp.asarray(best))
+    packed = _pack(spent, best)
     return replace(packed, group_mask=_informative(packed)), spent
 
 

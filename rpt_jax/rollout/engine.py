@@ -18,6 +18,8 @@ from rpt_jax.config import DecoderConfig
 from rpt_jax.models import decoder
 from rpt_jax.models.attention import Reach, kernels_of, sees_stem
 from rpt_jax.models.head import next_logits
+from rpt_jax.parallel.distributed import to_host
+from rpt_jax.parallel.interruption import check
 from rpt_jax.rollout.sampling import row_keys, sample
 from rpt_jax.types import Rollouts, Sequences, TaskBatch, record
 
@@ -78,6 +80,8 @@ def generate(
         eos_id: a row stops after this token.
         vocab_size: the tokenizer's ids; larger model vocabularies have unused entries that are never sampled.
         slots_per_trunk: rows of a trunk in flight at once; 0: all.
+    Raises:
+        Interrupted: between two segments; nothing but time is lost, for the same call draws the same.
     """
     limit = max_completion_tokens
     law = _Law(
@@ -98,7 +102,8 @@ def generate(
     floor = U * slots * 3 // 4 if schedule.compact else 0
     while True:
         flight, written, status = _run(config, law, weights, stems, flight, written, key, np.int32(floor))
-        live_U, clock, is_waiting = jax.device_get(status)
+        live_U, clock, is_waiting = to_host(status)
+        check()
         num_live, window = int(live_U.sum()), _window(flight)
         if not num_live and not is_waiting:
             return _rollouts(law, written)

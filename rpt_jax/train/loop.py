@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from rpt_jax.data.pipeline import TrainIterator
-from rpt_jax.errors import CheckpointError
+from rpt_jax.errors import CheckpointError, Interrupted
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rollout.collect import collect
 from rpt_jax.train.checkpoint import Checkpoints
@@ -39,41 +39,55 @@ def train(
         (state, FLOPs of all rollouts and updates).
     Raises:
         CheckpointError: too many updates in a row were skipped for non-finite numbers.
+        Interrupted: told to stop, in a rollout or an evaluation; what was done is saved.
     """
-    config, first, recorder = trainer.config, 0, StepRecorder(trainer, run, trainer.policy(state))
+    config, recorder = trainer.config, StepRecorder(trainer, run, trainer.policy(state))
+    done = 0
     if checkpoints.latest_step is not None:
         state, record = checkpoints.restore(state)
-        first = record["step"]
+        done = record["step"]
         tasks.set_state(record["tasks"])
         recorder.flops = record["flops"]
-    run.cut_metrics("rpt", first)
-    run.cut_metrics("evaluation", first - 1)
+    run.cut_metrics("rpt", done)
+    run.cut_metrics("evaluation", done - 1)
     last = min(config.run.num_steps, stop_at_step or config.run.num_steps)
-    with progress_bar("RPT", config.run.num_steps) as progress:
-        for step in range(first, last):
-            if step % config.eval.every_steps == 0:
-                progress(step, "evaluating")
-                evaluate(step, trainer.policy(state), recorder.flush())
-            dynamic = 0 <= config.loss.dynamic_sampling_from_step <= step
-            experience, spent = collect(
-                lambda: shard_batch(trainer.mesh, next(tasks)),
-                partial(trainer.roll_out, trainer.policy(state), step),
-                rounds=config.loss.dynamic_sampling_rounds if dynamic else 1,
-            )
-            for rollouts in spent:
-                tasks.observe(rollouts.tasks, rollouts.rewards)
-            state, metrics = trainer.learn(state, experience)
-            recorder.add(step, experience, spent, metrics, trunks_passed_over=tasks.num_passed_over)
-            progress(step + 1, recorder.note)
-            if recorder.num_skipped >= config.loss.max_skipped_updates:
-                raise CheckpointError(
-                    f"{recorder.num_skipped} updates in a row had a non-finite loss or gradient; the last good "
-                    f"checkpoint is step {checkpoints.latest_step}. Lower the learning rate in a new run."
+    position = tasks.position
+
+    def save() -> None:
+        record = {"step": done, "tasks": tasks.get_state(), "flops": recorder.flush()}
+        checkpoints.save(done, state, record)
+
+    try:
+        with progress_bar("RPT", config.run.num_steps) as progress:
+            while done < last:
+                if done % config.eval.every_steps == 0:
+                    progress(done, "evaluating")
+                    evaluate(done, trainer.policy(state), recorder.flush())
+                dynamic = 0 <= config.loss.dynamic_sampling_from_step <= done
+                experience, spent = collect(
+                    lambda: shard_batch(trainer.mesh, next(tasks), num_trunks=tasks.num_trunks),
+                    partial(trainer.roll_out, trainer.policy(state), done),
+                    rounds=config.loss.dynamic_sampling_rounds if dynamic else 1,
                 )
-            if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == last:
-                flops = recorder.flush()
-                checkpoints.save(step + 1, state, {"step": step + 1, "tasks": tasks.get_state(), "flops": flops})
-        if last == config.run.num_steps:
-            progress(last, "evaluating")
-            evaluate(last, trainer.policy(state), recorder.flush())
+                for rollouts in spent:
+                    tasks.observe(rollouts.tasks, rollouts.rewards)
+                state, metrics = trainer.learn(state, experience)
+                recorder.add(done, experience, spent, metrics, trunks_passed_over=tasks.position[1])
+                done, position = done + 1, tasks.position
+                progress(done, recorder.note)
+                if recorder.num_skipped >= config.loss.max_skipped_updates:
+                    raise CheckpointError(
+                        f"{recorder.num_skipped} updates in a row had a non-finite loss or gradient; the last good "
+                        f"checkpoint is step {checkpoints.latest_step}. Lower the learning rate in a new run."
+                    )
+                if done % config.checkpoint.every_steps == 0 or done == last:
+                    save()
+            if last == config.run.num_steps:
+                progress(last, "evaluating")
+                evaluate(last, trainer.policy(state), recorder.flush())
+    except Interrupted:
+        # A step is all or nothing: the next process draws the same tasks and the same rollouts again.
+        tasks.position = position
+        save()
+        raise
     return state, recorder.flush()

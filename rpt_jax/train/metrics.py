@@ -1,6 +1,7 @@
 """The run directory: config.json, metrics.jsonl, TensorBoard events, sampled completions, and its progress bars.
 
-A resumed run cuts metrics.jsonl back to the step it resumes from, so every step stands there once.
+A resumed run cuts metrics.jsonl back to the step it resumes from, so every step stands there once. Of several
+processes the first writes.
 """
 
 import json
@@ -9,6 +10,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,12 +22,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rpt_jax.config import Config
 from rpt_jax.errors import CheckpointError
+from rpt_jax.parallel.distributed import is_main, main_first
 
 console = Console(stderr=True)
 
 # What may differ when a run directory is used again: how long it goes on and what it writes on the way.
 _FREE_FIELDS = {
-    "run": ("directory", "num_steps", "completions_every_steps", "tensorboard"),
+    "run": ("directory", "num_steps", "completions_every_steps", "tensorboard", "resume"),
+    "mesh": ("data", "fsdp", "tensor"),
+    "distributed": ("coordinator", "num_processes", "process_id", "join", "heartbeat_seconds", "deadline_seconds"),
     "checkpoint": ("every_steps", "keep"),
 }
 
@@ -84,6 +89,12 @@ class RunDirectory:
     def __init__(self, config: Config, corpus: dict):
         """corpus: what identifies the data; a run goes on only with its own."""
         self.path = Path(config.run.directory)
+        self._tensorboard = None
+        self._use_tensorboard = config.run.tensorboard and is_main()
+        with main_first("run directory"):
+            self._open(config, corpus)
+
+    def _open(self, config: Config, corpus: dict) -> None:
         saved = self.path / "config.json"
         if saved.exists():
             _check_same_run(Config.from_json(json.dumps(read_json(saved))), config, self.path)
@@ -93,18 +104,25 @@ class RunDirectory:
                 f"run directory {self.path} exists and is not a run (no config.json); it must be new or hold a run of "
                 "this config. Choose another --run.directory."
             )
+        elif config.run.resume.isdigit():
+            raise CheckpointError(
+                f"run.resume={config.run.resume}, and {self.path} holds no run to go on with. Check --run.directory."
+            )
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / "versions.json", json.dumps(_versions(), indent=2))
             write_atomically(self.path / "corpus.json", json.dumps(corpus, indent=2))
-        write_atomically(saved, config.to_json())
-        self._use_tensorboard, self._tensorboard = config.run.tensorboard, None
+        if is_main():
+            # A step to go back to is meant once; a later reader of this file goes on from the newest.
+            kept = replace(config.run, resume="latest") if config.run.resume.isdigit() else config.run
+            write_atomically(saved, replace(config, run=kept).to_json())
 
     def remember(self, name: str, value: dict) -> None:
         """Keep `value` as <name>.json; raises CheckpointError where the run was made with another."""
         path = self.path / f"{name}.json"
         if not path.exists():
-            write_atomically(path, json.dumps(value, indent=2))
+            if is_main():
+                write_atomically(path, json.dumps(value, indent=2))
         elif (old := read_json(path)) != value:
             raise CheckpointError(
                 f"run directory {self.path} was made with another {name}: {old} -> {value}; a run goes on only with "
@@ -113,11 +131,15 @@ class RunDirectory:
 
     def cut_metrics(self, stage: str, step: int) -> None:
         """Forget the stage's records after `step`: it is about to write them again."""
+        if not is_main():
+            return
         kept = [r for r in read_records(self.path) if r["stage"] != stage or r["step"] <= step]
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
 
     def log(self, stage: str, step: int, record: dict) -> None:
         """Append one record: {"stage", "step", ...}; numbers also go to TensorBoard under the stage's name."""
+        if not is_main():
+            return
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step} | record) + "\n")
         if not self._use_tensorboard:
@@ -194,6 +216,6 @@ def _versions() -> dict:
     }
 
 
-def to_host(metrics: dict) -> dict:
+def to_floats(metrics: dict) -> dict:
     """Device scalars to Python floats."""
     return {name: float(np.asarray(value)) for name, value in metrics.items()}

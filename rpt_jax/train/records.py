@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rpt_jax.parallel.distributed import is_main, to_host
 from rpt_jax.rl.advantages import degenerate_groups
 from rpt_jax.train.compute import count_tokens, num_parameters, step_flops
-from rpt_jax.train.metrics import RunDirectory, to_host
+from rpt_jax.train.metrics import RunDirectory, to_floats
 from rpt_jax.train.trainer import Trainer
 from rpt_jax.types import Experience
 
@@ -73,7 +74,9 @@ class StepRecorder:
         self._pending = pending
         every = self._config.run.completions_every_steps
         if every and step % every == 0:
-            self._run.write_completions(step + 1, completion_columns(experience, self._trainer))
+            columns = completion_columns(experience, self._trainer)
+            if is_main():
+                self._run.write_completions(step + 1, columns)
 
     def flush(self) -> float:
         """Write what is held; returns FLOPs so far."""
@@ -81,7 +84,7 @@ class StepRecorder:
             return self.flops
         step, metrics, masked, spent, updates, passed_over = self._pending
         self._pending = None
-        metrics, rounds, updates = ([to_host(x) for x in xs] for xs in (metrics, spent, updates))
+        metrics, rounds, updates = ([to_floats(x) for x in xs] for xs in (metrics, spent, updates))
         self.flops += step_flops(self._config, self._num_params, rounds, updates[0]["tokens_updated"])
         record = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         record |= {name: sum(r[name] for r in rounds) for name in rounds[0]}
@@ -103,10 +106,10 @@ class StepRecorder:
 
 def completion_columns(experience: Experience, trainer: Trainer) -> dict[str, list]:
     """One row per rollout of a real task: context, completion, prediction, truth, reward, and the token ids."""
-    tasks, rollouts, predictions = jax.tree.map(
-        np.asarray, (experience.tasks, experience.rollouts, experience.predictions)
+    tasks, rollouts, predictions, rewards = to_host(
+        (experience.tasks, experience.rollouts, experience.predictions, experience.rewards)
     )
-    rewards, tokenizer = np.asarray(experience.rewards), trainer.tokenizer
+    tokenizer = trainer.tokenizer
     U, M, G = rewards.shape
     rows = []
     for u, m, g in np.ndindex(U, M, G):

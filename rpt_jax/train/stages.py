@@ -1,8 +1,8 @@
 """The stages of a run, in order, each leaving its result in the run directory.
 
-corpus or questions -> policy -> warm start -> tasks -> RL -> control. A finished stage is not run again; RL goes on
-from its newest checkpoint, an interrupted warm start or control begins anew. Everything that can be wrong with the
-input is found in `prepare`, before anything compiles.
+corpus or questions -> policy -> warm start -> tasks -> RL -> control. A finished stage is not run again, an
+interrupted one goes on from its newest checkpoint. Everything that can be wrong with the input is found in `prepare`,
+before anything compiles.
 """
 
 from collections.abc import Iterable, Sequence
@@ -44,7 +44,9 @@ from rpt_jax.models.decoder import init_params
 from rpt_jax.models.families import config_json, read_config
 from rpt_jax.models.hf import load_hf
 from rpt_jax.models.lora import Frozen, join, merge
-from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.parallel.distributed import from_main, is_main, main_first
+from rpt_jax.parallel.interruption import beat
+from rpt_jax.parallel.mesh import local_trunks, make_mesh
 from rpt_jax.rewards.host import check_function
 from rpt_jax.rewards.reward import JUDGES, Reward, make_reward
 from rpt_jax.rl.update import init_state, make_optimizer
@@ -53,6 +55,7 @@ from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.compute import fingerprint
 from rpt_jax.train.loop import train
 from rpt_jax.train.metrics import RunDirectory, console, progress_bar, read_records
+from rpt_jax.train.resume import Resume, begin_as_copy
 from rpt_jax.train.supervised import Example, document_examples, draft_examples, read_examples, train_supervised
 from rpt_jax.train.trainer import Trainer
 from rpt_jax.types import TrainState
@@ -99,7 +102,13 @@ class Prepared:
         return cache_directory(self.config)
 
     def checkpoints(self, stage: str) -> Checkpoints:
-        return Checkpoints(self.run.path / "checkpoints" / stage, keep=self.config.checkpoint.keep)
+        """Of a stage; those of RL begin where --run.resume says."""
+        resume = Resume.parse(self.config.run.resume)
+        return Checkpoints(
+            self.run.path / "checkpoints" / stage,
+            keep=self.config.checkpoint.keep,
+            step=resume.step if stage == "rpt" and resume.source is None else None,
+        )
 
 
 def cache_directory(config: Config) -> Path:
@@ -113,12 +122,9 @@ def prepare(config: Config) -> Prepared:
         ConfigError, DataError, CheckpointError: see the modules that do the reading.
     """
     config.validate()
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"{jax.process_count()} processes; a run is one process over all its devices. Start one process."
-        )
     mesh = make_mesh(config.mesh)
-    tokenizer = find_tokenizer(config)
+    with main_first("tokenizer"):
+        tokenizer = find_tokenizer(config)
     config = resolve_model(config, tokenizer)
     lora.check_targets(config.model, config.lora)
     if config.model.activation_dtype == "bfloat16" and mesh.devices.flat[0].platform == "cpu":
@@ -133,7 +139,9 @@ def prepare(config: Config) -> Prepared:
     if config.reward.function:
         check_function(config.reward.function)
     config_json(config.model, "float32", {})  # a model that no family can hold could not be exported in the end
-    tasks = _prepare_questions(config, tokenizer) if config.questions.path else _prepare_documents(config, tokenizer)
+    with main_first("corpus"):
+        prepare_tasks = _prepare_questions if config.questions.path else _prepare_documents
+        tasks = prepare_tasks(config, tokenizer)
     template = tasks["template"]
     _check_positions(config, template)
     if config.supervised.num_steps:
@@ -143,8 +151,10 @@ def prepare(config: Config) -> Prepared:
         "tokenizer": {"sha256": tokenizer.fingerprint},
         "template": {"sha256": template.fingerprint},
     }
+    begin_as_copy(config, identity)
     run = RunDirectory(config, identity)
-    tokenizer.save(run.path / "tokenizer")
+    if is_main():
+        tokenizer.save(run.path / "tokenizer")
     return Prepared(config=config, mesh=mesh, run=run, tokenizer=tokenizer, **tasks)
 
 
@@ -358,15 +368,11 @@ def warm_start(p: Prepared) -> Any:
         return params
     optimizer = make_optimizer(config.supervised.optimizer, config.supervised.num_steps)
     trained, frozen = trainable(p, params)
-    state, checkpoints = init_state(trained, optimizer, p.mesh), p.checkpoints("warm_start")
-    if checkpoints.latest_step == config.supervised.num_steps:
-        state, _ = checkpoints.restore(state)
-    else:
-        p.run.cut_metrics("warm_start", 0)
-        state, flops = train_supervised(
+    with p.checkpoints("warm_start") as checkpoints:
+        state, _ = train_supervised(
             "warm_start",
             config,
-            state,
+            init_state(trained, optimizer, p.mesh),
             optimizer,
             p.mesh,
             p.warm_examples,
@@ -375,10 +381,9 @@ def warm_start(p: Prepared) -> Any:
             shuffle=not config.supervised.path,
             num_steps=config.supervised.num_steps,
             max_flops=None,
-            log=p.run.log,
+            run=p.run,
+            checkpoints=checkpoints,
         )
-        checkpoints.save(config.supervised.num_steps, state, {"flops": flops})
-    checkpoints.close()
     return merge(frozen, state.params)
 
 
@@ -478,6 +483,7 @@ def _counted(description: str, items: Iterable) -> Iterable:
     with progress_bar(description, None) as progress:
         for number, item in enumerate(items, start=1):
             yield item
+            beat()
             if number % 100 == 0:
                 progress(number)
 
@@ -548,11 +554,12 @@ def run_rl(p: Prepared, params, tasks: Tasks, evaluations, *, stop_at_step=None)
         corpora=tasks.corpora,
         weights=p.corpus_weights,
         band=config.positions.pass_rate_band if is_banded else None,
+        rows=local_trunks(p.mesh, config.rollout.num_trunks),
     )
     trainer, state = make_trainer(p, params, tasks.training)
     checkpoints = p.checkpoints("rpt")
-    state, flops = train(trainer, state, iterator, p.run, checkpoints, evaluations, stop_at_step=stop_at_step)
-    checkpoints.close()
+    with checkpoints:
+        state, flops = train(trainer, state, iterator, p.run, checkpoints, evaluations, stop_at_step=stop_at_step)
     return merge(trainer.frozen, state.params), flops
 
 
@@ -587,7 +594,6 @@ def newest_state(p: Prepared) -> tuple[TrainState, Frozen | None, int]:
     like = init_state(trained, make_optimizer(p.config.optimizer, p.config.num_updates), p.mesh)
     checkpoints = p.checkpoints("rpt")
     state, record = checkpoints.restore(like)
-    checkpoints.close()
     return state, frozen, record["step"]
 
 
@@ -598,7 +604,8 @@ def continue_supervised(
     optimizer_config: OptimizerConfig,
     max_flops: float,
     *,
-    log=lambda *_: None,
+    run: RunDirectory | None = None,
+    checkpoints: Checkpoints | None = None,
     on_step=lambda *_: None,
 ) -> Any:
     """Parameters after supervised training from `params` until `max_flops` are spent: what a control is."""
@@ -616,7 +623,8 @@ def continue_supervised(
         shuffle=True,
         num_steps=None,
         max_flops=max_flops,
-        log=log,
+        run=run,
+        checkpoints=checkpoints,
         on_step=lambda step, state, flops: on_step(step, join(frozen, state.params), flops),
     )
     return merge(frozen, state.params)
@@ -624,23 +632,33 @@ def continue_supervised(
 
 def run_control(p: Prepared, params, max_flops: float, evaluations: Evaluations, *, num_evaluations: int = 5) -> None:
     """Next-token training on the training documents at matched compute, evaluated on the way and at the end."""
-    if any(r["stage"] == "control_evaluation" and r.get("final") for r in read_records(p.run.path)):
+    if from_main(any(r["stage"] == "control_evaluation" and r.get("final") for r in read_records(p.run.path))):
         return
     sequences = document_examples(p.train_documents, p.tokenizer, p.config.data.trunk_length)
-    p.run.cut_metrics("control", -1)
-    p.run.cut_metrics("control_evaluation", -1)
-    marks = list(np.linspace(0, max_flops, num_evaluations + 1)[1:-1])
+    checkpoints = p.checkpoints("control")
+    p.run.cut_metrics("control_evaluation", checkpoints.latest_step or 0)
+    evaluated = from_main(sum(r["stage"] == "control_evaluation" for r in read_records(p.run.path)))
+    marks = np.linspace(0, max_flops, num_evaluations + 1)[1:-1]
     last = [0, 0.0]
 
     def on_step(step: int, params, flops: float) -> None:
+        nonlocal evaluated
         last[:] = step, flops
-        if marks and flops >= marks[0]:
-            marks.pop(0)
+        if (marks <= flops).sum() > evaluated:
+            evaluated += 1
             figures = evaluations.evaluate(params, thinking=False, final=False)
             p.run.log("control_evaluation", step, {"flops": flops, "splits": figures})
 
-    trained = continue_supervised(
-        p, params, sequences, p.config.supervised.control_optimizer, max_flops, log=p.run.log, on_step=on_step
-    )
+    with checkpoints:
+        trained = continue_supervised(
+            p,
+            params,
+            sequences,
+            p.config.supervised.control_optimizer,
+            max_flops,
+            run=p.run,
+            checkpoints=checkpoints,
+            on_step=on_step,
+        )
     figures = evaluations.evaluate(trained, thinking=True, final=True)
     p.run.log("control_evaluation", last[0], {"flops": last[1], "splits": figures, "final": True})

@@ -16,14 +16,16 @@ from rpt_jax.config import Config
 from rpt_jax.data.documents import Document, lengths_of
 from rpt_jax.data.prompts import Template
 from rpt_jax.data.readers import read_records
-from rpt_jax.errors import DataError
+from rpt_jax.errors import DataError, Interrupted
 from rpt_jax.models import decoder
 from rpt_jax.models.lora import Frozen, join
+from rpt_jax.parallel.interruption import check
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rl.update import supervised_loss, update
 from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE, Tokenizer
+from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.compute import num_parameters, update_flops
-from rpt_jax.train.metrics import progress_bar, to_host
+from rpt_jax.train.metrics import RunDirectory, progress_bar, to_floats
 from rpt_jax.types import Sequences, TrainBatch, TrainState
 
 
@@ -309,10 +311,16 @@ def example_order(num_examples: int, *, shuffle: bool, seed: int) -> grain.MapDa
     return (order.seed(seed).shuffle() if shuffle else order).repeat()
 
 
-def batches(examples: Sequence[Example], config: Config, tail, *, shuffle: bool) -> Iterator[tuple[TrainBatch, int]]:
-    """Endless (batch, tokens in it), one after the other, each example once an epoch."""
+def batches(
+    examples: Sequence[Example], config: Config, tail, *, shuffle: bool, position: int = 0
+) -> Iterator[tuple[TrainBatch, int, int]]:
+    """Endless (batch, tokens in it, examples taken by then), one after the other, each example once an epoch.
+
+    Args:
+        position: examples taken before the first batch.
+    """
     order = example_order(len(examples), shuffle=shuffle, seed=config.run.seed)
-    size, position = config.supervised.batch_size, 0
+    size = config.supervised.batch_size
     while True:
         if config.supervised.pack:
             following = (examples[order[i]] for i in itertools.count(position))
@@ -322,7 +330,7 @@ def batches(examples: Sequence[Example], config: Config, tail, *, shuffle: bool)
             batch, taken = make_batch(rows, config, tail), size
             num_tokens = sum(e.num_tokens(len(tail)) for e in rows)
         position += taken
-        yield batch, num_tokens
+        yield batch, num_tokens, position
 
 
 def train_supervised(
@@ -338,34 +346,62 @@ def train_supervised(
     shuffle: bool,
     num_steps: int | None,
     max_flops: float | None,
-    log: Callable[[str, int, dict], None],
+    run: RunDirectory | None = None,
+    checkpoints: Checkpoints | None = None,
     on_step: Callable[[int, TrainState, float], None] = lambda *_: None,
 ) -> tuple[TrainState, float]:
     """Run updates until `num_steps` or until `max_flops` are spent, whichever is given.
 
     Args:
         frozen: what the state's adapters sit on; None: the state holds the whole policy.
-        on_step: called with (steps done, state, FLOPs spent) after every update.
+        run: where to log; None: nowhere.
+        checkpoints: of this stage: goes on from the newest, saves as it goes; None: neither.
+        on_step: called with (steps done, state, FLOPs spent) after every update, and where an earlier process stopped.
     Returns:
         (state, FLOPs spent).
+    Raises:
+        Interrupted: saved, where there are checkpoints.
     """
     loss_fn = partial(supervised_loss, config.model)
     num_params = num_parameters(join(frozen, state.params))
-    flops, step = 0.0, 0
+    record = {"step": 0, "flops": 0.0, "position": 0}
+    if checkpoints is not None and checkpoints.latest_step is not None:
+        state, record = checkpoints.restore(state)
+    if run is not None:
+        run.cut_metrics(stage, record["step"])
+    step, flops, position = (record[name] for name in ("step", "flops", "position"))
     total = num_steps if num_steps is not None else 100
-    stream = batches(examples, config, tail, shuffle=shuffle)
+    stream = batches(examples, config, tail, shuffle=shuffle, position=position)
+
+    def is_done() -> bool:
+        return step >= num_steps if num_steps is not None else flops >= max_flops
+
+    def save() -> None:
+        if checkpoints is not None:
+            checkpoints.save(step, state, {"step": step, "flops": flops, "position": position})
+
     with progress_bar(stage, total) as progress:
-        while (step < num_steps) if num_steps is not None else (flops < max_flops):
-            batch, num_tokens = next(stream)
+        if step:
+            on_step(step, state, flops)  # it may have been stopped before this was done
+        while not is_done():
+            batch, num_tokens, position = next(stream)
             state, metrics = update(
                 state, [shard_batch(mesh, batch)], loss_fn=loss_fn, optimizer=optimizer, frozen=frozen
             )
             step += 1
             flops += update_flops(config, num_params, num_tokens)
-            if step % 10 == 0 or step == num_steps:
-                record = to_host(metrics)
-                log(stage, step, record | {"flops": flops})
+            if step % 10 == 0 or is_done():
+                floats = to_floats(metrics)
                 done = step if num_steps is not None else min(total, round(100 * flops / max_flops))
-                progress(done, f"loss {record['loss']:.3f}")
-            on_step(step, state, flops)
+                progress(done, f"loss {floats['loss']:.3f}")
+                if run is not None:
+                    run.log(stage, step, floats | {"flops": flops})
+            if step % config.checkpoint.every_steps == 0 or is_done():
+                save()
+            try:
+                on_step(step, state, flops)
+                check()
+            except Interrupted:
+                save()
+                raise
     return state, flops

@@ -1,0 +1,96 @@
+"""Where a run goes on: its newest checkpoint, an earlier one, or those of another run that it begins as a copy of."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rpt_jax.config import Config
+from rpt_jax.errors import CheckpointError
+from rpt_jax.parallel.distributed import main_first
+from rpt_jax.train.checkpoint import find_damage, steps_of
+from rpt_jax.train.metrics import console, read_json, read_records, write_atomically
+
+# What a copy takes over beside checkpoints: what was found out once and must stay the same.
+_FACTS = ("policy.json", "proxy.json", "corpus.json", "versions.json")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The reading of --run.resume."""
+
+    step: int | None = None
+    """None: the newest checkpoint."""
+    source: Path | None = None
+    """The run that a new one begins as a copy of."""
+
+    @staticmethod
+    def parse(text: str) -> "Resume":
+        """latest · STEP · DIR · DIR@STEP."""
+        if text == "latest":
+            return Resume()
+        if text.isdigit():
+            return Resume(step=int(text))
+        directory, at, step = text.rpartition("@")
+        if at and step.isdigit():
+            return Resume(step=int(step), source=Path(directory))
+        return Resume(source=Path(text))
+
+
+def begin_as_copy(config: Config, identity: dict) -> None:
+    """Give a new run directory the checkpoints and records of the run that --run.resume names.
+
+    The new run has its own config; it must read the same corpus with the same tokenizer and template.
+
+    Args:
+        identity: what identifies the data, as `RunDirectory` keeps it.
+    Raises:
+        CheckpointError: the source is no run, has other data, or no whole checkpoint of that step.
+    """
+    resume, target = Resume.parse(config.run.resume), Path(config.run.directory)
+    with main_first("copy of a run"):
+        # The config is written last: a copy that was interrupted is made again.
+        if resume.source is None or (target / "config.json").exists():
+            return
+        if not (resume.source / "config.json").exists():
+            raise CheckpointError(
+                f"run.resume={config.run.resume!r}: {resume.source} holds no run (no config.json); it must be latest, "
+                "a step, or the directory of a run. Correct --run.resume."
+            )
+        if read_json(resume.source / "corpus.json") != identity:
+            raise CheckpointError(
+                f"run.resume={config.run.resume!r} is a run on other data; a copy goes on with the same corpus, "
+                "tokenizer and template. To train it on others, export its policy and set --policy.path."
+            )
+        step = _whole_step(resume)
+        shutil.rmtree(target / "checkpoints", ignore_errors=True)
+        stages = resume.source / "checkpoints"
+        shutil.copytree(stages / "rpt" / str(step), target / "checkpoints" / "rpt" / str(step))
+        if (stages / "warm_start").exists():
+            shutil.copytree(stages / "warm_start", target / "checkpoints" / "warm_start")
+        for name in _FACTS:
+            if (resume.source / name).exists():
+                shutil.copy(resume.source / name, target / name)
+        kept = [r for r in read_records(resume.source) if _is_before(r, step)]
+        write_atomically(target / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
+        origin = {"run": str(resume.source), "step": step}
+        write_atomically(target / "forked.json", json.dumps(origin, indent=2))
+        write_atomically(target / "config.json", config.to_json())
+        console.print(f"begun as a copy of {resume.source} at step {step}")
+
+
+def _whole_step(resume: Resume) -> int:
+    directory = resume.source / "checkpoints" / "rpt"
+    steps = steps_of(directory)
+    for step in reversed(steps) if resume.step is None else [resume.step]:
+        if not (problem := find_damage(directory / str(step))):
+            return step
+        console.print(f"[bold red]checkpoint {directory / str(step)}[/]: {problem}")
+    raise CheckpointError(
+        f"{directory} has no whole checkpoint to begin from; there are steps {steps}. Choose another --run.resume."
+    )
+
+
+def _is_before(record: dict, step: int) -> bool:
+    limit = {"warm_start": float("inf"), "rpt": step, "evaluation": step - 1}.get(record["stage"], -1)
+    return record["step"] <= limit
