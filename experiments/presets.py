@@ -1,5 +1,7 @@
 """Named starting points. A preset is a full config; the command line overrides single fields of it."""
 
+from dataclasses import replace
+
 from rpt_jax.config import (
     CheckpointConfig,
     Config,
@@ -7,10 +9,12 @@ from rpt_jax.config import (
     DecoderConfig,
     EvalConfig,
     LossConfig,
+    MeshConfig,
     OptimizerConfig,
     PositionsConfig,
     RewardConfig,
     RolloutConfig,
+    RopeScaling,
     RunConfig,
     SupervisedConfig,
 )
@@ -65,4 +69,67 @@ QUESTIONS = Config(
     eval=EvalConfig(every_steps=20, num_positions=100, final_num_positions=500, num_samples=4, batch_trunks=16),
 )
 
-PRESETS = {"tiny_worked": TINY_WORKED, "tiny_text": TINY_TEXT, "questions": QUESTIONS}
+
+def _rpt(model: DecoderConfig, mesh: MeshConfig, **rollout) -> Config:
+    """The paper's run (arXiv:2506.08007 §3.3): 256 positions x 8 rollouts a step, contexts of 4,096 tokens, completions
+    of 8,192, 1,000 steps, dynamic sampling from step 500; four positions share a document here.
+
+    --policy.path, --proxy.path and --data.path are the user's; the model section is the shape that plans are made for.
+    """
+    rollout = (
+        dict(num_trunks=64, prompts_per_trunk=4, group_size=8, max_completion_tokens=8192, temperature=0.8) | rollout
+    )
+    return Config(
+        run=RunConfig(num_steps=1000),
+        data=DataConfig(chat=True, trunk_length=4096, window_stride=2048, continuation_tokens=16),
+        positions=PositionsConfig(entropy_threshold=1.0),
+        model=replace(model, activation_dtype="bfloat16"),
+        rollout=RolloutConfig(**rollout),
+        loss=LossConfig(microbatch_trunks=mesh.trunk_shards, dynamic_sampling_from_step=500),
+        mesh=mesh,
+        checkpoint=CheckpointConfig(every_steps=20),
+        eval=EvalConfig(every_steps=100, num_samples=4, batch_trunks=64),
+    )
+
+
+# The paper's own: DeepSeek-R1-Distill-Qwen-14B, on 64 chips of TPU v5p.
+RPT_QWEN2_5_14B = _rpt(
+    DecoderConfig(
+        family="qwen2", vocab_size=152064, num_layers=48, width=5120, mlp_width=13824, num_heads=40, num_kv_heads=8,
+        head_size=128, rope_theta=1e6, max_positions=131072, norm_eps=1e-5, qkv_bias=True, qk_norm=False,
+    ),
+    MeshConfig(fsdp=16, tensor=4),
+    slots_per_trunk=16,
+)  # fmt: skip
+
+# Qwen3-1.7B, on 16 chips of TPU v6e.
+RPT_QWEN3_1_7B = _rpt(
+    DecoderConfig(
+        family="qwen3", vocab_size=151936, num_layers=28, width=2048, mlp_width=6144, num_heads=16, num_kv_heads=8,
+        head_size=128, rope_theta=1e6, max_positions=40960, tie_embeddings=True,
+    ),
+    MeshConfig(fsdp=8, tensor=2),
+    num_trunks=256,
+    prompts_per_trunk=1,
+    slots_per_trunk=2,
+)  # fmt: skip
+
+# Llama-3.1-8B, on 32 chips of TPU v5p.
+RPT_LLAMA3_8B = _rpt(
+    DecoderConfig(
+        family="llama", vocab_size=128256, num_layers=32, width=4096, mlp_width=14336, num_heads=32, num_kv_heads=8,
+        head_size=128, rope_theta=5e5, max_positions=131072, norm_eps=1e-5, qk_norm=False,
+        rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192),
+    ),
+    MeshConfig(fsdp=8, tensor=4),
+    slots_per_trunk=8,
+)  # fmt: skip
+
+PRESETS = {
+    "tiny_worked": TINY_WORKED,
+    "tiny_text": TINY_TEXT,
+    "questions": QUESTIONS,
+    "rpt_qwen2_5_14b": RPT_QWEN2_5_14B,
+    "rpt_qwen3_1_7b": RPT_QWEN3_1_7B,
+    "rpt_llama3_8b": RPT_LLAMA3_8B,
+}

@@ -541,6 +541,7 @@ class Config:
             ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", mesh.tensor),
             ("model.mlp_width", model.mlp_width, "mesh.tensor", mesh.tensor),
             ("model.width", model.width, "mesh.fsdp", mesh.fsdp),
+            ("model.width", model.width, "mesh.tensor", mesh.tensor),
             ("model.head_size", model.head_size, "2 (rotary halves)", 2),
             ("rollout.num_trunks", self.rollout.num_trunks, "loss.num_minibatches", loss.num_minibatches),
             ("trunks of a minibatch", minibatch, "loss.microbatch_trunks", microbatch),

@@ -53,12 +53,12 @@ def test_rollout_and_update_compile_for_a_tpu_slice(slice_of_four):
     tasks = make_tasks(CONFIG, U=4, M=2, G=4, L=128, E=8)
     on_trunks = partial(shapes, sharding=trunk_sharding(mesh))
     on_all = partial(shapes, sharding=replicated(mesh))
-    law = engine._Law(max_completion_tokens=32, temperature=1.0, top_p=0.95, top_k=0, eos_id=1, vocab_size=2000)
+    law = engine.Law(max_completion_tokens=32, temperature=1.0, top_p=0.95, top_k=0, eos_id=1, vocab_size=2000)
     key = on_all(jax.eval_shape(lambda: jax.random.key(0)))
-    _, started = compiled(engine._start, CONFIG, law, params, on_trunks(tasks), key, slots=8, window=16)
+    _, started = compiled(engine.start, CONFIG, law, params, on_trunks(tasks), key, slots=8, window=16)
     _, weights = compiled(decoder.decoding_weights, CONFIG, params)
     floor = jax.ShapeDtypeStruct((), np.int32)
-    decode, _ = compiled(engine._run, CONFIG, law, weights, *started, key, floor)
+    decode, _ = compiled(engine.run_segment, CONFIG, law, weights, *started, key, floor)
     # Caches are donated: they are results without a second copy.
     assert decode.memory_analysis().alias_size_in_bytes > 0
 
@@ -74,7 +74,7 @@ def test_rollout_and_update_compile_for_a_tpu_slice(slice_of_four):
     )  # fmt: skip
     loss_fn = partial(update.policy_loss, CONFIG, LossConfig(), 1.0)
     _, (gradients, metrics) = compiled(
-        update._add_gradients, params, params, None, on_trunks(batch), loss_fn=loss_fn,
+        update.add_gradients, params, params, None, on_trunks(batch), loss_fn=loss_fn,
         shardings=tuple(p.sharding for p in jax.tree.leaves(params)),
     )  # fmt: skip
     for gradient, parameter in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):
@@ -84,7 +84,7 @@ def test_rollout_and_update_compile_for_a_tpu_slice(slice_of_four):
     state = update.TrainState(
         step=on_all(np.int32(0)),
         params=params,
-        opt_state=shapes(moments, update._state_shardings(moments, params, mesh)),
+        opt_state=shapes(moments, update.state_shardings(moments, params, mesh)),
         skipped=on_all(np.int32(0)),
     )
-    compiled(update._apply, state, gradients, metrics, optimizer=optimizer)
+    compiled(update.apply_gradients, state, gradients, metrics, optimizer=optimizer)

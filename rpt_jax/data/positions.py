@@ -30,7 +30,7 @@ from rpt_jax.models import decoder
 from rpt_jax.models.head import output_head
 from rpt_jax.parallel.distributed import from_main, is_main, to_host
 from rpt_jax.parallel.interruption import beat
-from rpt_jax.parallel.mesh import shard_batch
+from rpt_jax.parallel.mesh import on_mesh_of, shard_batch
 
 NUM_TOP_TOKENS = 16
 _VERSION = 1
@@ -77,7 +77,6 @@ def window_start(index, *, window: int, stride: int):
     return np.maximum(0, -((window - index) // stride)) * stride
 
 
-@partial(jax.jit, static_argnames=("config", "renormalize"))
 def direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize: bool):
     """Entropy, argmax and log-probability of the law that predicts each token from those before it.
 
@@ -89,6 +88,12 @@ def direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize: 
     Returns:
         (entropy f32 [U, L], argmax i32 [U, L], logprob f32 [U, L]); column 0 is 0.
     """
+    with on_mesh_of(params):
+        return _direct_statistics(config, params, tokens_UL, renormalize=renormalize)
+
+
+@partial(jax.jit, static_argnames=("config", "renormalize"))
+def _direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize: bool):
     hidden_ULD, _ = decoder.forward(config, params, decoder.trunks_alone(tokens_UL))
     head_VD = output_head(params)
     num_top = min(NUM_TOP_TOKENS, head_VD.shape[0])

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.config import DecoderConfig
+from rpt_jax.parallel.mesh import TRUNK_AXES, num_shards
 from rpt_jax.types import record
 
 # Finite, so that a row with no visible slot (padding) yields numbers rather than NaN.
@@ -26,9 +27,10 @@ class Kernels:
     flash_attention: bool
     """A trunk in 16-bit activations attends to itself by cuDNN's kernel."""
     max_scores: int
-    """Attention scores (numbers) made at once; more are made block by block, and once more in the backward pass."""
+    """Attention scores (numbers) made at once on a device; more are made block by block, and once more in the backward
+    pass."""
     max_logits: int
-    """Logits (numbers) made at once; but always those of 64 tokens."""
+    """Logits (numbers) made at once on a device; but always those of 64 tokens."""
 
 
 # CPU: measured, experiments/benchmarks/rollout.py and update.py. The others follow the kernels' own layouts.
@@ -80,12 +82,17 @@ def causal_attention(q_ULHQ, k_ULKQ, v_ULKQ, kernels: Kernels, segments_UL=None)
             mask = mask & (segments_UL[:, columns, None] == segments_UL[:, None, :])[:, None]
         return jax.nn.dot_product_attention(q, k_ULKQ, v_ULKQ, mask=mask if mask.ndim == 4 else mask[None, None])
 
-    per_query = U * H * L
+    per_query = _on_each_device(U, H) * L
     if per_query * L <= kernels.max_scores:
         return attend(q_ULHQ, jnp.arange(L))
     blocks, columns = _query_blocks((q_ULHQ,), max(1, kernels.max_scores // per_query))
     attended = jax.lax.map(jax.checkpoint(lambda b: attend(b[0][0], jnp.minimum(b[1], L - 1))), (blocks, columns))
     return _whole(attended, L)
+
+
+def _on_each_device(num_trunks: int, num_heads: int) -> int:
+    """Heads of all trunks, a device's share."""
+    return max(1, num_trunks * num_heads // num_shards(*TRUNK_AXES, "tensor"))
 
 
 def _query_blocks(arrays, size: int):
@@ -125,7 +132,7 @@ def branch_attention(q_URTHQ, stem_kv, own_kv, reach: Reach, kernels: Kernels):
         return merged_attention(q, stem_kv, seen, own_kv, mask_URTS, kernels)
 
     of_tokens = (q_URTHQ, reach.cuts, reach.prompts, reach.first)
-    per_query = U * H * (P + T)
+    per_query = _on_each_device(U, H) * (P + T)
     if per_query * R * T <= kernels.max_scores:
         q, *rest = of_tokens
         return attend(q, own_kv, *rest, columns_T)

@@ -29,6 +29,7 @@ from rpt_jax.models.attention import (
 )
 from rpt_jax.models.head import next_logits, output_head
 from rpt_jax.parallel import mesh as mesh_lib
+from rpt_jax.parallel.mesh import TRUNK_AXES, constrain, num_shards, on_mesh_of, spec_without
 from rpt_jax.types import Sequences, record
 
 
@@ -133,7 +134,8 @@ class Block(nn.Module):
         q, k, v = (self.linear(name, x_TD) for name in "qkv")
         if c.qk_norm:
             q, k = _rms_norm(q, self.q_norm, c.norm_eps), _rms_norm(k, self.k_norm, c.norm_eps)
-        return _rotate(q, rope), _rotate(k, rope), v
+        q, k = _rotate(q, rope), _rotate(k, rope)
+        return tuple(constrain(x, TRUNK_AXES, *(None,) * (x.ndim - 3), "tensor") for x in (q, k, v))
 
     def finish(self, x_TD, attended_THQ):
         """Output projection and SwiGLU, each added to the residual stream."""
@@ -146,12 +148,17 @@ class Block(nn.Module):
         kernels = kernels_of(self.config)
         q, k, v = self.project(stem_UPD, geometry.stem_rope)
         stem_UPD = self.finish(stem_UPD, _stem_attention(q, k, v, geometry, kernels))
-        stem_kv = keep(k, v, kernels)
+        stem_kv = _split_by_heads(keep(k, v, kernels))
         if branch_URTD is not None:
             q, k, v = self.project(branch_URTD, geometry.branch_rope)
             attended = branch_attention(q, stem_kv, keep(k, v, kernels), geometry.reach, kernels)
             branch_URTD = self.finish(branch_URTD, attended)
-        return (stem_UPD, branch_URTD), (stem_kv if self.keep_stem_kv else None)
+        return _between_layers((stem_UPD, branch_URTD)), (stem_kv if self.keep_stem_kv else None)
+
+
+def _between_layers(streams):
+    """Residual streams as they are kept for the backward pass: their width is split too, so no shard keeps it twice."""
+    return jax.tree.map(lambda x: constrain(x, TRUNK_AXES, *(None,) * (x.ndim - 2), "tensor"), streams)
 
 
 def _stem_attention(q_UPHQ, k_UPKQ, v_UPKQ, geometry: "Geometry", kernels: Kernels):
@@ -262,16 +269,18 @@ class Decoder(nn.Module):
         U = s.trunk_tokens.shape[0]
         stem_UPD = self.embed(jnp.concatenate([s.trunk_tokens, s.tail_tokens.reshape(U, -1)], axis=1))
         branch_URTD = self.embed(s.branch_tokens) if s.branch_tokens.shape[1] else None
-        (stem_UPD, branch_URTD), stem_kv = self.layers((stem_UPD, branch_URTD), geometry)
+        (stem_UPD, branch_URTD), stem_kv = self.layers(_between_layers((stem_UPD, branch_URTD)), geometry)
         stem_UPD = self.normalize(stem_UPD)
         branch_URTD = None if branch_URTD is None else self.normalize(branch_URTD)
         return stem_UPD, branch_URTD, stem_kv
 
     def embed(self, tokens):
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.activation_dtype)
+        # Each shard looks up its part of the width, in all entries.
+        embedding_VD = constrain(self.embedding.astype(self.config.activation_dtype), None, "tensor")
+        return jnp.take(embedding_VD, tokens, axis=0)
 
     def normalize(self, x):
-        return _rms_norm(x, self.final_norm, self.config.norm_eps)
+        return constrain(_rms_norm(x, self.final_norm, self.config.norm_eps), TRUNK_AXES)
 
 
 def trunk_positions(length: int, segments_UL=None):
@@ -349,22 +358,34 @@ def logits(config: DecoderConfig, params, tokens_BT):
 # --- The sampler's path -------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames="config")
 def decoding_weights(config: DecoderConfig, params) -> dict:
     """Parameters as `extend` wants them: {"layers": a tree per layer, "rest": the others}, in the activations' type.
 
-    Layers are taken apart here, for a slice inside the decode loop would copy weights at every token.
+    On a mesh they are gathered over fsdp, once: a token is too little work to gather them for.
     """
+    with on_mesh_of(params):
+        return lay_out_for_decoding(
+            config, params, specs=tuple(spec_without(p, "fsdp") for p in jax.tree.leaves(params))
+        )
+
+
+@partial(jax.jit, static_argnames=("config", "specs"))
+def lay_out_for_decoding(config: DecoderConfig, params, *, specs: tuple) -> dict:
+    """Layers are taken apart here, for a slice inside the decode loop would copy weights at every token."""
 
     def cast(path, p):
         # Scales of norms are multiplied in float32.
         return p if path[-1].key.endswith("norm") else p.astype(config.activation_dtype)
 
-    params = jax.tree_util.tree_map_with_path(cast, params)
+    leaves, tree = jax.tree.flatten(jax.tree_util.tree_map_with_path(cast, params))
+    params = tree.unflatten(constrain(leaf, *spec) for leaf, spec in zip(leaves, specs, strict=True))
     layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(config.num_layers)]
     rest = {k: v for k, v in params.items() if k != "layers" and not k.startswith("head_lora")}
     if "head_lora_a" in params:
         rest["head"] = output_head(params)  # joined once, not at every token
+    if num_shards("tensor") > 1:
+        # Looked up by width, multiplied by vocabulary: two layouts, also of one tied matrix.
+        rest |= {"head": output_head(params), "embedding": constrain(rest["embedding"], None, "tensor")}
     return {"layers": layers, "rest": rest}
 
 
@@ -374,21 +395,26 @@ def prefill(config: DecoderConfig, params, stems: Sequences):
     return stem_UPD, [(k[i], v[i]) for i in range(config.num_layers)]
 
 
-def empty_cache(config: DecoderConfig, num_trunks: int, num_branches: int, num_slots: int) -> list:
+def empty_cache(config: DecoderConfig, num_trunks: int, num_branches: int, num_columns: int) -> list:
     """Zeroed own keys and values of branches, a pair per layer."""
     zeros = jnp.zeros(
-        (num_trunks, num_branches, num_slots, config.num_kv_heads, config.head_size), config.activation_dtype
+        (num_trunks, num_branches, num_columns, config.num_kv_heads, config.head_size), config.activation_dtype
     )
-    return [keep(zeros, zeros, kernels_of(config)) for _ in range(config.num_layers)]
+    return [_split_by_heads(keep(zeros, zeros, kernels_of(config))) for _ in range(config.num_layers)]
 
 
-def slots_axis(kernels: Kernels) -> tuple[int, int]:
-    """Axis of the slots in the keys and in the values of a cache."""
+def _split_by_heads(kv):
+    """Kept keys and values [U, ..., K, ., .] where their trunk and their heads are."""
+    return tuple(constrain(x, TRUNK_AXES, *(None,) * (x.ndim - 4), "tensor") for x in kv)
+
+
+def columns_axis(kernels: Kernels) -> tuple[int, int]:
+    """Axis of the columns in the keys and in the values of a cache."""
     return (-1 if kernels.keys_transposed else -2), -2
 
 
-def extend(config: DecoderConfig, weights, tokens_URT, positions_URT, stem_kv, stem_mask, cache, slot, own_mask):
-    """Feed T further tokens to every branch and put their keys and values at `slot`.
+def extend(config: DecoderConfig, weights, tokens_URT, positions_URT, stem_kv, stem_mask, cache, column, own_mask):
+    """Feed T further tokens to every branch and put their keys and values at `column`.
 
     Args:
         weights: from `decoding_weights`.
@@ -396,8 +422,8 @@ def extend(config: DecoderConfig, weights, tokens_URT, positions_URT, stem_kv, s
         stem_kv: from `prefill`.
         stem_mask: bool [U, R, T, P], stem columns that each token sees.
         cache: own keys and values, from `empty_cache` or an earlier call.
-        slot: i32 scalar, where the first of the T tokens goes.
-        own_mask: bool [U, R, T, S], own slots that each token sees (its own among them).
+        column: i32 scalar, where the first of the T tokens goes.
+        own_mask: bool [U, R, T, S], own columns that each token sees (its own among them).
     Returns:
         hidden states of the tokens [U, R, T, D] after the final norm, and the caches.
     """
@@ -408,11 +434,11 @@ def extend(config: DecoderConfig, weights, tokens_URT, positions_URT, stem_kv, s
     new_cache = []
     for layer, layer_stem_kv, own_kv in zip(weights["layers"], stem_kv, cache, strict=True):
         q, k, v = block.apply({"params": layer}, x, rope, method=Block.project)
-        own_kv = tuple(
-            jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=old.ndim + axis)
-            for old, new, axis in zip(own_kv, keep(k, v, kernels), slots_axis(kernels), strict=True)
+        own_kv = _split_by_heads(
+            jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=old.ndim + axis)
+            for old, new, axis in zip(own_kv, keep(k, v, kernels), columns_axis(kernels), strict=True)
         )
         attended = merged_attention(q, layer_stem_kv, stem_mask, own_kv, own_mask, kernels)
-        x = block.apply({"params": layer}, x, attended, method=Block.finish)
+        x = constrain(block.apply({"params": layer}, x, attended, method=Block.finish), TRUNK_AXES)
         new_cache.append(own_kv)
     return model.apply(variables, x, method=Decoder.normalize), new_cache

@@ -1,5 +1,6 @@
 """From hidden states to laws over the vocabulary, and to losses of them, without a [rows, tokens, vocabulary] array."""
 
+import math
 from functools import partial
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 
 from rpt_jax.config import DecoderConfig
 from rpt_jax.models.attention import kernels_of
+from rpt_jax.parallel.mesh import TRUNK_AXES, constrain, num_shards
 
 
 def output_head(params):
@@ -20,13 +22,21 @@ def output_head(params):
 def next_logits(params, hidden_D):
     """Logits f32 [..., V] of hidden states after the final norm."""
     head_VD = output_head(params).astype(hidden_D.dtype)
-    return jnp.einsum("...d,vd->...v", hidden_D, head_VD, preferred_element_type=jnp.float32)
+    logits_V = jnp.einsum("...d,vd->...v", hidden_D, head_VD, preferred_element_type=jnp.float32)
+    return constrain(logits_V, TRUNK_AXES, *(None,) * (logits_V.ndim - 2), "tensor")
+
+
+def _head_for(params, hidden_D):
+    """The head whole in its width, split by vocabulary: gathered once for all chunks."""
+    return constrain(output_head(params).astype(hidden_D.dtype), "tensor")
 
 
 def _chunks(config: DecoderConfig, vocab_size: int, arrays):
     """Arrays [U, N, ...] cut along N for a scan, so that one chunk's logits keep within the limit; and N."""
     U, n = jax.tree.leaves(arrays)[0].shape[:2]
-    chunk = min(n, max(1, 64 // U, kernels_of(config).max_logits // (U * vocab_size)))
+    trunks = max(1, U // num_shards(*TRUNK_AXES))
+    logits = trunks * vocab_size // num_shards("tensor")  # of a token of each trunk, on a device
+    chunk = min(n, max(1, 64 // trunks, kernels_of(config).max_logits // logits))
     num_chunks = -(-n // chunk)
 
     def cut(x):
@@ -44,6 +54,7 @@ def _joined(chunks, n: int):
 def _chunk_logprobs(head_VD, hidden_UnD, targets_Un, temperature: float):
     """(log-probability of the targets [U, n], entropy [U, n], the law [U, n, V])."""
     logits_UnV = jnp.einsum("und,vd->unv", hidden_UnD, head_VD, preferred_element_type=jnp.float32) / temperature
+    logits_UnV = constrain(logits_UnV, TRUNK_AXES, None, "tensor")
     logits_UnV = logits_UnV - logits_UnV.max(-1, keepdims=True)
     weights_UnV = jnp.exp(logits_UnV)
     total_Un1 = weights_UnV.sum(-1, keepdims=True)
@@ -64,7 +75,7 @@ def token_logprobs(config: DecoderConfig, params, hidden_UND, targets_UN, *, tem
     Returns:
         (logprobs f32 [U, N], entropy f32 [U, N]), nats.
     """
-    head_VD = output_head(params).astype(hidden_UND.dtype)
+    head_VD = _head_for(params, hidden_UND)
     chunks, n = _chunks(config, head_VD.shape[0], (hidden_UND, targets_UN))
     return _joined(jax.lax.map(lambda x: _chunk_logprobs(head_VD, *x, temperature)[:2], chunks), n)
 
@@ -82,7 +93,7 @@ def token_loss(config: DecoderConfig, term_fn, params, hidden_UND, targets_UN, i
     Returns:
         (scalar loss, (logprobs f32 [U, N], entropy f32 [U, N])); the last two carry no gradient.
     """
-    head_VD = output_head(params).astype(hidden_UND.dtype)
+    head_VD = _head_for(params, hidden_UND)
     return _token_loss(config, term_fn, temperature, head_VD, hidden_UND, targets_UN, inputs)
 
 
@@ -101,8 +112,13 @@ def _token_loss(config, term_fn, temperature, head_VD, hidden_UND, targets_UN, i
 
 def _token_loss_fwd(config, term_fn, temperature, head_VD, hidden_UND, targets_UN, inputs):
     chunks, n = _chunks(config, head_VD.shape[0], (hidden_UND, targets_UN, inputs))
+    # Each shard of the trunks adds up a gradient of its own: they meet once, not in every chunk.
+    shards = math.gcd(hidden_UND.shape[0], num_shards(*TRUNK_AXES))
 
-    def one(head_gradient_VD, chunk):
+    def by_shard(x_Und):
+        return x_Und.reshape(shards, -1, x_Und.shape[-1])
+
+    def one(head_gradient_SVD, chunk):
         hidden, targets, inputs = chunk
         logprobs, entropy, law_UnV = _chunk_logprobs(head_VD, hidden, targets, temperature)
         terms, pull = jax.vjp(lambda x: term_fn(x, inputs), logprobs)
@@ -111,13 +127,16 @@ def _token_loss_fwd(config, term_fn, temperature, head_VD, hidden_UND, targets_U
         gradient_UnV = (slope_Un / temperature)[..., None] * (is_target - law_UnV)
         gradient_UnV = gradient_UnV.astype(hidden.dtype)
         hidden_gradient = jnp.einsum("unv,vd->und", gradient_UnV, head_VD, preferred_element_type=jnp.float32)
-        head_gradient_VD += jnp.einsum("unv,und->vd", gradient_UnV, hidden, preferred_element_type=jnp.float32)
-        return head_gradient_VD, (terms.sum(), logprobs, entropy, hidden_gradient.astype(hidden.dtype))
+        head_gradient_SVD += jnp.einsum(
+            "snv,snd->svd", by_shard(gradient_UnV), by_shard(hidden), preferred_element_type=jnp.float32
+        )
+        head_gradient_SVD = constrain(head_gradient_SVD, TRUNK_AXES, "tensor")
+        return head_gradient_SVD, (terms.sum(), logprobs, entropy, hidden_gradient.astype(hidden.dtype))
 
-    zero = jnp.zeros(head_VD.shape, jnp.float32)
-    head_gradient_VD, (losses, *rest, hidden_gradient) = jax.lax.scan(one, zero, chunks)
+    zero = constrain(jnp.zeros((shards, *head_VD.shape), jnp.float32), TRUNK_AXES, "tensor")
+    head_gradient_SVD, (losses, *rest, hidden_gradient) = jax.lax.scan(one, zero, chunks)
     primal = losses.sum(), _joined(tuple(rest), n)
-    return primal, (head_gradient_VD.astype(head_VD.dtype), _joined(hidden_gradient, n))
+    return primal, (head_gradient_SVD.sum(0).astype(head_VD.dtype), _joined(hidden_gradient, n))
 
 
 def _token_loss_bwd(config, term_fn, temperature, gradients, cotangent):

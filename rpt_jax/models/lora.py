@@ -41,15 +41,20 @@ def check_targets(config: DecoderConfig, lora: LoraConfig) -> None:
         raise ConfigError("lora.targets is empty; there would be nothing to train. Name weights, or set --lora.rank 0.")
 
 
-def init_adapters(config: DecoderConfig, lora: LoraConfig, mesh: Mesh, key) -> Any:
-    """Adapters that change nothing yet: a uniform in ±in^-0.5, b zero; f32, sharded like the weights they adapt.
+def abstract_adapters(config: DecoderConfig, lora: LoraConfig, mesh: Mesh) -> Any:
+    """Shapes, f32 and shardings of the adapters, each lying as the weight that it adapts.
 
     Returns:
         {"layers": {"<target>_lora_a": [N, *in, r], "<target>_lora_b": [N, r, *out]}, "head_lora_a": [D, r], ...}.
     """
     abstract = abstract_params(config, mesh)
     adapters: dict[str, Any] = {"layers": {}}
-    for number, name in enumerate(sorted(lora.targets)):
+
+    def leaf(parts):
+        shape, spec = tuple(size for size, _ in parts), PartitionSpec(*(axis for _, axis in parts))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    for name in sorted(lora.targets):
         at_top = name == "head"
         weight = abstract[name] if at_top else abstract["layers"][name]
         # Of [V, D] the head's input is the last axis; a layer's weight is [N, *in, *out].
@@ -58,19 +63,28 @@ def init_adapters(config: DecoderConfig, lora: LoraConfig, mesh: Mesh, key) -> A
         lead, inputs, outputs = (
             ([], axes[1:], axes[:1]) if at_top else (axes[:1], axes[1 : 1 + num_in], axes[1 + num_in :])
         )
-        rank, bound = (lora.rank, None), math.prod(size for size, _ in inputs) ** -0.5
-
-        def make(parts, init, salt):
-            shape, spec = tuple(size for size, _ in parts), PartitionSpec(*(axis for _, axis in parts))
-            sharding = NamedSharding(mesh, spec)
-            return jax.jit(lambda k: init(k, shape), out_shardings=sharding)(jax.random.fold_in(key, salt))
-
         tree = adapters if at_top else adapters["layers"]
-        tree[f"{name}_lora_a"] = make(
-            [*lead, *inputs, rank], lambda k, shape, b=bound: jax.random.uniform(k, shape, minval=-b, maxval=b), number
-        )
-        tree[f"{name}_lora_b"] = make([*lead, rank, *outputs], lambda k, shape: jnp.zeros(shape), number)
+        tree[f"{name}_lora_a"] = leaf([*lead, *inputs, (lora.rank, None)])
+        tree[f"{name}_lora_b"] = leaf([*lead, (lora.rank, None), *outputs])
     return adapters
+
+
+def init_adapters(config: DecoderConfig, lora: LoraConfig, mesh: Mesh, key) -> Any:
+    """Adapters that change nothing yet: a uniform in ±in^-0.5, b zero; laid out as `abstract_adapters`."""
+    numbers = {name: number for number, name in enumerate(sorted(lora.targets))}
+
+    def make(path, leaf):
+        name, _, part = path[-1].key.rpartition("_lora_")
+        bound = math.prod(leaf.shape[:-1] if name == "head" else leaf.shape[1:-1]) ** -0.5
+
+        def init(k):
+            if part == "b":
+                return jnp.zeros(leaf.shape)
+            return jax.random.uniform(k, leaf.shape, minval=-bound, maxval=bound)
+
+        return jax.jit(init, out_shardings=leaf.sharding)(jax.random.fold_in(key, numbers[name]))
+
+    return jax.tree_util.tree_map_with_path(make, abstract_adapters(config, lora, mesh))
 
 
 def join(frozen: Frozen | None, trainable: Any) -> Any:

@@ -5,7 +5,9 @@ vocabulary. Trunks, with the branches that leave them, are split over data x fsd
 Slices that are joined by the data-centre network alone are the outer part of `data`: only gradients cross it.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -127,6 +129,41 @@ def param_shardings(mesh: Mesh, abstract_params: Any) -> Any:
     """NamedShardings for a tree of `nn.Partitioned` shapes, through RULES."""
     named = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, RULES)
     return jax.tree.map(_as_compiled, named)
+
+
+@contextmanager
+def on_mesh_of(tree: Any) -> Iterator[None]:
+    """Programs that are traced inside lay their arrays on the mesh that the tree's arrays, or their shapes, lie on."""
+    shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(tree))
+    mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
+    if mesh is None:
+        yield
+    else:
+        with jax.set_mesh(mesh):
+            yield
+
+
+def constrain(x, *axes):
+    """x, laid out so inside a program: a mesh axis or None for each dimension, None for those not named.
+
+    Left to itself the partitioner spreads the parameters' shards into the activations, and moves those.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def spec_without(array, axis: str) -> PartitionSpec:
+    """How an array (or its shape) lies on its mesh, were it whole along `axis`."""
+    sharding = getattr(array, "sharding", None)
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else ()
+    return PartitionSpec(*(None if part == axis else part for part in spec))
+
+
+def num_shards(*axes: str) -> int:
+    """Parts that these mesh axes cut a dimension into, in the program that is being traced."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
 def _as_compiled(sharding: NamedSharding) -> NamedSharding:

@@ -12,6 +12,7 @@ import numpy as np
 
 from rpt_jax.config import LossConfig
 from rpt_jax.parallel.distributed import to_host
+from rpt_jax.parallel.mesh import TRUNK_AXES, constrain, on_mesh_of
 from rpt_jax.types import Experience, TrainBatch
 
 # Microbatches have sizes in so many steps, up to the largest: few programs are compiled, little is padded.
@@ -128,9 +129,14 @@ def _lay_out(group, lanes, lengths_UR, width: int, microbatch_trunks: int, num_s
     return Microbatch(trunks=trunks, source=source)
 
 
-@jax.jit
 def pack(batch: TrainBatch, trunks_n, source_nRT) -> TrainBatch:
     """The rows [U, R, C] of a batch in the lanes of a microbatch. Its policies' log-probabilities are scored after."""
+    with on_mesh_of(batch):
+        return _pack(batch, trunks_n, source_nRT)
+
+
+@jax.jit
+def _pack(batch: TrainBatch, trunks_n, source_nRT) -> TrainBatch:
     is_real_n, is_token = trunks_n >= 0, source_nRT >= 0
     trunk = jnp.maximum(trunks_n, 0)
 
@@ -140,7 +146,7 @@ def pack(batch: TrainBatch, trunks_n, source_nRT) -> TrainBatch:
         return jnp.where(is_token, taken.reshape(source_nRT.shape), jnp.zeros((), x_URC.dtype))
 
     s = batch.sequences
-    return TrainBatch(
+    packed = TrainBatch(
         sequences=replace(
             s,
             trunk_tokens=s.trunk_tokens[trunk],
@@ -159,3 +165,4 @@ def pack(batch: TrainBatch, trunks_n, source_nRT) -> TrainBatch:
         old_logprobs=None,
         ref_logprobs=None,
     )
+    return jax.tree.map(lambda x: constrain(x, TRUNK_AXES), packed)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from rpt_jax.config import DecoderConfig
 from rpt_jax.models import decoder
 from rpt_jax.models.head import next_logits, token_logprobs
+from rpt_jax.parallel.mesh import on_mesh_of
 from rpt_jax.types import Sequences, TaskBatch
 
 
@@ -28,9 +29,14 @@ def predictors(config: DecoderConfig, params, sequences: Sequences):
     return jnp.where((s.branch_index == 0)[..., None], first, before), trunk_ULD
 
 
-@partial(jax.jit, static_argnames=("config", "temperature"))
 def score(config: DecoderConfig, params, sequences: Sequences, *, temperature: float):
     """Teacher-forced log-probabilities f32 [U, R, T] of branch tokens. temperature: of the law that is scored; > 0."""
+    with on_mesh_of(params):
+        return _score(config, params, sequences, temperature=temperature)
+
+
+@partial(jax.jit, static_argnames=("config", "temperature"))
+def _score(config: DecoderConfig, params, sequences: Sequences, *, temperature: float):
     hidden_URTD, _ = predictors(config, params, sequences)
     U, R, T, D = hidden_URTD.shape
     targets_UN = sequences.branch_tokens.reshape(U, R * T)
@@ -38,7 +44,6 @@ def score(config: DecoderConfig, params, sequences: Sequences, *, temperature: f
     return logprobs.reshape(U, R, T)
 
 
-@partial(jax.jit, static_argnames=("config", "header_length", "bos_id"))
 def direct_logprobs(config: DecoderConfig, params, batch: TaskBatch, *, header_length: int, bos_id: int | None):
     """The next-token law at every position from document tokens alone, no template: f32 [U, M, V], nats.
 
@@ -46,6 +51,12 @@ def direct_logprobs(config: DecoderConfig, params, batch: TaskBatch, *, header_l
         header_length: trunk tokens before the document, BOS included.
         bos_id: put before the document where the tokenizer has one.
     """
+    with on_mesh_of(params):
+        return _direct_logprobs(config, params, batch, header_length=header_length, bos_id=bos_id)
+
+
+@partial(jax.jit, static_argnames=("config", "header_length", "bos_id"))
+def _direct_logprobs(config: DecoderConfig, params, batch: TaskBatch, *, header_length: int, bos_id: int | None):
     tokens_UL = batch.trunk_tokens[:, header_length:]
     num_bos = 0 if bos_id is None else 1
     tokens_UL = jnp.pad(tokens_UL, ((0, 0), (num_bos, 0)), constant_values=bos_id or 0)

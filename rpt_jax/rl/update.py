@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import DecoderConfig, LossConfig, OptimizerConfig
 from rpt_jax.models.head import token_loss
 from rpt_jax.models.lora import Frozen, join
-from rpt_jax.parallel.mesh import replicated
+from rpt_jax.parallel.mesh import on_mesh_of, replicated
 from rpt_jax.rl.advantages import compute_advantages
 from rpt_jax.rl.losses import aggregation_weights, clipped_surrogate, kl_term
 from rpt_jax.rl.scoring import predictors
@@ -84,13 +84,13 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 def init_state(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Step 0 around `params`; optimizer moments lie where their parameters do."""
     abstract = jax.eval_shape(optimizer.init, params)
-    opt_state = jax.jit(optimizer.init, out_shardings=_state_shardings(abstract, params, mesh))(params)
+    opt_state = jax.jit(optimizer.init, out_shardings=state_shardings(abstract, params, mesh))(params)
     # Two buffers: the state is donated, and one buffer cannot be donated twice.
     step, skipped = (jax.device_put(jnp.int32(0), replicated(mesh)) for _ in range(2))
     return TrainState(step=step, params=params, opt_state=opt_state, skipped=skipped)
 
 
-def _state_shardings(abstract_state, params, mesh: Mesh):
+def state_shardings(abstract_state, params, mesh: Mesh):
     """Shardings of an optimizer state: a leaf whose path ends in a parameter's path lies like that parameter."""
 
     def keys(path):
@@ -231,18 +231,19 @@ def update(
         maxima, the others sums over microbatches).
     """
     shardings = tuple(p.sharding for p in jax.tree.leaves(state.params))
-    gradients, metrics = _zeros_like(state.params, shardings), []
-    for batch in microbatches:
-        gradients, of_batch = _add_gradients(
-            gradients, state.params, frozen, batch, loss_fn=loss_fn, shardings=shardings
-        )
-        metrics.append(of_batch)
-    return _apply(state, gradients, _combined(metrics), optimizer=optimizer)
+    with on_mesh_of(state.params):
+        gradients, metrics = _zeros_like(state.params, shardings), []
+        for batch in microbatches:
+            gradients, of_batch = add_gradients(
+                gradients, state.params, frozen, batch, loss_fn=loss_fn, shardings=shardings
+            )
+            metrics.append(of_batch)
+        return apply_gradients(state, gradients, _combined(metrics), optimizer=optimizer)
 
 
 @jax.jit
 def _combined(metrics: list[dict]) -> dict:
-    """Apart from `_apply`, which is then compiled once whatever the number of microbatches."""
+    """Apart from `apply_gradients`, which is then compiled once whatever the number of microbatches."""
     stacked = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
     return {name: v.max() if name.endswith("_max") else v.sum() for name, v in stacked.items()}
 
@@ -254,7 +255,7 @@ def _zeros_like(params, shardings: tuple):
 
 
 @partial(jax.jit, static_argnames=("loss_fn", "shardings"), donate_argnames="total")
-def _add_gradients(total, params, frozen, batch: TrainBatch, *, loss_fn, shardings: tuple):
+def add_gradients(total, params, frozen, batch: TrainBatch, *, loss_fn, shardings: tuple):
     """A microbatch's gradients added to `total`, lying as the parameters do; and its metrics, the loss among them."""
     value_and_grad = jax.value_and_grad(lambda params: loss_fn(join(frozen, params), batch), has_aux=True)
     (loss, metrics), gradients = value_and_grad(params)
@@ -263,7 +264,7 @@ def _add_gradients(total, params, frozen, batch: TrainBatch, *, loss_fn, shardin
 
 
 @partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
-def _apply(state: TrainState, gradients, metrics: dict, *, optimizer) -> tuple[TrainState, dict]:
+def apply_gradients(state: TrainState, gradients, metrics: dict, *, optimizer) -> tuple[TrainState, dict]:
     grad_norm = optax.tree.norm(gradients)
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

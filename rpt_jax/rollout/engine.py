@@ -20,6 +20,7 @@ from rpt_jax.models.attention import Reach, kernels_of, sees_stem
 from rpt_jax.models.head import next_logits
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.interruption import check
+from rpt_jax.parallel.mesh import on_mesh_of
 from rpt_jax.rollout.sampling import row_keys, sample
 from rpt_jax.types import Rollouts, Sequences, TaskBatch, record
 
@@ -45,7 +46,7 @@ STATIC = Schedule(window=2**30, compact=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Law:
+class Law:
     """What is sampled; see `generate`."""
 
     max_completion_tokens: int
@@ -84,7 +85,7 @@ def generate(
         Interrupted: between two segments; nothing but time is lost, for the same call draws the same.
     """
     limit = max_completion_tokens
-    law = _Law(
+    law = Law(
         max_completion_tokens=limit,
         temperature=temperature,
         top_p=top_p,
@@ -94,28 +95,29 @@ def generate(
     )
     U, M, G = batch.row_ids.shape
     slots = min(slots_per_trunk or M * G, M * G)
-    weights = decoder.decoding_weights(config, params)
-    stems, flight, written = _start(config, law, params, batch, key, slots=slots, window=min(schedule.window, limit))
-    # Trunks of a sharded batch stay on their device.
-    may_regroup = _num_shards(batch.trunk_tokens) == 1
-    room = U * (stems.columns.shape[1] + slots * limit)
-    floor = U * slots * 3 // 4 if schedule.compact else 0
-    while True:
-        flight, written, status = _run(config, law, weights, stems, flight, written, key, np.int32(floor))
-        live_U, clock, is_waiting = to_host(status)
-        check()
-        num_live, window = int(live_U.sum()), _window(flight)
-        if not num_live and not is_waiting:
-            return _rollouts(law, written)
-        if clock == window < limit:
-            flight = _widen(config, flight, window=min(2 * window, limit))
-        if schedule.compact and not is_waiting and num_live <= floor:
-            shape = _fewer_slots(live_U, flight.row.shape, stems.columns.shape[1], limit, room, may_regroup)
-            if shape and may_regroup:
-                stems, flight = _regroup(stems, flight, num_trunks=U, groups=shape[0], slots=shape[1])
-            elif shape:
-                flight = _shrink(flight, slots=shape[1])
-            floor = num_live * 3 // 4
+    with on_mesh_of(params):
+        weights = decoder.decoding_weights(config, params)
+        stems, flight, written = start(config, law, params, batch, key, slots=slots, window=min(schedule.window, limit))
+        # Trunks of a sharded batch stay on their device.
+        may_regroup = _num_shards(batch.trunk_tokens) == 1
+        room = U * (stems.columns.shape[1] + slots * limit)
+        floor = U * slots * 3 // 4 if schedule.compact else 0
+        while True:
+            flight, written, status = run_segment(config, law, weights, stems, flight, written, key, np.int32(floor))
+            live_U, clock, is_waiting = to_host(status)
+            check()
+            num_live, window = int(live_U.sum()), _window(flight)
+            if not num_live and not is_waiting:
+                return _rollouts(law, written)
+            if clock == window < limit:
+                flight = _widen(config, flight, window=min(2 * window, limit))
+            if schedule.compact and not is_waiting and num_live <= floor:
+                shape = _fewer_slots(live_U, flight.row.shape, stems.columns.shape[1], limit, room, may_regroup)
+                if shape and may_regroup:
+                    stems, flight = _regroup(stems, flight, num_trunks=U, groups=shape[0], slots=shape[1])
+                elif shape:
+                    flight = _shrink(flight, slots=shape[1])
+                floor = num_live * 3 // 4
 
 
 def _num_shards(array) -> int:
@@ -169,7 +171,7 @@ def _window(flight: _Flight) -> int:
 
 
 @partial(jax.jit, static_argnames=("config", "law", "slots", "window"))
-def _start(config: DecoderConfig, law: _Law, params, batch: TaskBatch, key, *, slots: int, window: int):
+def start(config: DecoderConfig, law: Law, params, batch: TaskBatch, key, *, slots: int, window: int):
     """Prefill, fill the slots, draw each row's first token."""
     U, M, G = batch.row_ids.shape
     R, C, E = M * G, law.max_completion_tokens, batch.tail_tokens.shape[-1]
@@ -207,7 +209,9 @@ def _start(config: DecoderConfig, law: _Law, params, batch: TaskBatch, key, *, s
 
 
 @partial(jax.jit, static_argnames=("config", "law"), donate_argnames=("flight", "written"))
-def _run(config: DecoderConfig, law: _Law, weights, stems: _Stems, flight: _Flight, written: _Written, key, floor):
+def run_segment(
+    config: DecoderConfig, law: Law, weights, stems: _Stems, flight: _Flight, written: _Written, key, floor
+):
     """Feed and draw until all is done, the caches are full, or no row waits and at most `floor` live.
 
     Returns:
@@ -268,7 +272,7 @@ def _write(written: _Written, trunk_U, tape: _Entry) -> _Written:
 
 
 @partial(jax.jit, static_argnames="law")
-def _rollouts(law: _Law, written: _Written) -> Rollouts:
+def _rollouts(law: Law, written: _Written) -> Rollouts:
     return Rollouts(
         tokens=written.tokens,
         mask=written.mask,
@@ -329,7 +333,7 @@ def _feed(config: DecoderConfig, weights, stems: _Stems, flight: _Flight):
     return hidden_US1D[:, :, 0], replace(flight, cache=cache, clock=flight.clock + 1)
 
 
-def _draw(law: _Law, params, stems: _Stems, flight: _Flight, hidden_USD, key) -> tuple[_Flight, _Entry]:
+def _draw(law: Law, params, stems: _Stems, flight: _Flight, hidden_USD, key) -> tuple[_Flight, _Entry]:
     """Draw the next token of every slot; the slots of rows that end with it are empty."""
     R = stems.queue.shape[1]
     first_USD = jnp.take_along_axis(stems.tail_hidden, _prompt_of(stems, flight)[..., None], axis=1)
@@ -383,7 +387,7 @@ def _widen(config: DecoderConfig, flight: _Flight, *, window: int) -> _Flight:
         widths[axis] = (0, more)
         return jnp.pad(x, widths)
 
-    axes = decoder.slots_axis(kernels_of(config))
+    axes = decoder.columns_axis(kernels_of(config))
     return replace(flight, cache=[tuple(map(pad, kv, axes)) for kv in flight.cache])
 
 

@@ -1,0 +1,100 @@
+"""What a preset needs on a TPU slice: memory, arithmetic, traffic and a roofline, from a machine without one.
+
+python -m experiments.plan --preset rpt_qwen2_5_14b --topology v5p:4x4x4 [--json FILE] [--tail-tokens 64]
+    [--no-nearest] [--section.field VALUE ...]
+
+Needs libtpu, the TPU's compiler: pip install 'rpt_jax[tpu]'. fsdp becomes what the topology leaves to data and tensor.
+Exit status 3 where the run does not fit; then the nearest setting that does is searched for, and compiled.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from experiments.cli import parse_config, run_script
+
+
+def main(argv: list[str]) -> None:
+    # Nothing is run here: a backend of its own would only be in the way.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from rpt_jax.train.metrics import console
+
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--topology", required=not {"-h", "--help"} & set(argv))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--tail-tokens", type=int, default=64)
+    parser.add_argument("--no-nearest", action="store_true")
+    args, rest = parser.parse_known_args(argv)
+    config, _ = parse_config(rest)
+    from rpt_jax import plan as plan_lib
+
+    chip, devices = plan_lib.describe_topology(args.topology)
+    config = plan_lib.fit_mesh(config, len(devices))
+
+    def make(config):
+        return plan_lib.make_plan(
+            config, args.topology, args.tail_tokens, lambda name: console.print(f"compiling: {name}")
+        )
+
+    plan = make(config)
+    result = {"preset": rest, "mesh": vars(config.mesh)} | plan.to_json()
+    print(describe(plan, config))
+    if not plan.fits and not args.no_nearest:
+        result["nearest"] = None
+        for changes, nearer in list(plan_lib.nearest_settings(config, args.tail_tokens, chip.memory))[:3]:
+            console.print(f"trying {' '.join(changes)}")
+            found = make(nearer)
+            if found.fits:
+                print(f"\nwhat fits: {' '.join(changes)}\n\n{describe(found, nearer)}")
+                result["nearest"] = {"changes": changes, "plan": found.to_json()}
+                break
+        else:
+            print(f"\nno setting that was tried fits {len(devices)} chips; take more of them.")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+    if not plan.fits:
+        sys.exit(3)
+
+
+def describe(plan, config) -> str:
+    """The plan as tables of text."""
+    gib, mesh, chip = 2**30, config.mesh, plan.chip
+    room = max(p.peak + p.resident for p in plan.programs)
+    lines = [
+        f"{plan.topology}: {mesh.num_devices} chips of {chip.memory / gib:.0f} GiB as data {mesh.data} x fsdp {mesh.fsdp} x "
+        f"tensor {mesh.tensor}; {plan.parameters / 1e9:.2f} G parameters",
+        f"{'FITS' if plan.fits else 'DOES NOT FIT'}: {room / gib:.1f} GiB of {chip.memory / gib:.0f} at most",
+        "",
+        "memory per chip                       GiB",
+        *(f"  {name:<32}{size / gib:>8.2f}" for name, size in plan.memory.items()),
+        "",
+        "programs          runs   compiled in    collectives of one run, per chip",
+    ]
+    for p in plan.programs:
+        moved = ", ".join(
+            f"{t.kind} over {t.axes or 'all'} {t.bytes / 1e9:.2f} GB ({t.count:.0f})"
+            for t in p.traffic
+            if t.bytes > 1e7
+        )
+        lines.append(
+            f"  {p.name:<14}{p.runs:>6.3g}{p.compile_seconds:>11.0f} s    {moved or ('no room' if not p.fits else '-')}"
+        )
+    lines += [
+        "",
+        "a step, per chip     TFLOP   read+written, GB   sent, GB   least, GB   ratio     seconds   limited by",
+    ]
+    for p in plan.phases:
+        ratio = p["traffic"] / p["least_traffic"] if p["least_traffic"] else float("nan")
+        lines.append(
+            f"  {p['name']:<14}{p['flops'] / 1e12:>12.1f}{p['bytes'] / 1e9:>19.1f}{p['traffic'] / 1e9:>11.1f}"
+            f"{p['least_traffic'] / 1e9:>12.1f}{ratio:>8.2f}{max(p['seconds'].values()):>12.2f}   {p['limited_by']}"
+        )
+    return "\n".join(
+        [*lines, f"  a step takes at least {plan.seconds:.1f} s (roofline, every completion of full length)"]
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,153 @@
+"""What a compiled program moves between devices, read from its text.
+
+Every collective counts as often as the loops around it run, over the mesh axes that its groups span.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(_KINDS)})(-start)?\(")
+_HEAD = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%([\w.\-]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Collectives of one kind over the same mesh axes, in one run of a program."""
+
+    kind: str
+    axes: str
+    """Names of the mesh axes, joined by +."""
+    count: float
+    bytes: float
+    """Sent by each device: of n, (n - 1) / n of what is gathered or scattered, twice that of what is reduced."""
+
+
+def read_traffic(text: str, axes: dict[str, int], *, unknown_trips: float = 1.0) -> list[Traffic]:
+    """Collectives of a program.
+
+    Args:
+        text: the compiled program, as XLA prints it.
+        axes: the mesh's axes and sizes; devices are numbered in the mesh's order.
+        unknown_trips: how often a loop runs whose number of runs is decided by its data.
+    """
+    computations, entry = _computations(text)
+    counts: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for name, runs in _runs(computations, entry, unknown_trips).items():
+        for line in computations[name]:
+            if found := _COLLECTIVE.search(line):
+                kind = "reduce-scatter" if "all-reduce-scatter" in name else found[2]
+                group = _group(line, kind)
+                if len(group) > 1:
+                    total = counts[kind, _spanned(group, axes)]
+                    total[0] += runs
+                    total[1] += runs * _sent(kind, found[1], len(group), found[3] is not None, name)
+    return [
+        Traffic(kind=kind, axes=spanned, count=count, bytes=sent)
+        for (kind, spanned), (count, sent) in sorted(counts.items())
+    ]
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of every computation by its name, and the name of the one that the program begins with."""
+    computations, entry, lines = {}, "", []
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            lines = computations[head[2]] = []
+            entry = head[2] if head[1] else entry
+        elif line.startswith("}"):
+            lines = []
+        else:
+            lines.append(line)
+    return computations, entry
+
+
+def _runs(computations: dict[str, list[str]], entry: str, unknown_trips: float) -> dict[str, float]:
+    """How often each computation runs."""
+    runs: dict[str, float] = defaultdict(float)
+
+    def visit(name: str, times: float) -> None:
+        runs[name] += times
+        for line in computations.get(name, ()):
+            if " while(" in line:
+                condition, body = (re.search(rf"{role}=%([\w.\-]+)", line)[1] for role in ("condition", "body"))
+                visit(body, times * _trips(line, computations.get(condition, ()), unknown_trips))
+            elif branches := re.search(r"branch_computations=\{([^}]*)\}", line):
+                for branch in re.findall(r"%([\w.\-]+)", branches[1]):
+                    visit(branch, times)
+            else:
+                for called in _CALLED.findall(line):
+                    if called in computations:
+                        visit(called, times)
+
+    visit(entry, 1.0)
+    return {name: times for name, times in runs.items() if name in computations}
+
+
+def _trips(line: str, condition, unknown: float) -> float:
+    """Runs of a loop: as XLA has noted, else the constant that its counter is compared with."""
+    if noted := re.search(r'known_trip_count[^}]*"n":"(\d+)"', line):
+        return float(noted[1])
+    root = next((c for c in condition if "ROOT" in c), "")
+    if "compare(" not in root or "direction=LT" not in root:
+        return unknown
+    constants = [c for c in condition if (name := re.match(r"\s*%?([\w.\-]+) = [su]32", c)) and name[1] in root]
+    values = [re.search(r"constant\((\d+)\)", c) for c in constants]
+    known = [int(v[1]) for v in values if v]
+    return float(known[0]) if len(known) == 1 else unknown
+
+
+def _arrays(shape: str) -> list[int]:
+    """Bytes of each array of a shape or tuple."""
+    return [
+        _BYTES.get(kind, 4) * math.prod(int(n) for n in sizes.split(",") if n)
+        for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    ]
+
+
+def _sent(kind: str, shape: str, n: int, is_start: bool, computation: str) -> float:
+    arrays = _arrays(shape)
+    # The start of an asynchronous operation has its operand beside its result.
+    size = arrays[-1] if is_start and kind == "all-gather" else arrays[0] if is_start else sum(arrays)
+    if kind == "reduce-scatter":
+        # Fused by the TPU's compiler, it is written as the reduction of the whole.
+        return size * (n - 1) / n if "all-reduce-scatter" in computation else size * (n - 1)
+    if kind == "collective-permute":
+        return float(size)
+    return size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+
+
+def _group(line: str, kind: str) -> list[int]:
+    """Devices of the first group."""
+    if kind == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line)
+        return [int(pairs[1]), int(pairs[2])] if pairs else []
+    if explicit := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return [int(i) for i in explicit[1].split(",")]
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, source, order = ([int(i) for i in part.split(",")] if part else None for part in iota.groups())
+        numbers = np.arange(math.prod(source)).reshape(source)
+        return (numbers if order is None else numbers.transpose(order)).reshape(shape)[0].tolist()
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        inside = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[2])]
+        numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        rest = [axis for axis in range(numbers.ndim) if axis not in inside]
+        return numbers.transpose(rest + inside).reshape(-1, math.prod(numbers.shape[i] for i in inside))[0].tolist()
+    return []
+
+
+def _spanned(group: list[int], axes: dict[str, int]) -> str:
+    coordinates = np.stack(np.unravel_index(group, list(axes.values())))
+    return "+".join(name for name, row in zip(axes, coordinates, strict=True) if len(set(row.tolist())) > 1)
+
+
+def total_bytes(traffic: Iterator[Traffic] | list[Traffic]) -> float:
+    return sum(t.bytes for t in traffic)
