@@ -63,8 +63,8 @@ def describe(plan, config) -> str:
     gib, mesh, chip = 2**30, config.mesh, plan.chip
     room = max(p.peak + p.resident for p in plan.programs)
     lines = [
-        f"{plan.topology}: {mesh.num_devices} chips of {chip.memory / gib:.0f} GiB as data {mesh.data} x fsdp {mesh.fsdp} x "
-        f"tensor {mesh.tensor}; {plan.parameters / 1e9:.2f} G parameters",
+        f"{plan.topology}: {mesh.num_devices} chips of {chip.memory / gib:.0f} GiB as data {mesh.data} x "
+        f"fsdp {mesh.fsdp} x tensor {mesh.tensor}; {plan.parameters / 1e9:.2f} G parameters",
         f"{'FITS' if plan.fits else 'DOES NOT FIT'}: {room / gib:.1f} GiB of {chip.memory / gib:.0f} at most",
         "",
         "memory per chip                       GiB",

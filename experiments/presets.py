@@ -84,11 +84,12 @@ def _rpt(model: DecoderConfig, mesh: MeshConfig, **rollout) -> Config:
         data=DataConfig(chat=True, trunk_length=4096, window_stride=2048, continuation_tokens=16),
         positions=PositionsConfig(entropy_threshold=1.0),
         model=replace(model, activation_dtype="bfloat16"),
+        supervised=SupervisedConfig(batch_size=256),
         rollout=RolloutConfig(**rollout),
         loss=LossConfig(microbatch_trunks=mesh.trunk_shards, dynamic_sampling_from_step=500),
         mesh=mesh,
         checkpoint=CheckpointConfig(every_steps=20),
-        eval=EvalConfig(every_steps=100, num_samples=4, batch_trunks=64),
+        eval=EvalConfig(every_steps=100, num_samples=4, batch_trunks=256),
     )
 
 

@@ -277,7 +277,7 @@ def compile_programs(
     program, results = compiled(
         "gradients", microbatches, kept - bytes_per_chip((state.params, frozen)),
         update.add_gradients, gradients, state.params, frozen, microbatch,
-        loss_fn=partial(update.policy_loss, config.model, config.loss, rollout.training_temperature),
+        loss_fn=update.policy_loss_fn(config.model, config.loss, rollout.training_temperature),
         shardings=tuple(p.sharding for p in jax.tree.leaves(state.params)),
     )  # fmt: skip
     yield program
@@ -412,7 +412,7 @@ def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str]
     mesh = make_mesh(config.mesh, devices)
     programs = list(compile_programs(config, mesh, num_tail, note))
     state, frozen = abstract_state(config, mesh)
-    caches = jax.eval_shape(partial(decoder.empty_cache, config.model), *_cache_shape(config))
+    caches = jax.eval_shape(partial(decoder.empty_cache, config.model, *_cache_shape(config)))
     shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["tensor"]
     memory = {
         "parameters": bytes_per_chip((state.params, frozen)),

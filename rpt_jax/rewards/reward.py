@@ -54,27 +54,15 @@ def make_reward(config: RewardConfig, tokenizer, columns: Callable[[int], dict] 
         ConfigError: unknown name, or a function that cannot be imported.
     """
     table, lengths = (jnp.asarray(a) for a in tokenizer.byte_table())
-    tables = answer_tables(table, lengths)
-    extract = partial(
-        extract_predictions,
-        byte_table_VW=table,
-        byte_lengths_V=lengths,
-        mode=config.boxed_mode,
-        require_think_end=config.require_think_end,
-        tables=tables,
-    )
+    vocabulary = {"byte_table_VW": table, "byte_lengths_V": lengths, "tables": answer_tables(table, lengths)}
     if config.name in ("prefix", "first_token"):
-        match = prefix_match_reward if config.name == "prefix" else first_token_reward
-        return Reward((), jax.jit(partial(_match_reward, extract, match, config.unescape_newline)))
+        return Reward((), partial(_match_reward, config, vocabulary))
     if config.name in ("dense", "conditional_dense"):
         index = vocabulary_index(tokenizer.byte_table())
-        conditional = config.name == "conditional_dense"
-        return Reward(
-            ("direct_logprobs",), jax.jit(partial(_dense_reward, extract, index, config.unescape_newline, conditional))
-        )
+        return Reward(("direct_logprobs",), partial(_dense_reward, config, vocabulary, index))
     if config.name in JUDGES or config.name == "custom":
         function = JUDGES.get(config.name, config.function)
-        window = partial(extract, max_prediction_bytes=_MAX_ANSWER_BYTES)
+        window = partial(_extract, config, vocabulary, max_prediction_bytes=_MAX_ANSWER_BYTES)
         # What makes a built-in judge slow is what the policy wrote: that must not stop a run.
         on_fault = "zero" if config.name in JUDGES else config.on_fault
         judge = make_host_reward_fn(config, function, tokenizer, window, columns, on_fault=on_fault)
@@ -85,6 +73,12 @@ def make_reward(config: RewardConfig, tokenizer, columns: Callable[[int], dict] 
 
         return Reward((), judged)
     raise ConfigError(f"reward.name={config.name!r}; no such reward. See --help for the names.")
+
+
+def _extract(config: RewardConfig, vocabulary, tokens_BC, mask_BC, **options) -> Predictions:
+    """The predictions of completions, by the config's rules of reading."""
+    rules = dict(mode=config.boxed_mode, require_think_end=config.require_think_end)
+    return extract_predictions(tokens_BC, mask_BC, **rules, **vocabulary, **options)
 
 
 def _rows(batch: TaskBatch):
@@ -100,21 +94,24 @@ def _per_trunk(predictions: Predictions, batch: TaskBatch) -> Predictions:
     return jax.tree.map(lambda a: a.reshape(U, -1, *a.shape[1:]), predictions)
 
 
-def _matched(extract, match, unescape: bool, rollouts: Rollouts, batch: TaskBatch):
+def _matched(config: RewardConfig, vocabulary, match, rollouts: Rollouts, batch: TaskBatch):
     """(rewards f32 [B], predictions as written): `match` of the prediction, tried again unescaped where it failed."""
     tokens, mask = (a.reshape(-1, a.shape[-1]) for a in (rollouts.tokens, rollouts.mask))
     continuation, boundary = _rows(batch)
     Y = continuation.shape[1]
-    predictions = extract(tokens, mask, max_prediction_bytes=Y)
+    predictions = _extract(config, vocabulary, tokens, mask, max_prediction_bytes=Y)
     rewards = match(predictions.bytes, predictions.lengths, continuation, boundary)
-    if unescape:
-        again = extract(tokens, mask, max_prediction_bytes=Y, unescape_newline=True)
+    if config.unescape_newline:
+        again = _extract(config, vocabulary, tokens, mask, max_prediction_bytes=Y, unescape_newline=True)
         rewards = jnp.maximum(rewards, match(again.bytes, again.lengths, continuation, boundary))
     return rewards, predictions
 
 
-def _match_reward(extract, match, unescape, rollouts, batch, requested):
-    rewards, predictions = _matched(extract, match, unescape, rollouts, batch)
+# Compiled once for a config and a shape, however many rewards are made: what differs is an argument.
+@partial(jax.jit, static_argnames="config")
+def _match_reward(config: RewardConfig, vocabulary, rollouts, batch, requested):
+    match = prefix_match_reward if config.name == "prefix" else first_token_reward
+    rewards, predictions = _matched(config, vocabulary, match, rollouts, batch)
     return _checked(rewards.reshape(batch.row_ids.shape), predictions, batch)
 
 
@@ -123,18 +120,19 @@ def _checked(rewards_UMG, predictions: Predictions, batch: TaskBatch):
     return jnp.where(faults_UMG, 0.0, rewards_UMG), _per_trunk(predictions, batch), faults_UMG
 
 
-def _dense_reward(extract, index, unescape, conditional, rollouts, batch, requested):
+@partial(jax.jit, static_argnames="config")
+def _dense_reward(config: RewardConfig, vocabulary, index, rollouts, batch, requested):
     """1 if the first token is right, else the policy's direct probability of the token it chose.
 
     Source: arXiv:2506.08007 appendix A. Differs: the chosen token is the longest vocabulary entry that begins the
     prediction. conditional: groups without a correct rollout earn 0.
     """
-    first, predictions = _matched(extract, first_token_reward, unescape, rollouts, batch)
+    first, predictions = _matched(config, vocabulary, first_token_reward, rollouts, batch)
     first_UMG = first.reshape(batch.row_ids.shape)
     chosen_UMG = longest_prefix_tokens(index, predictions.bytes, predictions.lengths).reshape(first_UMG.shape)
     direct_UMV = requested["direct_logprobs"]
     probability = jnp.exp(jnp.take_along_axis(direct_UMV, jnp.maximum(chosen_UMG, 0), axis=-1))
     rewards = jnp.where(first_UMG > 0, 1.0, jnp.where(chosen_UMG >= 0, probability, 0.0))
-    if conditional:
+    if config.name == "conditional_dense":
         rewards = rewards * (first_UMG.max(-1, keepdims=True) > 0)
     return _checked(rewards, predictions, batch)

@@ -5,7 +5,7 @@ Loss weights are made for the whole global batch before it is split, so microbat
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -48,8 +48,12 @@ def muon_dimensions(params):
     )
 
 
+@cache
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a stage of `num_steps` updates: clip, then AdamW or Muon, at the scheduled rate."""
+    """The optimizer of a stage of `num_steps` updates: clip, then AdamW or Muon, at the scheduled rate.
+
+    The same object for the same arguments: an update is compiled once for each.
+    """
 
     def scheduled(peak: float):
         rest = max(1, num_steps - config.warmup_steps)
@@ -212,6 +216,18 @@ def policy_loss(config: DecoderConfig, loss: LossConfig, temperature: float, par
         "sampler_mismatch": jnp.sum(weights * mismatch),
         "sampler_mismatch_max": jnp.max(mismatch, initial=0.0),
     }
+
+
+@cache
+def policy_loss_fn(config: DecoderConfig, loss: LossConfig, temperature: float) -> Callable:
+    """`policy_loss` as `update` takes it; the same object for the same arguments."""
+    return partial(policy_loss, config, loss, temperature)
+
+
+@cache
+def supervised_loss_fn(config: DecoderConfig) -> Callable:
+    """`supervised_loss` as `update` takes it; the same object for the same arguments."""
+    return partial(supervised_loss, config)
 
 
 def update(

@@ -6,7 +6,6 @@ It is the warm start (documents and worked thoughts) and the control (documents 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import grain
@@ -21,7 +20,7 @@ from rpt_jax.models import decoder
 from rpt_jax.models.lora import Frozen, join
 from rpt_jax.parallel.interruption import check
 from rpt_jax.parallel.mesh import shard_batch
-from rpt_jax.rl.update import supervised_loss, update
+from rpt_jax.rl.update import supervised_loss_fn, update
 from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE, Tokenizer
 from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.compute import num_parameters, update_flops
@@ -362,7 +361,7 @@ def train_supervised(
     Raises:
         Interrupted: saved, where there are checkpoints.
     """
-    loss_fn = partial(supervised_loss, config.model)
+    loss_fn = supervised_loss_fn(config.model)
     num_params = num_parameters(join(frozen, state.params))
     record = {"step": 0, "flops": 0.0, "position": 0}
     if checkpoints is not None and checkpoints.latest_step is not None:

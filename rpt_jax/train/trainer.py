@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from jax.sharding import Mesh
@@ -13,7 +13,7 @@ from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rewards.reward import Reward
 from rpt_jax.rl.packing import Microbatch, pack, plan_update
 from rpt_jax.rl.scoring import direct_logprobs, score
-from rpt_jax.rl.update import policy_batch, policy_loss, update
+from rpt_jax.rl.update import policy_batch, policy_loss_fn, update
 from rpt_jax.rollout.engine import generate, rollout_key
 from rpt_jax.tokenizer import Tokenizer
 from rpt_jax.types import Experience, TaskBatch, TrainBatch, TrainState
@@ -74,11 +74,12 @@ class Trainer:
         plans, counts = plan_update(experience, batch, loss, self.config.mesh.trunk_shards)
         # Old log-probabilities are those before the first of several updates.
         old = self.policy(state) if loss.num_minibatches > 1 else None
+        loss_fn = policy_loss_fn(self.config.model, loss, self.config.rollout.training_temperature)
         minibatches = [[self._microbatch(batch, m, old) for m in plan] for plan in plans]
         metrics = []
         for microbatches in minibatches:
             state, of_update = update(
-                state, microbatches, loss_fn=self.loss_fn, optimizer=self.optimizer, frozen=self.frozen
+                state, microbatches, loss_fn=loss_fn, optimizer=self.optimizer, frozen=self.frozen
             )
             metrics.append(of_update | counts)
         return state, metrics
@@ -93,8 +94,3 @@ class Trainer:
             )
 
         return replace(packed, ref_logprobs=logprobs(self.reference), old_logprobs=logprobs(old_policy))
-
-    @cached_property
-    def loss_fn(self):
-        """(params, batch) -> loss; one object, so that the update compiles once."""
-        return partial(policy_loss, self.config.model, self.config.loss, self.config.rollout.training_temperature)

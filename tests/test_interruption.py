@@ -1,0 +1,139 @@
+"""A run that is told to stop stops at the next boundary, saved; a standstill ends loudly."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_system import corpus, run_hashes, tiny_run  # noqa: F401  (a fixture)
+
+from rpt_jax.config import LossConfig
+from rpt_jax.errors import CheckpointError, Interrupted
+from rpt_jax.parallel.interruption import STALLED, check, watching
+from rpt_jax.rollout import engine
+from rpt_jax.train import stages, supervised, trainer
+from rpt_jax.train.checkpoint import Checkpoints
+
+LOSS = LossConfig(num_minibatches=2)
+
+
+def run(config):
+    """All that a resumed run must repeat exactly: the warm start too."""
+    with watching(0):
+        prepared = stages.prepare(config)
+        params = stages.warm_start(prepared)
+        tasks = stages.choose_tasks(prepared, params)
+        evaluations = stages.Evaluations(prepared=prepared, source=tasks.heldout)
+        stages.run_rl(prepared, params, tasks, evaluations)
+    return run_hashes(prepared, stages.newest_state(prepared)[0])
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory):  # noqa: F811
+    config = tiny_run(corpus, tmp_path_factory.mktemp("straight") / "run", loss=LOSS)
+    return run(dataclasses.replace(config, eval=dataclasses.replace(config.eval, every_steps=2)))
+
+
+def on_call(monkeypatch, place, name: str, number: int, action) -> None:
+    """Do `action` in the number-th call of a function, before it."""
+    function, calls = getattr(place, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            action()
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, wrapped)
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "number"),
+    [
+        (engine, "run_segment", 12),  # in an evaluation or a rollout
+        (trainer, "update", 3),  # in the first of two updates of a batch
+        (trainer, "update", 4),  # in the second
+        (Checkpoints, "save", 2),
+        (supervised, "update", 2),  # in the warm start
+    ],
+)
+def test_sigterm_saves_and_the_same_command_goes_on_exactly(
+    corpus,  # noqa: F811
+    straight,
+    tmp_path,
+    monkeypatch,
+    place,
+    name,
+    number,
+):
+    config = tiny_run(corpus, tmp_path / "run", loss=LOSS)
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every_steps=2))
+    on_call(monkeypatch, place, name, number, terminate)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        run(config)
+    monkeypatch.undo()
+    assert run(config) == straight
+
+
+class Killed(Exception):
+    """Not one of ours: nothing is done about it."""
+
+
+def test_an_end_between_two_updates_of_one_batch_repeats_the_whole_step(corpus, straight, tmp_path, monkeypatch):  # noqa: F811
+    def die():
+        raise Killed
+
+    config = tiny_run(corpus, tmp_path / "run", loss=LOSS)
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every_steps=2))
+    on_call(monkeypatch, trainer, "update", 6, die)
+    with pytest.raises(Killed):
+        run(config)
+    monkeypatch.undo()
+    assert run(config) == straight
+
+
+def test_a_copy_goes_on_as_its_source_did_and_may_change(corpus, straight, tmp_path):  # noqa: F811
+    """--run.resume DIR@STEP: the same settings give the same end; the source stays as it was."""
+    config = tiny_run(corpus, tmp_path / "source", loss=LOSS)
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every_steps=2))
+    assert run(config) == straight
+    settings = dataclasses.replace(config.run, directory=str(tmp_path / "copy"), resume=f"{tmp_path / 'source'}@2")
+    copy = dataclasses.replace(config, run=settings)
+    arrays, lines, _ = run(copy)
+    assert (arrays, lines) == straight[:2]
+    assert sorted(p.name for p in (tmp_path / "source" / "checkpoints" / "rpt").iterdir()) == ["2", "4"]
+    assert not (tmp_path / "source" / "checkpoints" / "set_aside").exists()
+    # Going back in the copy itself.
+    back = dataclasses.replace(copy, run=dataclasses.replace(settings, resume="2"))
+    assert run(back) == run(copy)
+    for resume, message in (("9", "no whole checkpoint of step 9"), (str(tmp_path / "nowhere"), "holds no run")):
+        directory = settings.directory if resume == "9" else str(tmp_path / "new")
+        with pytest.raises(CheckpointError, match=message):
+            run(dataclasses.replace(copy, run=dataclasses.replace(settings, directory=directory, resume=resume)))
+
+
+def test_a_second_signal_is_immediate():
+    with watching(0):
+        terminate()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with pytest.raises(Interrupted):
+            check()
+    with watching(0):
+        check()  # a new watch knows nothing of the last one's signals
+
+
+def test_a_standstill_ends_the_process_and_says_where():
+    code = (
+        "import time\nfrom rpt_jax.parallel.interruption import watching\n"
+        "def waits_for_ever():\n    time.sleep(60)\n"
+        "with watching(0.5):\n    waits_for_ever()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert ended.returncode == STALLED
+    assert "nothing has moved for distributed.deadline_seconds=0.5" in ended.stderr
+    assert "in waits_for_ever" in ended.stderr
