@@ -110,9 +110,9 @@ RPT_QWEN3_1_7B = _rpt(
         head_size=128, rope_theta=1e6, max_positions=40960, tie_embeddings=True,
     ),
     MeshConfig(fsdp=8, tensor=2),
-    num_trunks=256,
-    prompts_per_trunk=1,
-    slots_per_trunk=2,
+    num_trunks=128,
+    prompts_per_trunk=2,
+    slots_per_trunk=1,
 )  # fmt: skip
 
 # Llama-3.1-8B, on 32 chips of TPU v5p.

@@ -226,9 +226,9 @@ def compile_programs(
                 # The text comes from a dump: what libtpu writes is newer than jaxlib's own reader.
                 program = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
             except jax.errors.JaxRuntimeError as error:
-                if not (used := re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", str(error))):
+                if not (needed := re.search(r"(?:temporaries \(|Used )([\d.]+)([KMG])", str(error))):
                     raise
-                peak = int(float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[used[2]])
+                peak = int(float(needed[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[needed[2]])
                 memory, traffic = None, []
             else:
                 memory = program.memory_analysis()

@@ -1,14 +1,93 @@
-"""Long trials: `make trials`."""
+"""Long trials: `make trials`. Each leaves its counts in runs/trials/<name>.json; docs/reliability.md tells of them."""
 
+import dataclasses
+import hashlib
 import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet
 import pytest
+from test_interruption import run as run_stages
+from test_rl import run_update
+from test_rollout import make_tasks
+from test_system import corpus, run_hashes, tiny_run  # noqa: F401  (a fixture)
 
 from experiments import quickstart
+from rpt_jax.config import DecoderConfig, LossConfig, MeshConfig
+from rpt_jax.errors import CheckpointError
+from rpt_jax.models import decoder
+from rpt_jax.parallel.interruption import RESUMABLE, STALLED
+from rpt_jax.parallel.mesh import make_mesh, shard_batch
+from rpt_jax.rl import packing
+from rpt_jax.rl.update import policy_batch
+from rpt_jax.rollout.engine import generate, rollout_key
+from rpt_jax.train import stages, trainer
+from rpt_jax.train.checkpoint import Checkpoints, find_damage
+from rpt_jax.train.metrics import read_records
+from rpt_jax.types import Experience, TrainState
+from tests.processes import ROOT, finish, flags, start, start_hosts, write_corpus
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_thinking_learns_on_the_worked_corpus(tmp_path):
+@pytest.fixture
+def figures(request):
+    """A dict that is written when the trial has ended well."""
+    found: dict = {}
+    yield found
+    directory = ROOT / "runs" / "trials"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{request.node.originalname.removeprefix('test_')}.json").write_text(json.dumps(found, indent=1))
+    print(request.node.name, found)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A corpus, and a directory where all processes keep their compiled programs."""
+    home = tmp_path_factory.mktemp("home")
+    write_corpus(home / "corpus")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "programs")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    yield home
+    del os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
+
+
+def result_of(run: Path) -> tuple[str, str, str]:
+    """Digests of the last checkpoint's arrays, of the logged numbers, and of the completions."""
+    (last,) = (p for p in (run / "checkpoints" / "rpt").iterdir() if p.name == "4")
+    from orbax.checkpoint import v1 as ocp
+
+    state = ocp.load_checkpointables(last, {"state": None})["state"]
+    arrays = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state)))
+    lines = [r for r in read_records(run) if r["stage"] in ("rpt", "evaluation", "warm_start")]
+    steps = [(r["stage"], r["step"]) for r in lines]
+    assert len(steps) == len(set(steps)), steps
+    tokens = hashlib.sha256()
+    for path in sorted((run / "completions").glob("*.parquet")):
+        tokens.update(repr(pyarrow.parquet.read_table(path).to_pydict()).encode())
+    return arrays.hexdigest(), json.dumps(lines, sort_keys=True), tokens.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def straight(home):
+    """A run that nothing disturbs, twice: the second time with all programs at hand, to know how long that takes."""
+    for name in ("first", "straight"):
+        begin = time.monotonic()
+        process = start(flags(home / "corpus", home / name, "--checkpoint.every-steps", "1"), home / f"{name}.log")
+        assert finish([process], 400) == [0]
+    assert result_of(home / "first") == result_of(home / "straight")
+    return result_of(home / "straight"), time.monotonic() - begin
+
+
+def test_thinking_learns_on_the_worked_corpus(tmp_path, figures):
     """A shortened quickstart: the accuracy of sampled thoughts on hard determined positions rises by half or more."""
     run = tmp_path / "run"
     quickstart.main(
@@ -16,4 +95,311 @@ def test_thinking_learns_on_the_worked_corpus(tmp_path):
     )
     results = json.loads((run / "results.json").read_text())
     before, after = (results[k]["hard determined"]["sampled_prefix"] for k in ("before", "after"))
+    figures |= {"before": before, "after": after}
     assert after["value"] > 1.5 * before["value"]
+
+
+def test_straight_against_every_stop(corpus, tmp_path, figures, monkeypatch):  # noqa: F811
+    """Two updates a batch; the few tasks are gone through more than once. Every step is stopped at, and once the
+    process ends between the two updates of a batch."""
+
+    def config(name):
+        base = tiny_run(corpus, tmp_path / name, loss=LossConfig(num_minibatches=2))
+        return dataclasses.replace(
+            base,
+            run=dataclasses.replace(base.run, num_steps=6),
+            positions=dataclasses.replace(base.positions, max_documents=2),
+            eval=dataclasses.replace(base.eval, every_steps=2),
+        )
+
+    def go(name, stop_at_step=None):
+        prepared = stages.prepare(config(name))
+        params = stages.warm_start(prepared)
+        tasks = stages.choose_tasks(prepared, params)
+        evaluations = stages.Evaluations(prepared=prepared, source=tasks.heldout)
+        stages.run_rl(prepared, params, tasks, evaluations, stop_at_step=stop_at_step)
+        figures["tasks"] = len(tasks.ids)
+        return run_hashes(prepared, stages.newest_state(prepared)[0])
+
+    straight = go("straight")
+    assert figures["tasks"] < 6 * 8
+    for k in range(1, 6):
+        go(f"stopped{k}", stop_at_step=k)
+        assert go(f"stopped{k}") == straight, k
+    calls, update = [], trainer.update
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return update(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "update", dies)
+    with pytest.raises(KeyboardInterrupt):
+        go("between")
+    monkeypatch.undo()
+    assert go("between") == straight
+    figures |= {"stops": 5, "ends between two updates": 1, "differing": 0}
+
+
+def test_kills_at_random_times(home, straight, figures):
+    """kill -9 until 50 have struck a run at work; each run ends as the undisturbed one did."""
+    expected, seconds = straight
+    rng, kills, during_save, runs, starts = random.Random(0), 0, 0, 0, 0
+    while kills < 50:
+        run = home / f"killed{runs}"
+        runs += 1
+        while True:
+            arguments = flags(home / "corpus", run, "--checkpoint.every-steps", "1")
+            process, starts = start(arguments, home / "killed.log"), starts + 1
+            try:
+                status = process.wait(rng.uniform(0.3, 1.0) * seconds if kills < 50 else 400)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+                saves = run / "checkpoints"
+                during_save += any(saves.rglob("*orbax-checkpoint-tmp*")) or any(
+                    not (p / "manifest.json").exists() for p in saves.glob("*/*") if p.name.isdigit()
+                )
+            else:
+                assert status == 0, (home / "killed.log").read_text()[-3000:]
+                break
+        assert result_of(run) == expected
+    figures |= {"kills": kills, "of them during a save": during_save, "runs": runs, "starts": starts, "differing": 0}
+
+
+def test_sigterm_from_outside(home, straight, figures):
+    """At ten times spread over the run: the resumable status in bounded time, and the same end."""
+    expected, seconds = straight
+    waits, resumable = [], 0
+    for number in range(10):
+        run = home / f"terminated{number}"
+        arguments = flags(home / "corpus", run, "--checkpoint.every-steps", "1")
+        process = start(arguments, home / "terminated.log")
+        time.sleep(seconds * (0.35 + 0.06 * number))
+        if process.poll() is None:
+            begin = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            status = process.wait(120)
+            waits.append(time.monotonic() - begin)
+            # Before the run is under way a signal has its usual effect, for there is nothing to save.
+            assert status in (RESUMABLE, -signal.SIGTERM), (home / "terminated.log").read_text()[-3000:]
+            resumable += status == RESUMABLE
+        assert finish([start(arguments, home / "terminated.log")], 400) == [0]
+        assert result_of(run) == expected
+    assert resumable >= 5
+    figures |= {"signals": len(waits), "resumable": resumable, "longest wait, s": round(max(waits), 1), "differing": 0}
+
+
+def small_state(number: int) -> TrainState:
+    params = {"w": jnp.arange(4, dtype=jnp.float32) + number}
+    return TrainState(step=jnp.int32(number), params=params, opt_state=(), skipped=jnp.int32(0))
+
+
+def test_every_byte_of_a_checkpoint(tmp_path, figures):
+    """One bit of each byte of each file, in turn: every one is found."""
+    with Checkpoints(tmp_path / "rpt", keep=2) as checkpoints:
+        checkpoints.save(1, small_state(1), {"step": 1})
+    path = tmp_path / "rpt" / "1"
+    files = [p for p in path.rglob("*") if p.is_file()]
+    flips = 0
+    for file in files:
+        data = bytearray(file.read_bytes())
+        for position in range(len(data)):
+            data[position] ^= 1 << (position % 8)
+            file.write_bytes(data)
+            assert find_damage(path), (file, position)
+            data[position] ^= 1 << (position % 8)
+            flips += 1
+        file.write_bytes(data)
+    assert find_damage(path) == ""
+    figures |= {"files": len(files), "flips": flips, "found": flips}
+
+
+def test_a_small_disk_runs_full(tmp_path, figures):
+    """A file system of 2 MiB: the save that finds no room says so, the ones before it are restored."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+
+        def state(number):
+            params = {"w": jax.random.normal(jax.random.key(number), (400, 400))}
+            return TrainState(step=jnp.int32(number), params=params, opt_state=(), skipped=jnp.int32(0))
+
+        checkpoints = Checkpoints(disk / "rpt", keep=9)
+        with pytest.raises(CheckpointError, match="No space left"):
+            for number in range(1, 9):
+                checkpoints.save(number, state(number), {"step": number})
+                checkpoints.wait()
+        whole = Checkpoints(disk / "rpt", keep=9)
+        restored, record = whole.restore(state(0))
+        assert record["step"] == number - 1 and not list((disk / "rpt").glob("*tmp*"))
+        np.testing.assert_array_equal(restored.params["w"], state(number - 1).params["w"])
+        figures |= {"saved": number - 1, "restored": record["step"]}
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))
+
+
+def test_one_seed_on_five_meshes(figures):
+    """Noise is the same everywhere; tokens but for near ties; one update's parameters within a tolerance."""
+    config = DecoderConfig(
+        vocab_size=64, num_layers=3, width=64, mlp_width=96, num_heads=8, num_kv_heads=4, head_size=8
+    )
+    params = jax.tree.map(np.asarray, decoder.init_params(config, make_mesh(MeshConfig()), jax.random.key(2)))
+    params["head"] = 4 * params["head"]
+    tasks = make_tasks(config, U=8, M=2, G=8, L=64)
+    options = dict(max_completion_tokens=64, temperature=1.0, top_p=1.0, top_k=0, eos_id=1, vocab_size=61)
+    results = {}
+    for axes in MESHES:
+        mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), axes, strict=True))))
+        shardings = jax.tree.map(lambda p: p.sharding, decoder.abstract_params(config, mesh))
+        placed, batch = jax.device_put(params, shardings), shard_batch(mesh, tasks)
+        rollouts = generate(config, placed, batch, rollout_key(0, 0), **options)
+        # The same rollouts everywhere, so that updates can be compared.
+        same = rollouts if axes == MESHES[0] else shard_batch(mesh, results[MESHES[0]]["rollouts"])
+        results[axes] = {"rollouts": jax.tree.map(np.asarray, rollouts)}
+        rewards = (np.asarray(same.tokens)[..., 0] % 2).reshape(8, 2, 8).astype(np.float32)
+        experience = shard_batch(mesh, Experience(
+            tasks=jax.tree.map(np.asarray, batch), rollouts=jax.tree.map(np.asarray, same), rewards=rewards,
+            predictions=None, faults=rewards < 0, group_mask=np.asarray(tasks.position_mask),
+        ))  # fmt: skip
+        train = policy_batch(experience, loss=LossConfig(), header_length=0)
+        [plan], _ = packing.plan_update(experience, train, LossConfig(), axes[0] * axes[1])
+        microbatches = [packing.pack(train, *shard_batch(mesh, (m.trunks, m.source))) for m in plan]
+        state, metrics = run_update(config, placed, microbatches, mesh)
+        results[axes] |= {"mu": jax.tree.map(np.asarray, state.opt_state[1][0].mu), "loss": float(metrics["loss"])}
+    base = results[MESHES[0]]
+    for axes in MESHES[1:]:
+        found = results[axes]
+        rows = (found["rollouts"].tokens == base["rollouts"].tokens).all(-1)
+        gap = np.abs(found["rollouts"].sampler_logprobs - base["rollouts"].sampler_logprobs)[rows].max()
+        leaves = list(zip(jax.tree.leaves(found["mu"]), jax.tree.leaves(base["mu"]), strict=True))
+        largest = max(np.abs(b).max() for _, b in leaves)
+        update_gap = max(np.abs(a - b).max() for a, b in leaves) / largest
+        figures["x".join(map(str, axes))] = {
+            "rows": int(rows.size), "rows with the same tokens": int(rows.sum()),
+            "largest difference of log-probabilities": float(gap), "of gradients, of the largest": float(update_gap),
+        }  # fmt: skip
+        assert rows.mean() > 0.95 and gap < 1e-4 and update_gap < 1e-5
+
+
+def numbers(run: Path) -> list[dict]:
+    return [r for r in read_records(run) if r["stage"] in ("rpt", "evaluation")]
+
+
+ON_MESH = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+
+
+def test_two_hosts_are_one_and_either_goes_on_for_the_other(home, figures):
+    """Whole runs: two processes of four devices, one of eight; stopped on two and ended on one, and the reverse."""
+
+    def two(name, *extra):
+        logs = [home / f"{name}-{i}.log" for i in (0, 1)]
+        return finish(start_hosts(flags(home / "corpus", home / name, *ON_MESH, *extra), logs, devices=4), 500)
+
+    def one(name, *extra):
+        return finish(
+            [start(flags(home / "corpus", home / name, *ON_MESH, *extra), home / f"{name}.log", devices=8)], 500
+        )
+
+    assert one("one") == [0] and two("two") == [0, 0]
+    # A run of two steps is one of four that was stopped: num_steps is free where the rate is constant.
+    assert two("two-one", "--run.num-steps", "2") == [0, 0] and one("two-one") == [0]
+    assert one("one-two", "--run.num-steps", "2") == [0] and two("one-two") == [0, 0]
+    base = [r for r in numbers(home / "one") if r["stage"] == "rpt"]
+    for name in ("two", "two-one", "one-two"):
+        records = [r for r in numbers(home / name) if r["stage"] == "rpt"]
+        assert [r["step"] for r in records] == [1, 2, 3, 4]
+        gaps = [abs(r[k] - b[k]) for r, b in zip(records, base, strict=True) for k in r if isinstance(r[k], float)]
+        figures[name] = {"steps": len(records), "largest difference of a metric": max(gaps)}
+        for r, b in zip(records, base, strict=True):
+            for metric in ("reward", "completion_tokens", "loss", "grad_norm", "tokens_updated"):
+                np.testing.assert_allclose(r[metric], b[metric], rtol=1e-4, atol=1e-6, err_msg=f"{name} {metric}")
+        # The data cursor: the very same tasks in the very same places.
+        for step in range(1, 5):
+            a, b = (
+                pyarrow.parquet.read_table(home / n / "completions" / f"step_{step:06d}.parquet")["position_id"]
+                for n in (name, "one")
+            )
+            assert a.equals(b)
+
+
+@pytest.mark.parametrize("how", ["stalls", "dies"])
+def test_one_host_of_two_is_lost(home, figures, how):
+    """The other ends within the deadline, with a status that is not success."""
+    logs = [home / f"{how}-{i}.log" for i in (0, 1)]
+    deadline = 30
+    limits = ("--distributed.heartbeat-seconds", "15", "--distributed.deadline-seconds", str(deadline))
+    long = ("--run.num-steps", "400", "--eval.every-steps", "400")
+    arguments = flags(home / "corpus", home / how, *ON_MESH, *limits, *long)
+    survivor, victim = start_hosts(arguments, logs, devices=4)
+    try:
+        end = time.monotonic() + 300
+        while not any(r["stage"] == "rpt" for r in read_records(home / how)):
+            assert time.monotonic() < end and survivor.poll() is None, logs[0].read_text()[-3000:]
+            time.sleep(0.5)
+        victim.send_signal(signal.SIGSTOP if how == "stalls" else signal.SIGKILL)
+        begin = time.monotonic()
+        status = survivor.wait(4 * deadline)
+        figures |= {"status": status, "seconds": round(time.monotonic() - begin, 1), "deadline": deadline}
+        assert status not in (0, RESUMABLE)
+        text = logs[0].read_text()
+        assert status == STALLED or any(w in text for w in ("heartbeat", "Connection", "unavailable", "Gloo"))
+    finally:
+        for process in (survivor, victim):
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("where", ["rewards", "logits", "loss"])
+def test_numbers_that_are_not_finite(corpus, tmp_path, monkeypatch, figures, where):  # noqa: F811
+    """From the third step on: updates are skipped and counted, the run stops, and its checkpoint is the last good."""
+    base = tiny_run(corpus, tmp_path / "run", loss=LossConfig(max_skipped_updates=3))
+    config = dataclasses.replace(
+        base,
+        run=dataclasses.replace(base.run, num_steps=12),
+        eval=dataclasses.replace(base.eval, every_steps=12),
+        checkpoint=dataclasses.replace(base.checkpoint, every_steps=1, keep=20),
+    )
+    bad, calls = float("nan"), []
+    roll_out, learn = trainer.Trainer.roll_out, trainer.Trainer.learn
+
+    def poisoned_rollout(self, params, step, tasks, round_number):
+        if where == "logits" and step >= 2:
+            params = params | {"final_norm": params["final_norm"] * bad}
+        experience = roll_out(self, params, step, tasks, round_number)
+        if where == "rewards" and step >= 2:
+            experience = dataclasses.replace(experience, rewards=experience.rewards * bad)
+        return experience
+
+    def poisoned_learn(self, state, experience):
+        if where == "loss" and int(state.step) >= 2:
+            experience = dataclasses.replace(
+                experience,
+                rewards=experience.rewards.at[0, 0, 0].set(float("inf")),
+            )
+        calls.append([np.asarray(x).tobytes() for x in jax.tree.leaves((state.params, state.opt_state))])
+        return learn(self, state, experience)
+
+    monkeypatch.setattr(trainer.Trainer, "roll_out", poisoned_rollout)
+    monkeypatch.setattr(trainer.Trainer, "learn", poisoned_learn)
+    if where == "logits":
+        # Sampled from numbers that are none, tokens are arbitrary; their own log-probabilities are finite again.
+        run_stages(config)
+        records = [r for r in read_records(tmp_path / "run") if r["stage"] == "rpt"]
+        figures |= {"steps": len(records), "skipped": sum(r["skipped"] > 0 for r in records)}
+        assert all(np.isfinite(r["loss"]) for r in records if not r["skipped"])
+        return
+    with pytest.raises(CheckpointError, match="3 updates in a row had a non-finite loss or gradient"):
+        run_stages(config)
+    records = [r for r in read_records(tmp_path / "run") if r["stage"] == "rpt"]
+    assert [r["skipped"] for r in records][:2] == [0, 0] and records[-1]["skipped"] == 3
+    assert all(state == calls[2] for state in calls[3:])
+    figures |= {"steps": len(records), "skipped": 3, "parameters changed by them": 0}

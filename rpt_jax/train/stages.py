@@ -55,7 +55,7 @@ from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.compute import fingerprint
 from rpt_jax.train.loop import train
 from rpt_jax.train.metrics import RunDirectory, console, progress_bar, read_records
-from rpt_jax.train.resume import Resume, begin_as_copy
+from rpt_jax.train.resume import begin_as_copy
 from rpt_jax.train.supervised import Example, document_examples, draft_examples, read_examples, train_supervised
 from rpt_jax.train.trainer import Trainer
 from rpt_jax.types import TrainState
@@ -102,13 +102,7 @@ class Prepared:
         return cache_directory(self.config)
 
     def checkpoints(self, stage: str) -> Checkpoints:
-        """Of a stage; those of RL begin where --run.resume says."""
-        resume = Resume.parse(self.config.run.resume)
-        return Checkpoints(
-            self.run.path / "checkpoints" / stage,
-            keep=self.config.checkpoint.keep,
-            step=resume.step if stage == "rpt" and resume.source is None else None,
-        )
+        return Checkpoints(self.run.path / "checkpoints" / stage, keep=self.config.checkpoint.keep)
 
 
 def cache_directory(config: Config) -> Path:
@@ -153,6 +147,8 @@ def prepare(config: Config) -> Prepared:
     }
     begin_as_copy(config, identity)
     run = RunDirectory(config, identity)
+    if config.run.resume.isdigit():
+        Checkpoints(run.path / "checkpoints" / "rpt", keep=config.checkpoint.keep, step=int(config.run.resume))
     if is_main():
         tokenizer.save(run.path / "tokenizer")
     return Prepared(config=config, mesh=mesh, run=run, tokenizer=tokenizer, **tasks)
