@@ -8,6 +8,7 @@ Exit status 3 where the run does not fit; then the nearest setting that does is 
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -33,29 +34,39 @@ def main(argv: list[str]) -> None:
     chip, devices = plan_lib.describe_topology(args.topology)
     config = plan_lib.fit_mesh(config, len(devices))
 
-    def make(config):
-        return plan_lib.make_plan(
-            config, args.topology, args.tail_tokens, lambda name: console.print(f"compiling: {name}")
-        )
+    def make(config, topology):
+        return plan_lib.make_plan(config, topology, args.tail_tokens, lambda name: console.print(f"compiling: {name}"))
 
-    plan = make(config)
+    plan = make(config, args.topology)
     result = {"preset": rest, "mesh": vars(config.mesh)} | plan.to_json()
     print(describe(plan, config))
     if not plan.fits and not args.no_nearest:
         result["nearest"] = None
-        for changes, nearer in list(plan_lib.nearest_settings(config, args.tail_tokens, chip.memory))[:3]:
+        for changes, topology, nearer in nearest(config, args.topology, args.tail_tokens, chip.memory):
             console.print(f"trying {' '.join(changes)}")
-            found = make(nearer)
+            found = make(nearer, topology)
             if found.fits:
                 print(f"\nwhat fits: {' '.join(changes)}\n\n{describe(found, nearer)}")
                 result["nearest"] = {"changes": changes, "plan": found.to_json()}
                 break
         else:
-            print(f"\nno setting that was tried fits {len(devices)} chips; take more of them.")
+            print("\nnothing that was tried fits.")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
     if not plan.fits:
         sys.exit(3)
+
+
+def nearest(config, topology: str, num_tail: int, memory: float):
+    """(changes, topology, config) worth compiling: two on these chips, then one on each larger topology."""
+    from rpt_jax import plan as plan_lib
+
+    for changes, nearer in itertools.islice(plan_lib.nearest_settings(config, num_tail, memory), 2):
+        yield changes, topology, nearer
+    for larger in plan_lib.larger_topologies(topology):
+        bigger = plan_lib.fit_mesh(config, len(plan_lib.describe_topology(larger)[1]))
+        for changes, nearer in itertools.islice(plan_lib.nearest_settings(bigger, num_tail, memory), 1):
+            yield [f"--topology {larger}", *changes], larger, nearer
 
 
 def describe(plan, config) -> str:
@@ -81,6 +92,8 @@ def describe(plan, config) -> str:
         lines.append(
             f"  {p.name:<14}{p.runs:>6.3g}{p.compile_seconds:>11.0f} s    {moved or ('no room' if not p.fits else '-')}"
         )
+    if not all(p.fits for p in plan.programs):
+        return "\n".join(lines)
     lines += [
         "",
         "a step, per chip     TFLOP   read+written, GB   sent, GB   least, GB   ratio     seconds   limited by",

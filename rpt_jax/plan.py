@@ -63,7 +63,7 @@ def describe_topology(topology: str) -> tuple[Chip, list]:
     if version not in CHIPS:
         raise ConfigError(f"--topology {topology}; its version must be one of {', '.join(CHIPS)}, as in v5p:4x4x4.")
     # libtpu looks for a TPU unless it is told that there is none.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     try:
         return CHIPS[version], topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -518,6 +518,15 @@ def nearest_settings(config: Config, num_tail: int, memory: float) -> Iterator[t
                         )
     for _, words, change in sorted(found, key=lambda f: f[0]):
         yield words, change
+
+
+def larger_topologies(topology: str) -> Iterator[str]:
+    """The next four of the version, each of twice the chips: the shortest side doubled."""
+    version, _, sides = topology.partition(":")
+    sizes = [int(n) for n in sides.split("x")]
+    for _ in range(4):
+        sizes[sizes.index(min(sizes))] *= 2
+        yield f"{version}:{'x'.join(map(str, sorted(sizes)))}"
 
 
 def _changed(config: Config, use_lora: bool, tensor: int, prompts: int, slots: int) -> Config:
