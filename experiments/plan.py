@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from experiments.cli import parse_config, run_script
+from rpt_jax.errors import ConfigError
 
 
 def main(argv: list[str]) -> None:
@@ -64,7 +65,10 @@ def nearest(config, topology: str, num_tail: int, memory: float):
     for changes, nearer in itertools.islice(plan_lib.nearest_settings(config, num_tail, memory), 2):
         yield changes, topology, nearer
     for larger in plan_lib.larger_topologies(topology):
-        bigger = plan_lib.fit_mesh(config, len(plan_lib.describe_topology(larger)[1]))
+        try:
+            bigger = plan_lib.fit_mesh(config, len(plan_lib.describe_topology(larger)[1]))
+        except ConfigError:  # more chips than the batch can be split over
+            return
         for changes, nearer in itertools.islice(plan_lib.nearest_settings(bigger, num_tail, memory), 1):
             yield [f"--topology {larger}", *changes], larger, nearer
 
