@@ -154,7 +154,7 @@ def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, Frozen | Non
     trained, frozen = params, None
     if config.lora.rank:
         trained = lora.abstract_adapters(config.model, config.lora, mesh)
-        frozen = Frozen(params=params, scale=jax.ShapeDtypeStruct((), np.float32))
+        frozen = Frozen(params=params, scale=_shapes(jax.ShapeDtypeStruct((), np.float32), replicated(mesh)))
     optimizer = update.make_optimizer(config.optimizer, config.num_updates)
     moments = jax.eval_shape(optimizer.init, trained)
     moments = _shapes(moments, update.state_shardings(moments, trained, mesh))

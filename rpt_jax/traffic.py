@@ -15,6 +15,10 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(_KINDS)})(-start)?\(")
 _HEAD = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
+_NAMED_GROUPS = re.compile(
+    r"replica_groups=mesh\[(?P<sizes>[^\]]*)\](?:, device_ids=\(\[(?P<source>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?\))?"
+    r" \{(?P<inside>[^}]*)\}"
+)
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%([\w.\-]+)")
 
 
@@ -135,13 +139,17 @@ def _group(line: str, kind: str) -> list[int]:
         shape, source, order = ([int(i) for i in part.split(",")] if part else None for part in iota.groups())
         numbers = np.arange(math.prod(source)).reshape(source)
         return (numbers if order is None else numbers.transpose(order)).reshape(shape)[0].tolist()
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        inside = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[2])]
-        numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    if named := _NAMED_GROUPS.search(line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named["sizes"])}
+        inside = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named["inside"])]
+        numbers = np.arange(math.prod(sizes.values()))
+        if named["source"]:
+            numbers = numbers.reshape([int(i) for i in named["source"].split(",")])
+            numbers = numbers.transpose([int(i) for i in named["order"].split(",")]) if named["order"] else numbers
+        numbers = numbers.reshape(list(sizes.values()))
         rest = [axis for axis in range(numbers.ndim) if axis not in inside]
         return numbers.transpose(rest + inside).reshape(-1, math.prod(numbers.shape[i] for i in inside))[0].tolist()
-    return []
+    raise ValueError(f"groups of a collective that cannot be read: {line.strip():.300}")
 
 
 def _spanned(group: list[int], axes: dict[str, int]) -> str:

@@ -16,7 +16,7 @@ LAYERS = [
     ["rpt_jax.rollout", "rpt_jax.rl.update", "rpt_jax.rl.packing"],
     ["rpt_jax.evals"],
     ["rpt_jax.train"],
-    ["rpt_jax.scaling"],
+    ["rpt_jax.scaling", "rpt_jax.traffic", "rpt_jax.plan"],
     ["rpt_jax.report"],
     ["rpt_jax.question_report", "rpt_jax.position_report"],
     ["experiments"],

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from test_system import corpus, run_hashes, tiny_run  # noqa: F401  (a fixture)
+from test_system import corpus, evaluated_at_the_ends, run_hashes, tiny_run  # noqa: F401  (a fixture)
 
 from rpt_jax.config import LossConfig
 from rpt_jax.errors import CheckpointError, Interrupted
@@ -31,8 +31,8 @@ def run(config):
 
 @pytest.fixture(scope="module")
 def straight(corpus, tmp_path_factory):  # noqa: F811
-    config = tiny_run(corpus, tmp_path_factory.mktemp("straight") / "run", loss=LOSS)
-    return run(dataclasses.replace(config, eval=dataclasses.replace(config.eval, every_steps=2)))
+    config = evaluated_at_the_ends(tiny_run(corpus, tmp_path_factory.mktemp("straight") / "run", loss=LOSS))
+    return run(config)
 
 
 def on_call(monkeypatch, place, name: str, number: int, action) -> None:
@@ -71,8 +71,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_exactly(
     name,
     number,
 ):
-    config = tiny_run(corpus, tmp_path / "run", loss=LOSS)
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every_steps=2))
+    config = evaluated_at_the_ends(tiny_run(corpus, tmp_path / "run", loss=LOSS))
     on_call(monkeypatch, place, name, number, terminate)
     with pytest.raises(Interrupted, match="SIGTERM"):
         run(config)
@@ -88,8 +87,7 @@ def test_an_end_between_two_updates_of_one_batch_repeats_the_whole_step(corpus, 
     def die():
         raise Killed
 
-    config = tiny_run(corpus, tmp_path / "run", loss=LOSS)
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every_steps=2))
+    config = evaluated_at_the_ends(tiny_run(corpus, tmp_path / "run", loss=LOSS))
     on_call(monkeypatch, trainer, "update", 6, die)
     with pytest.raises(Killed):
         run(config)
@@ -99,8 +97,7 @@ def test_an_end_between_two_updates_of_one_batch_repeats_the_whole_step(corpus, 
 
 def test_a_copy_goes_on_as_its_source_did_and_may_change(corpus, straight, tmp_path):  # noqa: F811
     """--run.resume DIR@STEP: the same settings give the same end; the source stays as it was."""
-    config = tiny_run(corpus, tmp_path / "source", loss=LOSS)
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every_steps=2))
+    config = evaluated_at_the_ends(tiny_run(corpus, tmp_path / "source", loss=LOSS))
     assert run(config) == straight
     settings = dataclasses.replace(config.run, directory=str(tmp_path / "copy"), resume=f"{tmp_path / 'source'}@2")
     copy = dataclasses.replace(config, run=settings)

@@ -91,6 +91,11 @@ def tiny_run(corpus, directory, **changes):
     return small(config, **changes)
 
 
+def evaluated_at_the_ends(config):
+    """Each evaluation samples other lengths, for which programs are compiled."""
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, every_steps=4))
+
+
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
     config = tiny_run(corpus, tmp_path_factory.mktemp("runs") / "straight")
@@ -178,7 +183,7 @@ def test_stopping_anywhere_and_going_on_equals_going_straight(corpus, tmp_path, 
     loss = LossConfig(microbatch_trunks=4, dynamic_sampling_from_step=dynamic_from)
 
     def config(name):
-        return tiny_run(corpus, tmp_path / name, loss=loss)
+        return evaluated_at_the_ends(tiny_run(corpus, tmp_path / name, loss=loss))
 
     straight = run_hashes(*rpt_only(config("straight")))
     for k in (1, 3):
@@ -190,7 +195,7 @@ def test_adapters_bands_and_mixtures_resume_exactly(corpus, tmp_path):
     """The state has adapters only; pass rates and the mixture's cursor come back with the checkpoint."""
 
     def config(name):
-        base = tiny_run(corpus, tmp_path / name, lora=LoraConfig(rank=2))
+        base = evaluated_at_the_ends(tiny_run(corpus, tmp_path / name, lora=LoraConfig(rank=2)))
         parts = (f"3={corpus / 'train.jsonl'}", f"1={corpus / 'heldout.jsonl'}")
         return dataclasses.replace(
             base,

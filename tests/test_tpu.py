@@ -1,90 +1,115 @@
-"""The programs of a step compile for a TPU slice, on a machine without one. Skips where its compiler is missing."""
+"""Plans: the programs of a step compile for TPU slices, on a machine without one. Skips where libtpu is missing."""
 
-import os
-from functools import partial
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
-from test_rollout import make_tasks
 
-from rpt_jax.config import DecoderConfig, LossConfig, OptimizerConfig
-from rpt_jax.models import decoder
-from rpt_jax.parallel.mesh import replicated, trunk_sharding
-from rpt_jax.rl import update
-from rpt_jax.rollout import engine
-from rpt_jax.types import Rollouts, TrainBatch
+from experiments import plan as plan_script
+from rpt_jax import plan
+from rpt_jax.config import (
+    Config,
+    DataConfig,
+    DecoderConfig,
+    LoraConfig,
+    LossConfig,
+    MeshConfig,
+    RolloutConfig,
+    SupervisedConfig,
+)
+from rpt_jax.errors import ConfigError
+from rpt_jax.parallel.mesh import make_mesh
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed: pip install 'jax[tpu]'")
 
-CONFIG = DecoderConfig(
-    vocab_size=2048, num_layers=2, width=256, mlp_width=512, num_heads=4, num_kv_heads=2, head_size=128,
-    activation_dtype="bfloat16", platform="tpu",
+CONFIG = Config(
+    data=DataConfig(trunk_length=128),
+    model=DecoderConfig(
+        vocab_size=2048, num_layers=2, width=256, mlp_width=512, num_heads=4, num_kv_heads=2, head_size=128,
+        activation_dtype="bfloat16",
+    ),
+    rollout=RolloutConfig(num_trunks=4, prompts_per_trunk=2, group_size=4, max_completion_tokens=32, top_p=0.95),
+    loss=LossConfig(microbatch_trunks=2),
+    mesh=MeshConfig(data=1, fsdp=2, tensor=2),
+    supervised=SupervisedConfig(batch_size=4),
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def slice_of_four():
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    grid = np.array(topology.devices).reshape(1, 2, 2)
-    return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)])
+def test_a_step_compiles_for_a_slice_and_is_accounted_for(lora):
+    found = plan.make_plan(dataclasses.replace(CONFIG, lora=lora), "v5e:2x2", num_tail=8)
+    assert found.fits and [p.name for p in found.programs] == [
+        "gather weights", "prefill", "decode", "gradients", "optimizer",
+    ]  # fmt: skip
+    # By hand: q, o 256 x 512; k, v 256 x 256; three 256 x 512 of the MLP; norms; embedding and head.
+    layer = 2 * 256 * 512 + 2 * 256 * 256 + 3 * 256 * 512 + 2 * 256 + 2 * 128
+    parameters = 2 * layer + 2 * 2048 * 256 + 256
+    assert found.parameters == parameters
+    # All but the norms are split over the four chips, in float32.
+    norms = 2 * (2 * 256 + 2 * 128) + 256
+    held = (parameters - norms) + 4 * norms
+    if not lora.rank:
+        assert found.memory["parameters"] == held
+        assert found.memory["optimizer"] == pytest.approx(2 * held, abs=64)
+    else:
+        assert held < found.memory["parameters"] < 1.2 * held and found.memory["optimizer"] < 0.2 * held
+    # Keys and values of 4 x 8 completions of 32 tokens, two layers, two heads of 128, bfloat16.
+    assert found.memory["caches"] == 4 * 8 * 32 * 2 * 2 * 2 * 128 * 2 // 4
+    for phase in found.phases:
+        assert phase["traffic"] > 0.5 * phase["least_traffic"] > 0, phase["name"]
+        assert phase["limited_by"] in ("arithmetic", "memory", "links")
+    text = plan_script.describe(found, CONFIG)
+    assert "FITS" in text and "a step takes at least" in text
 
 
-def shapes(tree, sharding):
-    """Shapes of arrays, all lying in one way or each in its own."""
-    if not isinstance(sharding, jax.sharding.Sharding):
-        return jax.tree.map(shapes, tree, sharding)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding), tree)
-
-
-def compiled(function, *args, **options):
-    """(the program, its results' shapes)."""
-    lowered = function.lower(*args, **options)
-    program = lowered.compile()
-    return program, shapes(lowered.out_info, program.output_shardings)
-
-
-def test_rollout_and_update_compile_for_a_tpu_slice(slice_of_four):
-    mesh = slice_of_four
-    params = decoder.abstract_params(CONFIG, mesh)
-    tasks = make_tasks(CONFIG, U=4, M=2, G=4, L=128, E=8)
-    on_trunks = partial(shapes, sharding=trunk_sharding(mesh))
-    on_all = partial(shapes, sharding=replicated(mesh))
-    law = engine.Law(max_completion_tokens=32, temperature=1.0, top_p=0.95, top_k=0, eos_id=1, vocab_size=2000)
-    key = on_all(jax.eval_shape(lambda: jax.random.key(0)))
-    _, started = compiled(engine.start, CONFIG, law, params, on_trunks(tasks), key, slots=8, window=16)
-    _, weights = compiled(decoder.decoding_weights, CONFIG, params)
-    floor = jax.ShapeDtypeStruct((), np.int32)
-    decode, _ = compiled(engine.run_segment, CONFIG, law, weights, *started, key, floor)
-    # Caches are donated: they are results without a second copy.
-    assert decode.memory_analysis().alias_size_in_bytes > 0
-
-    mask = np.ones((4, 8, 32), bool)
-    numbers = np.zeros(mask.shape, np.float32)
-    rollouts = Rollouts(
-        tokens=mask.astype(np.int32), mask=mask, sampler_logprobs=None, truncated=None, num_rejected=None
+def test_what_does_not_fit_says_what_would():
+    long = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, num_layers=16, max_positions=2**20),
+        rollout=dataclasses.replace(CONFIG.rollout, max_completion_tokens=2**17),
     )
-    batch = TrainBatch(
-        sequences=jax.eval_shape(engine.to_sequences, tasks, rollouts.tokens, rollouts.mask),
-        token_weights=numbers, trunk_weights=np.zeros((4, 128), np.float32), advantages=numbers,
-        sampler_logprobs=numbers, old_logprobs=None, ref_logprobs=None,
-    )  # fmt: skip
-    loss_fn = partial(update.policy_loss, CONFIG, LossConfig(), 1.0)
-    _, (gradients, metrics) = compiled(
-        update.add_gradients, params, params, None, on_trunks(batch), loss_fn=loss_fn,
-        shardings=tuple(p.sharding for p in jax.tree.leaves(params)),
-    )  # fmt: skip
-    for gradient, parameter in zip(jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True):
-        assert gradient.sharding.is_equivalent_to(parameter.sharding, len(parameter.shape))
-    optimizer = update.make_optimizer(OptimizerConfig(), 10)
-    moments = jax.eval_shape(optimizer.init, params)
-    state = update.TrainState(
-        step=on_all(np.int32(0)),
-        params=params,
-        opt_state=shapes(moments, update.state_shardings(moments, params, mesh)),
-        skipped=on_all(np.int32(0)),
-    )
-    compiled(update.apply_gradients, state, gradients, metrics, optimizer=optimizer)
+    found = plan.make_plan(long, "v5e:2x2", num_tail=8)
+    assert not found.fits and "no room" in plan_script.describe(found, long)
+    changes, topology, nearer = next(plan_script.nearest(long, "v5e:2x2", 8, found.chip.memory))
+    assert plan.estimate_memory(nearer, 8) < found.chip.memory < plan.estimate_memory(long, 8)
+    assert changes and topology.startswith("v5e:")
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [("v9:2x2", "must be one of v4, v5e, v5p, v6e"), ("v5e:7x9x3", "cannot be described")],
+)
+def test_topologies_that_there_are_not(topology, message):
+    with pytest.raises(ConfigError, match=message):
+        plan.describe_topology(topology)
+
+
+def test_meshes_follow_topologies():
+    _, devices = plan.describe_topology("v5e:4x4")
+    fitted = plan.fit_mesh(CONFIG, 4)
+    assert fitted == CONFIG
+    with pytest.raises(ConfigError, match="no multiple"):
+        plan.fit_mesh(dataclasses.replace(CONFIG, mesh=MeshConfig(data=3, tensor=2)), 16)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=4), devices)
+    assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
+    # Neighbours along tensor are neighbours of the torus.
+    for row in mesh.devices.reshape(-1, 4):
+        coordinates = np.array([d.coords for d in row])
+        assert (np.abs(np.diff(coordinates, axis=0)).sum(1) == 1).all()
+
+
+def test_slices_are_the_outer_part_of_data():
+    _, _ = plan.describe_topology("v5e:2x2")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
+    for number, part in enumerate(mesh.devices):
+        assert {d.slice_index for d in part.flat} == {number}
+    with pytest.raises(ConfigError, match="must be a multiple of their number"):
+        make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), devices)
+
+
+def test_larger_topologies():
+    assert list(plan.larger_topologies("v5p:2x2x4"))[:2] == ["v5p:2x4x4", "v5p:4x4x4"]
+    assert jax.default_backend() == "cpu"

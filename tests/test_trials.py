@@ -171,6 +171,33 @@ def test_kills_at_random_times(home, straight, figures):
     figures |= {"kills": kills, "of them during a save": during_save, "runs": runs, "starts": starts, "differing": 0}
 
 
+def test_kills_during_a_save(home, straight, figures):
+    """kill -9 the moment a checkpoint is seen half written, ten times; what is half written is never picked up."""
+    expected, seconds = straight
+    kills, runs = 0, 0
+    while kills < 10:
+        run = home / f"saving{runs}"
+        arguments, runs, saves = (
+            flags(home / "corpus", run, "--checkpoint.every-steps", "1"),
+            runs + 1,
+            run / "checkpoints",
+        )
+        seen: set[str] = set()
+        while True:
+            process = start(arguments, home / "saving.log")
+            while process.poll() is None:
+                half = {p.name.split(".")[0] for p in saves.glob("*/*orbax-checkpoint-tmp*")} - seen
+                if half and kills < 10:
+                    process.kill()
+                    kills, seen = kills + 1, seen | half
+                time.sleep(0.0005)
+            if process.wait() == 0:
+                break
+            assert process.returncode == -signal.SIGKILL, (home / "saving.log").read_text()[-3000:]
+        assert result_of(run) == expected
+    figures |= {"kills": kills, "runs": runs, "differing": 0}
+
+
 def test_sigterm_from_outside(home, straight, figures):
     """At ten times spread over the run: the resumable status in bounded time, and the same end."""
     expected, seconds = straight

@@ -381,6 +381,7 @@ def train_supervised(
 
     with progress_bar(stage, total) as progress:
         if step:
+            progress(step if num_steps is not None else min(total, round(100 * flops / max_flops)))
             on_step(step, state, flops)  # it may have been stopped before this was done
         while not is_done():
             batch, num_tokens, position = next(stream)
