@@ -373,6 +373,8 @@ def count_work(config: Config, num_tail: int) -> list[Work]:
 
 # Of a chip's memory, left to the runtime.
 _RESERVED = 0.03
+# Of a chip's memory, what an estimate may reach to be worth compiling.
+_MARGIN = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -498,7 +500,7 @@ def nearest_settings(config: Config, num_tail: int, memory: float) -> Iterator[t
                         change.validate()
                     except ConfigError:
                         continue
-                    if estimate_memory(change, num_tail) <= (1 - _RESERVED) * memory:
+                    if estimate_memory(change, num_tail) <= _MARGIN * memory:
                         words = [
                             f"--rollout.num-trunks {change.rollout.num_trunks} --rollout.prompts-per-trunk {prompts}"
                             if prompts != r.prompts_per_trunk

@@ -173,7 +173,7 @@ def test_kills_at_random_times(home, straight, figures):
 
 def test_kills_during_a_save(home, straight, figures):
     """kill -9 the moment a checkpoint is seen half written, ten times; what is half written is never picked up."""
-    expected, seconds = straight
+    expected, _ = straight
     kills, runs = 0, 0
     while kills < 10:
         run = home / f"saving{runs}"
