@@ -89,10 +89,14 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except Interrupted as stop:
-        console.print(f"{stop}; saved, the same command goes on (exit status {RESUMABLE})")
+        console.print(
+            f"{stop}; what was done is saved. The same command goes on, with --run.resume latest if it named a step "
+            f"(exit status {RESUMABLE})"
+        )
         sys.exit(RESUMABLE)
     except Exception as error:
         if isinstance(error, (ConfigError, DataError, CheckpointError, RewardError)):
+            console.quiet = False  # the processes that write no files are quiet, but not about this
             console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
             status = 2
         else:

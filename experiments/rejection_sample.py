@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     params = stages.warm_start(prepared)
     tasks = stages.choose_tasks(prepared, params)
     trainer, _ = stages.make_trainer(prepared, params, tasks.training)
-    if prepared.checkpoints("rpt").latest_step is not None:
+    if prepared.checkpoints("rpt", read_only=True).latest_step is not None:
         state, trainer_frozen, _ = stages.newest_state(prepared)
         params = stages.merge(trainer_frozen, state.params)
     rollout = config.rollout

@@ -195,6 +195,8 @@ def compile_programs(
 ) -> Iterator[Program]:
     """The programs of a step at their largest: every rollout of full length, in one window as wide as that.
 
+    Passes that only score (old or reference log-probabilities, dense rewards) are left out: they need less.
+
     Args:
         num_tail: tokens of the prompt behind the text.
         note: told the name of each before it is compiled.
@@ -214,7 +216,8 @@ def compile_programs(
         vocab_size=config.model.vocab_size,
     )
     key = on_all(jax.eval_shape(lambda: jax.random.key(0)))
-    kept = bytes_per_chip((state, frozen) if config.loss.kl_coef == 0 or frozen else (state, state.params))
+    # The policy that RL started from stays: the control begins with it, and a KL term refers to it.
+    kept = bytes_per_chip((state, frozen) if frozen else (state, state.params))
 
     def compiled(name: str, runs: float, resident: int, function, *args, trips: float = 1.0, **options):
         """(the program, its results' shapes)."""
@@ -353,8 +356,9 @@ def count_work(config: Config, num_tail: int) -> list[Work]:
         + waves * (rows * widths + C * stems / mesh.trunk_shards) * kv / mesh.tensor,
         least_traffic=reduced(completions, 2),
     )
-    micro = U / (config.loss.microbatch_trunks or U)
-    passes = 8 if m.remat else 6  # two forward, and twice that backward
+    micro = U / (config.loss.microbatch_trunks or U // config.loss.num_minibatches)
+    # Two for the forward pass, twice that backward, or once where weights have no gradients of their own.
+    passes = 2 + (2 if config.lora.rank else 4) + (2 if m.remat else 0)
     attention = 4 * (4 if m.remat else 3) * num * heads * (stem_pairs + pairs)
     trained = weights / size * 4 / mesh.tensor * (0 if config.lora.rank else 1)
     update_work = Work(
@@ -465,7 +469,7 @@ def estimate_memory(config: Config, num_tail: int) -> float:
     count = m.num_layers * layer + m.vocab_size * D * (1 if m.tie_embeddings else 2)
     held = count * (2 if config.policy.param_dtype == "bfloat16" else 4) / mesh.num_devices
     trained = 0.02 * count if config.lora.rank else count
-    state = held + 8 * trained / mesh.num_devices
+    state = (1 if config.lora.rank else 2) * held + 8 * trained / mesh.num_devices
     kv = 2 * m.num_layers * m.num_kv_heads * m.head_size * size / t
     R = r.prompts_per_trunk * r.group_size
     slots = min(r.slots_per_trunk or R, R)
@@ -473,7 +477,7 @@ def estimate_memory(config: Config, num_tail: int) -> float:
     per_shard = r.num_trunks / shards
     rollout = count * size / t + per_shard * (stem + 1.5 * slots * r.max_completion_tokens) * kv
     per_token = (4 * D + (6 * m.mlp_width + 8 * heads) / t) * size
-    trunks = (config.loss.microbatch_trunks or r.num_trunks) / shards
+    trunks = (config.loss.microbatch_trunks or r.num_trunks // config.loss.num_minibatches) / shards
     tokens = trunks * (stem + R * r.max_completion_tokens)
     kept = m.num_layers * D / t * size if m.remat else m.num_layers * per_token
     head = 2 * 4 * m.vocab_size * D / t  # its gradient, whole on every shard of the trunks
@@ -488,7 +492,7 @@ def nearest_settings(config: Config, num_tail: int, memory: float) -> Iterator[t
     found = []
     r, mesh = config.rollout, config.mesh
     R = r.prompts_per_trunk * r.group_size
-    for use_lora in (False, True):
+    for use_lora in (False, True) if not config.lora.rank else (False,):
         for tensor in (mesh.tensor * 2**i for i in range(4)):
             for prompts in (r.prompts_per_trunk // 2**i for i in range(8) if r.prompts_per_trunk >= 2**i):
                 for parts in (1, 2, 4, 8, 16):
@@ -500,6 +504,8 @@ def nearest_settings(config: Config, num_tail: int, memory: float) -> Iterator[t
                         change.validate()
                     except ConfigError:
                         continue
+                    if change.mesh.num_devices != config.mesh.num_devices:
+                        continue
                     if estimate_memory(change, num_tail) <= _MARGIN * memory:
                         words = [
                             f"--rollout.num-trunks {change.rollout.num_trunks} --rollout.prompts-per-trunk {prompts}"
@@ -507,9 +513,7 @@ def nearest_settings(config: Config, num_tail: int, memory: float) -> Iterator[t
                             else "",
                             f"--rollout.slots-per-trunk {slots}" if slots != min(r.slots_per_trunk or R, R) else "",
                             f"--mesh.fsdp {change.mesh.fsdp} --mesh.tensor {tensor}" if tensor != mesh.tensor else "",
-                            "--lora.rank 32 --policy.param-dtype bfloat16"
-                            if use_lora != bool(config.lora.rank)
-                            else "",
+                            "--lora.rank 32 --policy.param-dtype bfloat16" if use_lora else "",
                             f"--loss.microbatch-trunks {change.loss.microbatch_trunks}"
                             if change.loss.microbatch_trunks != config.loss.microbatch_trunks
                             else "",
@@ -540,6 +544,6 @@ def _changed(config: Config, use_lora: bool, tensor: int, prompts: int, slots: i
         mesh=mesh,
         rollout=replace(config.rollout, num_trunks=trunks, prompts_per_trunk=prompts, slots_per_trunk=slots),
         loss=replace(config.loss, microbatch_trunks=mesh.trunk_shards),
-        lora=replace(config.lora, rank=32) if use_lora and not config.lora.rank else config.lora,
+        lora=replace(config.lora, rank=32) if use_lora else config.lora,
         policy=replace(config.policy, param_dtype="bfloat16") if use_lora else config.policy,
     )

@@ -6,7 +6,6 @@ Every collective counts as often as the loops around it run, over the mesh axes 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,8 +117,12 @@ def _arrays(shape: str) -> list[int]:
 
 def _sent(kind: str, shape: str, n: int, is_start: bool, computation: str) -> float:
     arrays = _arrays(shape)
-    # The start of an asynchronous operation has its operand beside its result.
-    size = arrays[-1] if is_start and kind == "all-gather" else arrays[0] if is_start else sum(arrays)
+    # The start of an asynchronous operation has its operands before its results; that of a reduction only these.
+    if is_start and kind == "all-gather":
+        arrays = arrays[len(arrays) // 2 :]
+    elif is_start and kind == "collective-permute":
+        arrays = arrays[:1]
+    size = sum(arrays)
     if kind == "reduce-scatter":
         # Fused by the TPU's compiler, it is written as the reduction of the whole.
         return size * (n - 1) / n if "all-reduce-scatter" in computation else size * (n - 1)
@@ -155,7 +158,3 @@ def _group(line: str, kind: str) -> list[int]:
 def _spanned(group: list[int], axes: dict[str, int]) -> str:
     coordinates = np.stack(np.unravel_index(group, list(axes.values())))
     return "+".join(name for name, row in zip(axes, coordinates, strict=True) if len(set(row.tolist())) > 1)
-
-
-def total_bytes(traffic: Iterator[Traffic] | list[Traffic]) -> float:
-    return sum(t.bytes for t in traffic)

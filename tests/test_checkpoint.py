@@ -123,13 +123,29 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_step_can_be_saved_again(sav
     assert sorted(p.name for p in saved.iterdir()) == ["1", "2"]
 
 
-def test_nothing_whole_is_a_beginning(saved):
-    for step in ("1", "2"):
-        empty(saved / step)
+def test_an_interrupted_first_save_is_a_beginning(saved):
+    shutil.rmtree(saved / "1")
+    unfinished(saved / "2")
     checkpoints = Checkpoints(saved, keep=3)
     assert checkpoints.latest_step is None
     with pytest.raises(CheckpointError, match="start the stage from its beginning"):
         checkpoints.restore(state_of(0))
+
+
+def test_a_run_does_not_begin_anew_in_silence(saved):
+    for step in ("1", "2"):
+        flip(next(p for p in (saved / step).rglob("*") if p.is_file()))
+    with pytest.raises(CheckpointError, match="holds checkpoints and none of them is whole"):
+        Checkpoints(saved, keep=3)
+
+
+def test_a_reader_touches_nothing(saved):
+    """A run may be writing: what looks unfinished to a reader is about to be finished."""
+    (saved / "3.orbax-checkpoint-tmp").mkdir()
+    unfinished(saved / "2")
+    reader = Checkpoints(saved, keep=1, read_only=True)
+    assert reader.latest_step == 1 and reader.restore(state_of(0))[1]["step"] == 1
+    assert sorted(p.name for p in saved.iterdir()) == ["1", "2", "3.orbax-checkpoint-tmp"]
 
 
 def test_going_back_to_a_step_sets_later_ones_aside(saved):
@@ -137,6 +153,13 @@ def test_going_back_to_a_step_sets_later_ones_aside(saved):
     assert steps_of(saved) == [1] and (saved.parent / "set_aside" / "rpt-2.0").is_dir()
     with pytest.raises(CheckpointError, match=r"no whole checkpoint of step 7 .* there are steps \[1\]"):
         Checkpoints(saved, keep=3, step=7)
+
+
+def test_going_back_to_a_damaged_step_changes_nothing(saved):
+    unfinished(saved / "1")
+    with pytest.raises(CheckpointError, match="no whole checkpoint of step 1"):
+        Checkpoints(saved, keep=3, step=1)
+    assert steps_of(saved) == [1, 2] and newest(saved)[0] == 2
 
 
 def test_another_model_does_not_fit(saved):

@@ -108,8 +108,14 @@ def test_a_copy_goes_on_as_its_source_did_and_may_change(corpus, straight, tmp_p
     # Going back in the copy itself.
     back = dataclasses.replace(copy, run=dataclasses.replace(settings, resume="2"))
     assert run(back) == run(copy)
-    for resume, message in (("9", "no whole checkpoint of step 9"), (str(tmp_path / "nowhere"), "holds no run")):
-        directory = settings.directory if resume == "9" else str(tmp_path / "new")
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    for resume, directory, message in (
+        ("9", "copy", "no whole checkpoint of step 9"),
+        (str(tmp_path / "nowhere"), "new", "holds no run"),
+        (f"{tmp_path / 'source'}@2", "other", "holds something else already"),
+        (f"{tmp_path / 'source'}@4", "copy", "to go back in a run, give its step alone"),
+    ):
+        directory = str(tmp_path / directory)
         with pytest.raises(CheckpointError, match=message):
             run(dataclasses.replace(copy, run=dataclasses.replace(settings, directory=directory, resume=resume)))
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -47,7 +48,8 @@ def figures(request):
         return
     directory = ROOT / "runs" / "trials"
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{request.node.originalname.removeprefix('test_')}.json").write_text(json.dumps(found, indent=1))
+    name = re.sub(r"\W+", "_", request.node.name.removeprefix("test_")).strip("_")
+    (directory / f"{name}.json").write_text(json.dumps(found, indent=1))
     print(request.node.name, found)
 
 

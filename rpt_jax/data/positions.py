@@ -29,7 +29,7 @@ from rpt_jax.errors import DataError
 from rpt_jax.models import decoder
 from rpt_jax.models.head import output_head
 from rpt_jax.parallel.distributed import from_main, is_main, to_host
-from rpt_jax.parallel.interruption import beat
+from rpt_jax.parallel.interruption import check
 from rpt_jax.parallel.mesh import on_mesh_of, shard_batch
 
 NUM_TOP_TOKENS = 16
@@ -213,7 +213,7 @@ def add_scores(
         columns = len(bos) + table.index[rows] - starts[rows]
         for result, values in zip(results, to_host(statistics), strict=True):
             result[rows] = values[u, columns]
-        beat()
+        check()
     # Rounding may leave a certain position a hair below zero.
     return replace(table, entropy=np.maximum(results[0], 0.0), direct_token=results[1], direct_logprob=results[2])
 

@@ -5,6 +5,7 @@ file system that all share.
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,17 +66,36 @@ def main_first(what: str) -> Iterator[None]:
         yield
         return
     if not is_main():
-        multihost_utils.sync_global_devices(what)
+        with _waiting_for_main():
+            multihost_utils.sync_global_devices(what)
     yield
     if is_main():
         multihost_utils.sync_global_devices(what)
+
+
+_waiting = threading.Event()
+
+
+@contextmanager
+def _waiting_for_main() -> Iterator[None]:
+    _waiting.set()
+    try:
+        yield
+    finally:
+        _waiting.clear()
+
+
+def waits_for_main() -> bool:
+    """This process stands still because process 0 works alone; heartbeats tell whether that lives."""
+    return _waiting.is_set()
 
 
 def from_main(number: int) -> int:
     """Process 0's number, on all."""
     if jax.process_count() == 1:
         return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    with _waiting_for_main():
+        return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def any_process(flag: bool) -> bool:

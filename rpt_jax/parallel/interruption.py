@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import jax
+
 from rpt_jax.errors import Interrupted
-from rpt_jax.parallel.distributed import any_process
+from rpt_jax.parallel.distributed import any_process, waits_for_main
 
 # Exit status of a run that was told to stop and has saved: the same command goes on. (sysexits.h, EX_TEMPFAIL)
 RESUMABLE = 75
@@ -73,9 +75,20 @@ def check() -> None:
         raise Interrupted(f"stopped by {name}")
 
 
+def check_alone() -> None:
+    """A boundary in work that one process does alone: with others beside it, it only tells that something moves.
+
+    Raises:
+        Interrupted: the only process has been told to stop.
+    """
+    beat() if jax.process_count() > 1 else check()
+
+
 def _end_standstill(deadline_seconds: float, done: threading.Event) -> None:
     while not done.wait(min(1.0, deadline_seconds / 4)):
-        if time.monotonic() - _last_beat > deadline_seconds:
+        if waits_for_main():
+            beat()
+        elif time.monotonic() - _last_beat > deadline_seconds:
             print(
                 f"nothing has moved for distributed.deadline_seconds={deadline_seconds:g}: this process hangs, or "
                 "waits for one that does. Where it stands:",

@@ -23,6 +23,9 @@ from rpt_jax.train.metrics import console, write_atomically
 from rpt_jax.types import TrainState
 
 MANIFEST = "manifest.json"
+# In place of a step.
+_NONE, _ALL_DAMAGED = -1, -2
+_UNFINISHED = "its manifest cannot be read"
 
 
 class Checkpoints:
@@ -33,17 +36,23 @@ class Checkpoints:
         directory: of this stage; a checkpoint is its subdirectory, named by the step.
         keep: newest checkpoints kept.
         step: the one to go on from; newer ones are set aside. None: the newest that is whole.
+        read_only: touch nothing, for the run may be going on elsewhere.
     Raises:
-        CheckpointError: no whole checkpoint of `step`.
+        CheckpointError: no whole checkpoint of `step`; or there are checkpoints, and none of them is whole.
     """
 
-    def __init__(self, directory: Path, *, keep: int, step: int | None = None):
-        self._directory, self._keep = directory.absolute(), keep
+    def __init__(self, directory: Path, *, keep: int, step: int | None = None, read_only: bool = False):
+        self._directory, self._keep, self._read_only = directory.absolute(), keep, read_only
         self._writer: threading.Thread | None = None
         self._failure: Exception | None = None
         found = self._choose(step) if is_main() else 0
         found = from_main(found)
         self.latest_step = None if found < 0 else found
+        if found == _ALL_DAMAGED:
+            raise CheckpointError(
+                f"{directory} holds checkpoints and none of them is whole; the stage would begin anew. Restore one of "
+                f"{self._directory.parent / 'set_aside'} from a copy, or choose another --run.directory."
+            )
         if step is not None and self.latest_step != step:
             raise CheckpointError(
                 f"no whole checkpoint of step {step} in {directory}; there are steps {steps_of(self._directory)}. "
@@ -51,25 +60,31 @@ class Checkpoints:
             )
 
     def _choose(self, step: int | None) -> int:
-        """The newest whole checkpoint, not above `step`; -1 where there is none. Sets aside what is newer."""
+        """The newest whole checkpoint, or `step`; sets aside what is newer. Else _NONE or _ALL_DAMAGED."""
         for leftover in self._directory.glob("*orbax-checkpoint-tmp*"):
-            shutil.rmtree(leftover)
+            if not self._read_only:
+                shutil.rmtree(leftover)
         steps = steps_of(self._directory)
-        if step is not None and step not in steps:
-            return -1
+        if step is not None:
+            if step not in steps or find_damage(self._directory / str(step)):
+                return _NONE
+            for newer in steps[steps.index(step) + 1 :]:
+                self._set_aside(self._directory / str(newer), f"the run goes on from step {step}")
+            return step
         for candidate in reversed(steps):
             path = self._directory / str(candidate)
-            if step is not None and candidate > step:
-                self._set_aside(path, f"the run goes on from step {step}")
-            elif problem := find_damage(path):
-                console.print(f"[bold red]checkpoint {path}[/]: {problem}; the one before it is taken")
-                self._set_aside(path, problem)
-            else:
+            if not (problem := find_damage(path)):
                 return candidate
-        return -1
+            console.print(f"[bold red]checkpoint {path}[/]: {problem}; it is passed over")
+            self._set_aside(path, problem)
+        # A first save that was interrupted leaves one checkpoint without a manifest: that is a beginning.
+        is_first = len(steps) == 0 or (len(steps) == 1 and problem.startswith(_UNFINISHED))
+        return _NONE if is_first else _ALL_DAMAGED
 
     def _set_aside(self, path: Path, why: str) -> None:
         """Out of the way of the run, in case anybody still wants it."""
+        if self._read_only:
+            return
         place = self._directory.parent / "set_aside"
         place.mkdir(exist_ok=True)
         name = f"{self._directory.name}-{path.name}"
@@ -98,16 +113,24 @@ class Checkpoints:
                 response.result()
                 if is_main():
                     write_manifest(path)
-                    for old in steps_of(self._directory)[: -self._keep]:
-                        # A checkpoint without its manifest is none: an interruption here leaves nothing half deleted.
-                        (self._directory / str(old) / MANIFEST).unlink(missing_ok=True)
-                        shutil.rmtree(self._directory / str(old))
             except Exception as error:  # raised by the next call, in the thread that can act on it
                 self._failure = _unwritten(path, error)
+            else:
+                if is_main():
+                    self._remove_old()
 
         self.latest_step = step
         self._writer = threading.Thread(target=finish)
         self._writer.start()
+
+    def _remove_old(self) -> None:
+        for old in steps_of(self._directory)[: -self._keep]:
+            try:
+                # A checkpoint without its manifest is none: an interruption here leaves nothing half deleted.
+                (self._directory / str(old) / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(self._directory / str(old))
+            except OSError as error:  # the new one is whole; the next save tries again
+                console.print(f"checkpoint {self._directory / str(old)} could not be removed ({error})")
 
     def wait(self) -> None:
         """Until the last save is on disk.
@@ -175,7 +198,7 @@ def find_damage(path: Path) -> str:
     try:
         text = (path / MANIFEST).read_text()
     except (OSError, ValueError) as error:
-        return f"its manifest cannot be read ({error}): it was never finished, or is damaged"
+        return f"{_UNFINISHED} ({error}): it was never finished, or is damaged"
     body = text.rpartition("\n}")[0] + "\n}"
     if text != _sealed(body):
         return "its manifest is damaged"

@@ -10,10 +10,11 @@ from typing import Any
 
 from rpt_jax.data.pipeline import TrainIterator
 from rpt_jax.errors import CheckpointError, Interrupted
+from rpt_jax.parallel.distributed import from_main
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rollout.collect import collect
 from rpt_jax.train.checkpoint import Checkpoints
-from rpt_jax.train.metrics import RunDirectory, progress_bar
+from rpt_jax.train.metrics import RunDirectory, progress_bar, read_records
 from rpt_jax.train.records import StepRecorder
 from rpt_jax.train.trainer import Trainer
 from rpt_jax.types import TrainState
@@ -48,6 +49,9 @@ def train(
         done = record["step"]
         tasks.set_state(record["tasks"])
         recorder.flops = record["flops"]
+    last_evaluation = {"stage": "evaluation", "step": config.run.num_steps}
+    if done == config.run.num_steps and from_main(any(r | last_evaluation == r for r in read_records(run.path))):
+        return state, recorder.flops
     run.cut_metrics("rpt", done)
     run.cut_metrics("evaluation", done - 1)
     last = min(config.run.num_steps, stop_at_step or config.run.num_steps)

@@ -30,6 +30,8 @@ console = Console(stderr=True)
 _FREE_FIELDS = {
     "run": ("directory", "num_steps", "completions_every_steps", "tensorboard", "resume"),
     "mesh": ("data", "fsdp", "tensor"),
+    "rollout": ("slots_per_trunk",),
+    "loss": ("microbatch_trunks",),
     "distributed": ("coordinator", "num_processes", "process_id", "join", "heartbeat_seconds", "deadline_seconds"),
     "checkpoint": ("every_steps", "keep"),
 }
@@ -71,6 +73,11 @@ def read_records(directory: Path) -> list[dict]:
     return records
 
 
+def _ends_whole(path: Path) -> bool:
+    """The file's last line is complete."""
+    return not path.exists() or not path.stat().st_size or path.read_bytes().endswith(b"\n")
+
+
 def read_json(path: Path) -> dict:
     """A JSON file of a run directory; raises CheckpointError where it is missing or damaged."""
     try:
@@ -96,6 +103,11 @@ class RunDirectory:
 
     def _open(self, config: Config, corpus: dict) -> None:
         saved = self.path / "config.json"
+        if not is_main() and not saved.exists():
+            raise CheckpointError(
+                f"process 0 has opened run directory {self.path}, and it is not there for process "
+                f"{jax.process_index()}; all processes must see one file system. Choose a shared --run.directory."
+            )
         if saved.exists():
             _check_same_run(Config.from_json(json.dumps(read_json(saved))), config, self.path)
             _check_same_corpus(read_json(self.path / "corpus.json"), corpus, self.path)
@@ -133,7 +145,10 @@ class RunDirectory:
         """Forget the stage's records after `step`: it is about to write them again."""
         if not is_main():
             return
-        kept = [r for r in read_records(self.path) if r["stage"] != stage or r["step"] <= step]
+        records = read_records(self.path)
+        kept = [r for r in records if r["stage"] != stage or r["step"] <= step]
+        if len(kept) == len(records) and _ends_whole(self.path / "metrics.jsonl"):
+            return
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
 
     def log(self, stage: str, step: int, record: dict) -> None:

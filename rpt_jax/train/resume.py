@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rpt_jax.config import Config
 from rpt_jax.errors import CheckpointError
-from rpt_jax.parallel.distributed import main_first
+from rpt_jax.parallel.distributed import is_main, main_first
 from rpt_jax.train.checkpoint import find_damage, steps_of
 from rpt_jax.train.metrics import console, read_json, read_records, write_atomically
 
@@ -45,13 +45,24 @@ def begin_as_copy(config: Config, identity: dict) -> None:
     Args:
         identity: what identifies the data, as `RunDirectory` keeps it.
     Raises:
-        CheckpointError: the source is no run, has other data, or no whole checkpoint of that step.
+        CheckpointError: the source is no run, has other data, or no whole checkpoint of that step; or the directory
+            holds something else already.
     """
     resume, target = Resume.parse(config.run.resume), Path(config.run.directory)
+    if resume.source is None:
+        return
     with main_first("copy of a run"):
-        # The config is written last: a copy that was interrupted is made again.
-        if resume.source is None or (target / "config.json").exists():
+        if not is_main():
             return
+        asked = {"run": str(resume.source), "step": resume.step}
+        has_begun = (target / "forked.json").exists() and read_json(target / "forked.json") == asked
+        if (target / "config.json").exists() and has_begun:
+            return  # the same command again
+        if ((target / "config.json").exists() or (target / "checkpoints").exists()) and not has_begun:
+            raise CheckpointError(
+                f"run.resume={config.run.resume!r} begins a new run, and {target} holds something else already. Choose "
+                "another --run.directory; to go back in a run, give its step alone."
+            )
         if not (resume.source / "config.json").exists():
             raise CheckpointError(
                 f"run.resume={config.run.resume!r}: {resume.source} holds no run (no config.json); it must be latest, "
@@ -63,18 +74,28 @@ def begin_as_copy(config: Config, identity: dict) -> None:
                 "tokenizer and template. To train it on others, export its policy and set --policy.path."
             )
         step = _whole_step(resume)
+        target.mkdir(parents=True, exist_ok=True)
+        # First a sign of what this directory is to be, last the config: an interrupted copy is made again.
+        write_atomically(target / "forked.json", json.dumps(asked, indent=2))
         shutil.rmtree(target / "checkpoints", ignore_errors=True)
         stages = resume.source / "checkpoints"
-        shutil.copytree(stages / "rpt" / str(step), target / "checkpoints" / "rpt" / str(step))
-        if (stages / "warm_start").exists():
-            shutil.copytree(stages / "warm_start", target / "checkpoints" / "warm_start")
-        for name in _FACTS:
-            if (resume.source / name).exists():
-                shutil.copy(resume.source / name, target / name)
+        try:
+            shutil.copytree(stages / "rpt" / str(step), target / "checkpoints" / "rpt" / str(step))
+            if (stages / "warm_start").exists():
+                shutil.copytree(stages / "warm_start", target / "checkpoints" / "warm_start")
+            for name in _FACTS:
+                if (resume.source / name).exists():
+                    shutil.copy(resume.source / name, target / name)
+            problem = find_damage(target / "checkpoints" / "rpt" / str(step))
+        except (OSError, shutil.Error) as error:
+            problem = str(error)
+        if problem:
+            raise CheckpointError(
+                f"{resume.source} could not be copied at step {step} ({problem}); it must stay as it is meanwhile. "
+                "Start the same command again."
+            )
         kept = [r for r in read_records(resume.source) if _is_before(r, step)]
         write_atomically(target / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-        origin = {"run": str(resume.source), "step": step}
-        write_atomically(target / "forked.json", json.dumps(origin, indent=2))
         write_atomically(target / "config.json", config.to_json())
         console.print(f"begun as a copy of {resume.source} at step {step}")
 

@@ -45,7 +45,7 @@ from rpt_jax.models.families import config_json, read_config
 from rpt_jax.models.hf import load_hf
 from rpt_jax.models.lora import Frozen, join, merge
 from rpt_jax.parallel.distributed import from_main, is_main, main_first
-from rpt_jax.parallel.interruption import beat
+from rpt_jax.parallel.interruption import check_alone
 from rpt_jax.parallel.mesh import local_trunks, make_mesh
 from rpt_jax.rewards.host import check_function
 from rpt_jax.rewards.reward import JUDGES, Reward, make_reward
@@ -101,8 +101,8 @@ class Prepared:
     def cache(self) -> Path:
         return cache_directory(self.config)
 
-    def checkpoints(self, stage: str) -> Checkpoints:
-        return Checkpoints(self.run.path / "checkpoints" / stage, keep=self.config.checkpoint.keep)
+    def checkpoints(self, stage: str, *, read_only: bool = False) -> Checkpoints:
+        return Checkpoints(self.run.path / "checkpoints" / stage, keep=self.config.checkpoint.keep, read_only=read_only)
 
 
 def cache_directory(config: Config) -> Path:
@@ -117,8 +117,7 @@ def prepare(config: Config) -> Prepared:
     """
     config.validate()
     mesh = make_mesh(config.mesh)
-    with main_first("tokenizer"):
-        tokenizer = find_tokenizer(config)
+    tokenizer = find_tokenizer(config)
     config = resolve_model(config, tokenizer)
     lora.check_targets(config.model, config.lora)
     if config.model.activation_dtype == "bfloat16" and mesh.devices.flat[0].platform == "cpu":
@@ -364,11 +363,16 @@ def warm_start(p: Prepared) -> Any:
         return params
     optimizer = make_optimizer(config.supervised.optimizer, config.supervised.num_steps)
     trained, frozen = trainable(p, params)
+    state = init_state(trained, optimizer, p.mesh)
+    finished = p.checkpoints("warm_start", read_only=True)
+    if finished.latest_step == config.supervised.num_steps:
+        state, _ = finished.restore(state)
+        return merge(frozen, state.params)
     with p.checkpoints("warm_start") as checkpoints:
         state, _ = train_supervised(
             "warm_start",
             config,
-            init_state(trained, optimizer, p.mesh),
+            state,
             optimizer,
             p.mesh,
             p.warm_examples,
@@ -479,7 +483,7 @@ def _counted(description: str, items: Iterable) -> Iterable:
     with progress_bar(description, None) as progress:
         for number, item in enumerate(items, start=1):
             yield item
-            beat()
+            check_alone()
             if number % 100 == 0:
                 progress(number)
 
@@ -588,8 +592,7 @@ def newest_state(p: Prepared) -> tuple[TrainState, Frozen | None, int]:
     # The shapes are all that the warm start's result is needed for, but adapters sit on its very values.
     trained, frozen = trainable(p, warm_start(p))
     like = init_state(trained, make_optimizer(p.config.optimizer, p.config.num_updates), p.mesh)
-    checkpoints = p.checkpoints("rpt")
-    state, record = checkpoints.restore(like)
+    state, record = p.checkpoints("rpt", read_only=True).restore(like)
     return state, frozen, record["step"]
 
 
