@@ -219,7 +219,7 @@ def test_a_schedule_changes_nothing_that_is_sampled(tiny_config, tiny_params, mo
     assert counts == {"_widen": 0, "_regroup": 0}
     other = generate(tiny_config, tiny_params, tasks, key, top_p=1.0, top_k=0, eos_id=EOS, **options, **SHORT)
     if options["schedule"].compact:
-        assert counts["_widen"] == 3 and counts["_regroup"] >= 2
+        assert counts["_widen"] == 3 and counts["_regroup"] >= 1
     lengths = np.asarray(static.mask).sum(-1)
     assert lengths.max() == 20 and np.median(lengths[lengths > 0]) < 12
     for name in ("tokens", "mask", "truncated", "num_rejected"):
@@ -235,7 +235,7 @@ def test_live_rows_are_regrouped_within_the_room_of_the_whole_batch():
     assert engine._fewer_slots(live, (4, 8), 100, 50, 1199, True) is None
     # Without regrouping the fullest trunk decides.
     assert engine._fewer_slots(live, (4, 8), 100, 50, 10_000, False) is None
-    assert engine._fewer_slots(np.array([3, 1, 1, 0]), (4, 8), 100, 50, 10_000, False) == (4, 3)
+    assert engine._fewer_slots(np.array([3, 1, 1, 0]), (4, 8), 100, 50, 10_000, False) == (4, 4)
 
 
 def test_sampling_on_a_mesh_uses_the_same_noise(tiny_config, monkeypatch):

@@ -15,8 +15,8 @@ from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import TRUNK_AXES, constrain, on_mesh_of
 from rpt_jax.types import Experience, TrainBatch
 
-# Microbatches have sizes in so many steps, up to the largest: few programs are compiled, little is padded.
-_STEPS = 8
+# Lanes and their lengths come in quarters of the largest, trunks in halves: few programs are compiled.
+_LANE_STEPS, _TRUNK_STEPS = 4, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,9 @@ def plan_microbatches(
     return [_lay_out(group, lanes, lengths_UR, width, microbatch_trunks, num_shards) for group in groups]
 
 
-def _rounded(number: int, most: int) -> int:
-    """Up to a multiple of an eighth of `most`, at least one."""
-    step = -(-most // _STEPS)
+def _rounded(number: int, most: int, steps: int = _LANE_STEPS) -> int:
+    """Up to a multiple of one of so many steps to `most`, at least one."""
+    step = -(-most // steps)
     return min(most, max(1, -(-number // step)) * step)
 
 
@@ -113,7 +113,7 @@ def _fill_lanes(lengths_R, keeps_R, width: int) -> list[list[int]]:
 
 def _lay_out(group, lanes, lengths_UR, width: int, microbatch_trunks: int, num_shards: int) -> Microbatch:
     num_rows = lengths_UR.shape[1]
-    size = _rounded(-(-len(group) // num_shards), microbatch_trunks // num_shards) * num_shards
+    size = _rounded(-(-len(group) // num_shards), microbatch_trunks // num_shards, _TRUNK_STEPS) * num_shards
     num_lanes = _rounded(max((len(lanes[u]) for u in group), default=1), num_rows)
     longest = max((int(lengths_UR[u, r]) for u in group for lane in lanes[u] for r in lane), default=1)
     source = np.full((size, num_lanes, _rounded(longest, width)), -1, np.int32)

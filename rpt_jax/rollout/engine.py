@@ -6,6 +6,7 @@ it widens the caches as rows get longer. Noise is keyed by row and token, so a s
 of products of other shapes.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -101,7 +102,7 @@ def generate(
         # Trunks of a sharded batch stay on their device.
         may_regroup = _num_shards(batch.trunk_tokens) == 1
         room = U * (stems.columns.shape[1] + slots * limit)
-        floor = U * slots * 3 // 4 if schedule.compact else 0
+        floor = U * slots // 2 if schedule.compact else 0
         while True:
             flight, written, status = run_segment(config, law, weights, stems, flight, written, key, np.int32(floor))
             live_U, clock, is_waiting = to_host(status)
@@ -117,7 +118,7 @@ def generate(
                     stems, flight = _regroup(stems, flight, num_trunks=U, groups=shape[0], slots=shape[1])
                 elif shape:
                     flight = _shrink(flight, slots=shape[1])
-                floor = num_live * 3 // 4
+                floor = num_live // 2
 
 
 def _num_shards(array) -> int:
@@ -354,25 +355,31 @@ def _draw(law: Law, params, stems: _Stems, flight: _Flight, hidden_USD, key) -> 
 # --- Between segments ---------------------------------------------------------------------------------------------
 
 
+def _at_least(wanted: int, number: int) -> int:
+    """The number halved, rounded up, or doubled, as often as leaves the least that is not below `wanted`."""
+    if wanted > number:
+        return number * 2 ** math.ceil(math.log2(wanted / number))
+    return min(n for halvings in range(number.bit_length()) if (n := -(-number // 2**halvings)) >= wanted)
+
+
 def _fewer_slots(live_U, shape, num_stem: int, limit: int, room: int, may_regroup: bool) -> tuple[int, int] | None:
-    """(groups, slots a group) that hold the live rows in at most 4/5 of the present slots; None: there are none.
+    """(groups, slots a group) that hold the live rows in at most 5/8 of the present slots; None: there are none.
 
     Of these the one that keeps and reads least: a stem for each group and a row for each slot. A trunk with many live
-    rows may take several groups, as long as all fits into the `room` (tokens kept) of the whole batch. Groups come in
-    quarters of the present number, slots in halves and three quarters, so that few programs are compiled.
+    rows may take several groups, as long as all fits into the `room` (tokens kept) of the whole batch. Groups and slots
+    come in halves of the present numbers: every other shape is a program to compile.
     """
     groups, slots = shape
-    sizes = {max(1, -(-slots * share // 64)) for share in (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)}
-    quarter = max(1, groups // 4)
+    sizes = {-(-slots // 2**halvings) for halvings in range(slots.bit_length())}
     best, least = None, min(room, groups * (num_stem + slots * limit)) + 1
     for size in sorted(sizes, reverse=True):
         number = groups
         if may_regroup:
-            number = max(1, -(-int(np.sum(-(-live_U // size))) // quarter)) * quarter
+            number = _at_least(max(1, int(np.sum(-(-live_U // size)))), groups)
         elif live_U.max() > size:
             continue
         kept = number * (num_stem + size * limit)
-        if number * size <= 0.8 * groups * slots and kept < least:
+        if 8 * number * size <= 5 * groups * slots and kept < least:
             best, least = (number, size), kept
     return best
 
