@@ -77,7 +77,7 @@ def test_batches_take_every_example_once_an_epoch_in_order(pack):
     examples = random_examples(17, 50)
     config = dataclasses.replace(CONFIG, supervised=dataclasses.replace(CONFIG.supervised, pack=pack))
     seen = []
-    for batch, _ in itertools.islice(batches(examples, config, TAIL, shuffle=False), 30):
+    for batch, *_ in itertools.islice(batches(examples, config, TAIL, shuffle=False), 30):
         if pack:
             for number in range(1, batch.sequences.trunk_segments.max() + 1):
                 seen.append(batch.sequences.trunk_tokens[batch.sequences.trunk_segments == number].tolist())
@@ -169,3 +169,16 @@ def test_bad_supervised_lines_are_refused_with_file_and_line(tmp_path, letters, 
     with pytest.raises(DataError, match=message) as error:
         read_examples(str(path), letters, make_template(letters, CONFIG.data), CONFIG)
     assert "s.jsonl line 2" in str(error.value)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_batches_go_on_from_any_of_them(pack):
+    """The position that comes with a batch is where the next process begins."""
+    examples = random_examples(17, 50)
+    config = dataclasses.replace(CONFIG, supervised=dataclasses.replace(CONFIG.supervised, pack=pack))
+    straight = list(itertools.islice(batches(examples, config, TAIL, shuffle=True), 6))
+    for k in range(1, 6):
+        position = straight[k - 1][2]
+        batch, num_tokens, _ = next(batches(examples, config, TAIL, shuffle=True, position=position))
+        assert num_tokens == straight[k][1]
+        np.testing.assert_array_equal(batch.sequences.trunk_tokens, straight[k][0].sequences.trunk_tokens)
