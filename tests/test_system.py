@@ -191,6 +191,7 @@ def test_stopping_anywhere_and_going_on_equals_going_straight(corpus, tmp_path, 
         assert run_hashes(*rpt_only(config(f"stopped{k}"))) == straight
 
 
+@pytest.mark.slow
 def test_adapters_bands_and_mixtures_resume_exactly(corpus, tmp_path):
     """The state has adapters only; pass rates and the mixture's cursor come back with the checkpoint."""
 
