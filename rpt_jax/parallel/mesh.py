@@ -146,13 +146,14 @@ def on_mesh_of(tree: Any) -> Iterator[None]:
 def constrain(x, *axes):
     """x, laid out so inside a program: a mesh axis or None for each dimension, None for those not named.
 
-    Left to itself the partitioner spreads the parameters' shards into the activations, and moves those. A dimension that
-    its axes do not divide, as in a small batch made by hand, is left whole.
+    Left to itself the partitioner spreads the parameters' shards into the activations, and moves those. A dimension
+    that its axes do not divide, as in a small batch made by hand, is left whole.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     names = [() if axis is None else (axis,) if isinstance(axis, str) else axis for axis in axes]
-    fitting = [axis if size % num_shards(*name) == 0 else None for axis, name, size in zip(axes, names, x.shape)]
+    sizes = zip(axes, names, x.shape, strict=False)
+    fitting = [axis if size % num_shards(*name) == 0 else None for axis, name, size in sizes]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
 
 
