@@ -10,19 +10,23 @@ Exit status 3 where the run does not fit; then the nearest setting that does is 
 import argparse
 import itertools
 import json
-import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from experiments.cli import parse_config, run_script
+from rpt_jax import plan as plan_lib
+from rpt_jax.config import Config
 from rpt_jax.errors import ConfigError
+from rpt_jax.plan import Plan
+from rpt_jax.train.metrics import console
 
 
 def main(argv: list[str]) -> None:
-    # Nothing is run here: a backend of its own would only be in the way.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    from rpt_jax.train.metrics import console
-
+    # Nothing is run here: an accelerator of the machine's own stays free.
+    jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--topology", required=not {"-h", "--help"} & set(argv))
     parser.add_argument("--json", type=Path)
@@ -30,12 +34,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--no-nearest", action="store_true")
     args, rest = parser.parse_known_args(argv)
     config, _ = parse_config(rest)
-    from rpt_jax import plan as plan_lib
-
     chip, devices = plan_lib.describe_topology(args.topology)
     config = plan_lib.fit_mesh(config, len(devices))
 
-    def make(config, topology):
+    def make(config: Config, topology: str) -> Plan:
         return plan_lib.make_plan(config, topology, args.tail_tokens, lambda name: console.print(f"compiling: {name}"))
 
     plan = make(config, args.topology)
@@ -58,10 +60,8 @@ def main(argv: list[str]) -> None:
         sys.exit(3)
 
 
-def nearest(config, topology: str, num_tail: int, memory: float):
+def nearest(config: Config, topology: str, num_tail: int, memory: float) -> Iterator[tuple[list[str], str, Config]]:
     """(changes, topology, config) worth compiling: two on these chips, then one on each larger topology."""
-    from rpt_jax import plan as plan_lib
-
     for changes, nearer in itertools.islice(plan_lib.nearest_settings(config, num_tail, memory), 2):
         yield changes, topology, nearer
     for larger in plan_lib.larger_topologies(topology):
@@ -73,7 +73,7 @@ def nearest(config, topology: str, num_tail: int, memory: float):
             yield [f"--topology {larger}", *changes], larger, nearer
 
 
-def describe(plan, config) -> str:
+def describe(plan: Plan, config: Config) -> str:
     """The plan as tables of text."""
     gib, mesh, chip = 2**30, config.mesh, plan.chip
     room = max(p.peak + p.resident for p in plan.programs)
