@@ -270,7 +270,7 @@ def compile_programs(
     # While caches are widened for the last time, their first half is still there.
     halves = bytes_per_chip(started[1].cache) // 2
     program, _ = compiled(
-        "decode", R / slots, kept + halves, engine.run_segment, config.model, law, weights, *started, key,
+        "decode", R / slots, kept + halves, engine.run_segment, config.model, law, weights, *started,
         jax.ShapeDtypeStruct((), np.int32), trips=C,
     )  # fmt: skip
     yield program

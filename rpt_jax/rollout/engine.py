@@ -6,7 +6,6 @@ it widens the caches as rows get longer. Noise is keyed by row and token, so a s
 of products of other shapes.
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -102,9 +101,9 @@ def generate(
         # Trunks of a sharded batch stay on their device.
         may_regroup = _num_shards(batch.trunk_tokens) == 1
         room = U * (stems.columns.shape[1] + slots * limit)
-        floor = U * slots // 2 if schedule.compact else 0
+        floor = U * slots * 3 // 4 if schedule.compact else 0
         while True:
-            flight, written, status = run_segment(config, law, weights, stems, flight, written, key, np.int32(floor))
+            flight, written, status = run_segment(config, law, weights, stems, flight, written, np.int32(floor))
             live_U, clock, is_waiting = to_host(status)
             check()
             num_live, window = int(live_U.sum()), _window(flight)
@@ -113,12 +112,14 @@ def generate(
             if clock == window < limit:
                 flight = _widen(config, flight, window=min(2 * window, limit))
             if schedule.compact and not is_waiting and num_live <= floor:
-                shape = _fewer_slots(live_U, flight.row.shape, stems.columns.shape[1], limit, room, may_regroup)
+                shape = _fewer_slots(
+                    live_U, flight.row.shape, (U, slots), stems.columns.shape[1], limit, room, may_regroup
+                )
                 if shape and may_regroup:
                     stems, flight = _regroup(stems, flight, num_trunks=U, groups=shape[0], slots=shape[1])
                 elif shape:
                     flight = _shrink(flight, slots=shape[1])
-                floor = num_live // 2
+                floor = num_live * 3 // 4
 
 
 def _num_shards(array) -> int:
@@ -138,7 +139,7 @@ class _Stems:
     cuts: Any  # i32 [U, M]
     tail_lengths: Any  # i32 [U, M]
     columns: Any  # i32 [U, P], as attention.Reach
-    row_ids: Any  # i32 [U, R]
+    keys: Any  # keys [U, R], of the rows' noise
     queue: Any  # i32 [U, R], rows in the order they are started, those of padded positions last
     num_queued: Any  # i32 [U], rows that are started
 
@@ -184,7 +185,7 @@ def start(config: DecoderConfig, law: Law, params, batch: TaskBatch, key, *, slo
         cuts=jnp.asarray(batch.cuts),
         tail_lengths=jnp.asarray(batch.tail_lengths),
         columns=decoder.stem_columns(batch.trunk_tokens.shape[1], batch.tail_lengths, E),
-        row_ids=batch.row_ids.reshape(U, R),
+        keys=row_keys(key, jnp.asarray(batch.row_ids).reshape(U, R)),
         queue=jnp.argsort(~is_real_UR, axis=1, stable=True).astype(jnp.int32),
         num_queued=is_real_UR.sum(1, dtype=jnp.int32),
     )
@@ -199,7 +200,7 @@ def start(config: DecoderConfig, law: Law, params, batch: TaskBatch, key, *, slo
     )
     flight = _start_waiting_rows(stems, flight)
     nothing_USD = jnp.zeros((U, slots, config.width), config.activation_dtype)
-    flight, entry = _draw(law, params, stems, flight, nothing_USD, key)
+    flight, entry = _draw(law, params, stems, flight, nothing_USD)
     written = _Written(
         tokens=jnp.zeros((U, R, C), jnp.int32),
         logprobs=jnp.zeros((U, R, C), jnp.float32),
@@ -210,9 +211,7 @@ def start(config: DecoderConfig, law: Law, params, batch: TaskBatch, key, *, slo
 
 
 @partial(jax.jit, static_argnames=("config", "law"), donate_argnames=("flight", "written"))
-def run_segment(
-    config: DecoderConfig, law: Law, weights, stems: _Stems, flight: _Flight, written: _Written, key, floor
-):
+def run_segment(config: DecoderConfig, law: Law, weights, stems: _Stems, flight: _Flight, written: _Written, floor):
     """Feed and draw until all is done, the caches are full, or no row waits and at most `floor` live.
 
     Returns:
@@ -231,7 +230,7 @@ def run_segment(
         flight, tape, steps = carry
         flight = _start_waiting_rows(stems, flight)
         hidden_USD, flight = _feed(config, weights, stems, flight)
-        flight, entry = _draw(law, weights["rest"], stems, flight, hidden_USD, key)
+        flight, entry = _draw(law, weights["rest"], stems, flight, hidden_USD)
         tape = jax.tree.map(
             lambda all_steps, now: jax.lax.dynamic_update_index_in_dim(all_steps, now, steps, 0), tape, entry
         )
@@ -334,7 +333,7 @@ def _feed(config: DecoderConfig, weights, stems: _Stems, flight: _Flight):
     return hidden_US1D[:, :, 0], replace(flight, cache=cache, clock=flight.clock + 1)
 
 
-def _draw(law: Law, params, stems: _Stems, flight: _Flight, hidden_USD, key) -> tuple[_Flight, _Entry]:
+def _draw(law: Law, params, stems: _Stems, flight: _Flight, hidden_USD) -> tuple[_Flight, _Entry]:
     """Draw the next token of every slot; the slots of rows that end with it are empty."""
     R = stems.queue.shape[1]
     first_USD = jnp.take_along_axis(stems.tail_hidden, _prompt_of(stems, flight)[..., None], axis=1)
@@ -342,7 +341,7 @@ def _draw(law: Law, params, stems: _Stems, flight: _Flight, hidden_USD, key) -> 
     logits_USV = next_logits(params, hidden_USD)
     if logits_USV.shape[-1] > law.vocab_size:
         logits_USV = jnp.where(jnp.arange(logits_USV.shape[-1]) < law.vocab_size, logits_USV, -jnp.inf)
-    keys = row_keys(key, jnp.take_along_axis(stems.row_ids, jnp.minimum(flight.row, R - 1), axis=1))
+    keys = jnp.take_along_axis(stems.keys, jnp.minimum(flight.row, R - 1), axis=1)
     index = flight.index + 1
     token, logprob, rejected = sample(
         logits_USV, keys, index, temperature=law.temperature, top_p=law.top_p, top_k=law.top_k
@@ -355,31 +354,40 @@ def _draw(law: Law, params, stems: _Stems, flight: _Flight, hidden_USD, key) -> 
 # --- Between segments ---------------------------------------------------------------------------------------------
 
 
-def _at_least(wanted: int, number: int) -> int:
-    """The number halved, rounded up, or doubled, as often as leaves the least that is not below `wanted`."""
-    if wanted > number:
-        return number * 2 ** math.ceil(math.log2(wanted / number))
-    return min(n for halvings in range(number.bit_length()) if (n := -(-number // 2**halvings)) >= wanted)
+def _sizes(most: int) -> list[int]:
+    """`most`, three quarters of it, and both halved again and again: every other size is a program to compile."""
+    halvings = range(most.bit_length())
+    return sorted({-(-most * share // (4 * 2**h)) for share in (4, 3) for h in halvings})
 
 
-def _fewer_slots(live_U, shape, num_stem: int, limit: int, room: int, may_regroup: bool) -> tuple[int, int] | None:
-    """(groups, slots a group) that hold the live rows in at most 5/8 of the present slots; None: there are none.
+def _round_up(number: int, most: int) -> int:
+    """The least of `_sizes` that is not below the number; `most` is doubled for numbers above it."""
+    while most < number:
+        most *= 2
+    return next(size for size in _sizes(most) if size >= number)
+
+
+def _fewer_slots(
+    live_U, shape, full, num_stem: int, limit: int, room: int, may_regroup: bool
+) -> tuple[int, int] | None:
+    """(groups, slots a group) that hold the live rows in at most 4/5 of the present slots; None: there are none.
 
     Of these the one that keeps and reads least: a stem for each group and a row for each slot. A trunk with many live
-    rows may take several groups, as long as all fits into the `room` (tokens kept) of the whole batch. Groups and slots
-    come in halves of the present numbers: every other shape is a program to compile.
+    rows may take several groups, as long as all fits into the `room` (tokens kept) of the whole batch. Both numbers are
+    sizes of the `full` shape's.
     """
     groups, slots = shape
-    sizes = {-(-slots // 2**halvings) for halvings in range(slots.bit_length())}
     best, least = None, min(room, groups * (num_stem + slots * limit)) + 1
-    for size in sorted(sizes, reverse=True):
+    for size in reversed(_sizes(full[1])):
         number = groups
+        if size > slots:
+            continue
         if may_regroup:
-            number = _at_least(max(1, int(np.sum(-(-live_U // size)))), groups)
+            number = _round_up(max(1, int(np.sum(-(-live_U // size)))), full[0])
         elif live_U.max() > size:
             continue
         kept = number * (num_stem + size * limit)
-        if 8 * number * size <= 5 * groups * slots and kept < least:
+        if 5 * number * size <= 4 * groups * slots and kept < least:
             best, least = (number, size), kept
     return best
 
