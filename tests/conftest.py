@@ -21,7 +21,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Runs that a test starts anew compile the same programs again: keep them for the session, for all its processes.
 _CACHE = os.environ.setdefault("RPT_JAX_TEST_CACHE", tempfile.mkdtemp(prefix="rpt_jax_tests_"))
 jax.config.update("jax_compilation_cache_dir", _CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 3.0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

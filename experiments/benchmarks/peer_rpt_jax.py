@@ -53,7 +53,7 @@ def rewards(rollouts, tasks, requested):
 
 
 def main() -> None:
-    shape, turns = as_worker()
+    shape, turns, _ = as_worker()
     config = make_config(shape)
     config.validate()
     mesh = make_mesh(config.mesh)

@@ -4,6 +4,7 @@ Rollouts are transformers' `generate` on the whole batch, an update's passes as 
 checkpointing is off, and with one update per batch TRL runs no pass for old log-probabilities.
 """
 
+import argparse
 import tempfile
 
 import torch
@@ -86,7 +87,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=stop, pad_token=stop, padding_side="left")
 
 
-def make_arguments(shape: Shape, directory: str) -> GRPOConfig:
+def make_arguments(shape: Shape, rows: int, directory: str) -> GRPOConfig:
     return GRPOConfig(
         output_dir=directory,
         use_cpu=True,
@@ -99,8 +100,8 @@ def make_arguments(shape: Shape, directory: str) -> GRPOConfig:
         beta=0.0,
         num_iterations=1,
         num_generations=GROUP_SIZE,
-        per_device_train_batch_size=MICROBATCH_ROWS,
-        gradient_accumulation_steps=shape.num_prompts * GROUP_SIZE // MICROBATCH_ROWS,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=shape.num_prompts * GROUP_SIZE // rows,
         max_completion_length=shape.new_tokens,
         generation_kwargs={"min_new_tokens": shape.new_tokens},
         temperature=1.0,
@@ -114,14 +115,17 @@ def make_arguments(shape: Shape, directory: str) -> GRPOConfig:
 
 
 def main() -> None:
-    shape, turns = as_worker()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--one-pass", action="store_true", help="all rows in one pass of the update")
+    shape, turns, args = as_worker(parser)
+    rows = shape.num_prompts * GROUP_SIZE if args.one_pass else MICROBATCH_ROWS
     torch.set_num_threads(NUM_CORES)
     prompts = [" ".join(map(str, ids)) for ids in shape.prompts()]
     with tempfile.TemporaryDirectory() as directory:
         trainer = TimedTrainer(
             model=make_model(),
             reward_funcs=rewards,
-            args=make_arguments(shape, directory),
+            args=make_arguments(shape, rows, directory),
             train_dataset=Dataset.from_dict({"prompt": prompts}),
             processing_class=make_tokenizer(),
             callbacks=[WaitForTurn(turns)],

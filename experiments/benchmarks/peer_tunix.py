@@ -115,7 +115,7 @@ def make_cluster(shape: Shape) -> RLCluster:
 
 
 def main() -> None:
-    shape, turns = as_worker()
+    shape, turns, _ = as_worker()
     cluster = make_cluster(shape)
     config = GRPOConfig(num_generations=GROUP_SIZE, num_iterations=1, beta=0.0)
     learner = TimedLearner(rl_cluster=cluster, algo_config=config, reward_fns=rewards)

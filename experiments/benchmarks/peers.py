@@ -1,7 +1,7 @@
 """One GRPO step of this package, of TRL and of Tunix, alternated in one run on two CPU cores.
 
 python -m experiments.benchmarks.peers --shape rpt|questions [--alternations 3] [--json FILE]
-    [--implementations rpt_jax trl tunix]
+    [--implementations rpt_jax trl trl_one_pass tunix]
 
 A step is a rollout (prompts in, completions and their rewards out) and one AdamW update from it: no KL term, group
 size 8, temperature 1, float32. All take the same token ids, sample exactly as many tokens and score them by the same
@@ -11,6 +11,8 @@ Every implementation is a process of its own in its own environment (made on fir
 and waits without work while others have their turn. Its first step compiles and is not counted. Figures are medians;
 memory is the process's highest resident set, its libraries and compilation included. A speed-up is against the peer
 that is faster in that same quantity. Writes JSON, a chart beside it and the workers' logs beside both.
+
+trl runs 8 rows a pass of its update, which is fastest for it here; trl_one_pass, on request, all rows in one.
 """
 
 import argparse
@@ -37,6 +39,13 @@ VOCABULARY = 8192
 # The stop token is in no prompt and never sampled, so every completion has its full length.
 STOP_ID = VOCABULARY - 1
 QUANTITIES = ("step", "rollout", "update")
+# Environment and module of each implementation, and the options of its worker.
+IMPLEMENTATIONS = {
+    "rpt_jax": ("rpt_jax",),
+    "trl": ("trl",),
+    "trl_one_pass": ("trl", "--one-pass"),
+    "tunix": ("tunix",),
+}
 
 
 class PeerError(RuntimeError):
@@ -123,13 +132,13 @@ class Turns:
         print(json.dumps(figures), file=self._answers, flush=True)
 
 
-def as_worker() -> tuple[Shape, Turns]:
-    """What a worker's command line asks for."""
-    parser = argparse.ArgumentParser()
+def as_worker(parser: argparse.ArgumentParser | None = None) -> tuple[Shape, Turns, argparse.Namespace]:
+    """What a worker's command line asks for; the parser may have options of the worker's own."""
+    parser = parser or argparse.ArgumentParser()
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--answers-fd", type=int, required=True)
     args = parser.parse_args()
-    return SHAPES[args.shape], Turns(args.answers_fd)
+    return SHAPES[args.shape], Turns(args.answers_fd), args
 
 
 def environment(name: str) -> Path:
@@ -157,10 +166,12 @@ class Worker:
 
     def __init__(self, name: str, shape: str, log: Path):
         self.name, self._shape, self._log = name, SHAPES[shape], log
-        python = environment(name)
+        module, *options = IMPLEMENTATIONS[name]
+        python = environment(module)
         read_fd, write_fd = os.pipe()
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(NUM_CORES))
-        command = [python, "-m", f"experiments.benchmarks.peer_{name}", "--shape", shape, "--answers-fd", str(write_fd)]
+        command = [python, "-m", f"experiments.benchmarks.peer_{module}", *options]
+        command += ["--shape", shape, "--answers-fd", str(write_fd)]
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 command,
@@ -218,8 +229,9 @@ def summarise(samples: dict[str, list[dict]]) -> dict:
         for quantity in QUANTITIES:
             key = f"{quantity}_seconds"
             summary[f"speedup_{quantity}"] = min(p[key] for p in peers) / ours[key]
-    if ours and "trl" in figures:
-        summary["memory_ratio_trl"] = ours["peak_bytes"] / figures["trl"]["peak_bytes"]
+    for name in ("trl", "trl_one_pass"):
+        if ours and name in figures:
+            summary[f"memory_ratio_{name}"] = ours["peak_bytes"] / figures[name]["peak_bytes"]
     return summary
 
 
@@ -273,12 +285,11 @@ def main(argv: list[str]) -> None:
     # Not above: the peers' environments import this module too, and TRL's has no JAX.
     from experiments.benchmarks.common import keep
 
-    names = ("rpt_jax", "trl", "tunix")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--alternations", type=int, default=3, help="counted steps of each implementation")
     parser.add_argument("--json", type=Path, help="default: runs/benchmarks/peers_<shape>.json")
-    parser.add_argument("--implementations", nargs="+", choices=names, default=names)
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=("rpt_jax", "trl", "tunix"))
     args = parser.parse_args(argv)
     args.json = args.json or Path(f"runs/benchmarks/peers_{args.shape}.json")
     args.json.parent.mkdir(parents=True, exist_ok=True)
