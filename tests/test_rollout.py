@@ -228,19 +228,22 @@ def test_a_schedule_changes_nothing_that_is_sampled(tiny_config, tiny_params, mo
 
 
 def test_live_rows_are_regrouped_within_the_room_of_the_whole_batch():
-    """Trunks with 8, 1, 1 and 0 live rows of 8: slots of 4 need two groups for the first."""
-    live, shape = np.array([8, 1, 1, 0]), (4, 8)
-    assert engine._fewer_slots(live, shape, shape, 100, 50, 10_000, True) == (4, 4)
-    # A stem of 100 tokens for each of 4 groups, with 4 slots of 50, keeps 1200; every other way keeps as much or more.
-    assert engine._fewer_slots(live, shape, shape, 100, 50, 1199, True) is None
+    """Trunks with 8, 1, 1 and 0 live rows of 8: in groups of 2 slots, 4 + 1 + 1."""
+    live, full = np.array([8, 1, 1, 0]), (4, 8)
+    assert engine._fewer_slots(live, full, full, 100, 50, 10_000, True) == (6, 2)
+    # 6 groups keep a stem of 100 tokens and 2 slots of 50 each.
+    assert engine._fewer_slots(live, full, full, 100, 50, 1200, True) == (6, 2)
+    assert engine._fewer_slots(live, full, full, 100, 50, 1199, True) is None
+    # 12 slots instead of 14 are not worth it; 5 groups would do for a row less, but are no size of theirs.
+    assert engine._fewer_slots(live, (7, 2), full, 100, 50, 10_000, True) is None
+    assert engine._fewer_slots(np.array([6, 1, 1, 0]), full, full, 100, 50, 10_000, True) == (6, 2)
     # Without regrouping the fullest trunk decides.
-    assert engine._fewer_slots(live, shape, shape, 100, 50, 10_000, False) is None
-    assert engine._fewer_slots(np.array([3, 1, 1, 0]), shape, shape, 100, 50, 10_000, False) == (4, 3)
+    assert engine._fewer_slots(live, full, full, 100, 50, 10_000, False) is None
+    assert engine._fewer_slots(np.array([3, 1, 1, 0]), full, full, 100, 50, 10_000, False) == (4, 3)
 
 
-def test_slots_and_groups_come_in_two_sizes_to_each_halving():
+def test_slots_come_in_two_sizes_to_each_halving():
     assert engine._sizes(16) == [1, 2, 3, 4, 6, 8, 12, 16] and engine._sizes(5) == [1, 2, 3, 4, 5]
-    assert [engine._round_up(n, 16) for n in (1, 5, 6, 13, 16, 17, 25)] == [1, 6, 6, 16, 16, 24, 32]
 
 
 def test_sampling_on_a_mesh_uses_the_same_noise(tiny_config, monkeypatch):

@@ -133,7 +133,7 @@ class Block(nn.Module):
     def project(self, x_TD, rope):
         """Rotated queries [..., T, H, Q] and keys, and values [..., T, K, Q]."""
         c = self.config
-        x_TD = _rms_norm(x_TD, self.attention_norm, c.norm_eps)
+        x_TD = constrain(_rms_norm(x_TD, self.attention_norm, c.norm_eps), TRUNK_AXES)
         q, k, v = (self.linear(name, x_TD) for name in "qkv")
         if c.qk_norm:
             q, k = _rms_norm(q, self.q_norm, c.norm_eps), _rms_norm(k, self.k_norm, c.norm_eps)
@@ -143,7 +143,7 @@ class Block(nn.Module):
     def finish(self, x_TD, attended_THQ):
         """Output projection and SwiGLU, each added to the residual stream."""
         x_TD = x_TD + self.linear("o", attended_THQ, 2)
-        y_TD = _rms_norm(x_TD, self.mlp_norm, self.config.norm_eps)
+        y_TD = constrain(_rms_norm(x_TD, self.mlp_norm, self.config.norm_eps), TRUNK_AXES)
         return x_TD + self.linear("down", nn.silu(self.linear("gate", y_TD)) * self.linear("up", y_TD))
 
     def __call__(self, streams, geometry: "Geometry"):

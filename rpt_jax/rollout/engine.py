@@ -6,6 +6,7 @@ it widens the caches as rows get longer. Noise is keyed by row and token, so a s
 of products of other shapes.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -355,41 +356,30 @@ def _draw(law: Law, params, stems: _Stems, flight: _Flight, hidden_USD) -> tuple
 
 
 def _sizes(most: int) -> list[int]:
-    """`most`, three quarters of it, and both halved again and again: every other size is a program to compile."""
+    """`most`, three quarters of it, and both halved again and again."""
     halvings = range(most.bit_length())
     return sorted({-(-most * share // (4 * 2**h)) for share in (4, 3) for h in halvings})
-
-
-def _round_up(number: int, most: int) -> int:
-    """The least of `_sizes` that is not below the number; `most` is doubled for numbers above it."""
-    while most < number:
-        most *= 2
-    return next(size for size in _sizes(most) if size >= number)
 
 
 def _fewer_slots(
     live_U, shape, full, num_stem: int, limit: int, room: int, may_regroup: bool
 ) -> tuple[int, int] | None:
-    """(groups, slots a group) that hold the live rows in at most 4/5 of the present slots; None: there are none.
+    """(groups, slots a group) that hold the live rows, if that is at most 4/5 of the present slots.
 
-    Of these the one that keeps and reads least: a stem for each group and a row for each slot. A trunk with many live
-    rows may take several groups, as long as all fits into the `room` (tokens kept) of the whole batch. Both numbers are
-    sizes of the `full` shape's.
+    Groups have a quarter of the slots of the `full` shape, and a trunk may take several, as long as all fits into the
+    `room` (tokens kept) of the whole batch; without regrouping every trunk has one. So shapes differ in one number,
+    which has few values: every shape, and every way from one to another, is a program to compile.
     """
-    groups, slots = shape
-    best, least = None, min(room, groups * (num_stem + slots * limit)) + 1
-    for size in reversed(_sizes(full[1])):
-        number = groups
-        if size > slots:
-            continue
-        if may_regroup:
-            number = _round_up(max(1, int(np.sum(-(-live_U // size)))), full[0])
-        elif live_U.max() > size:
-            continue
-        kept = number * (num_stem + size * limit)
-        if 5 * number * size <= 4 * groups * slots and kept < least:
-            best, least = (number, size), kept
-    return best
+    if may_regroup:
+        size = -(-full[1] // 4)
+        needed = int(np.sum(-(-live_U // size)))
+        shapes = [(number, size) for number in _sizes(full[0] * full[1] // size) if number >= needed]
+    else:
+        shapes = [(full[0], size) for size in _sizes(full[1]) if size >= live_U.max()]
+    for groups, slots in shapes:
+        if 5 * groups * slots <= 4 * math.prod(shape) and groups * (num_stem + slots * limit) <= room:
+            return groups, slots
+    return None
 
 
 @partial(jax.jit, static_argnames=("config", "window"))
