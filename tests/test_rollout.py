@@ -227,23 +227,21 @@ def test_a_schedule_changes_nothing_that_is_sampled(tiny_config, tiny_params, mo
     np.testing.assert_allclose(static.sampler_logprobs, other.sampler_logprobs, atol=1e-5)
 
 
-def test_live_rows_are_regrouped_within_the_room_of_the_whole_batch():
-    """Trunks with 8, 1, 1 and 0 live rows of 8: in groups of 2 slots, 4 + 1 + 1."""
-    live, full = np.array([8, 1, 1, 0]), (4, 8)
-    assert engine._fewer_slots(live, full, full, 100, 50, 10_000, True) == (6, 2)
-    # 6 groups keep a stem of 100 tokens and 2 slots of 50 each.
-    assert engine._fewer_slots(live, full, full, 100, 50, 1200, True) == (6, 2)
-    assert engine._fewer_slots(live, full, full, 100, 50, 1199, True) is None
-    # 12 slots instead of 14 are not worth it; 5 groups would do for a row less, but are no size of theirs.
-    assert engine._fewer_slots(live, (7, 2), full, 100, 50, 10_000, True) is None
-    assert engine._fewer_slots(np.array([6, 1, 1, 0]), full, full, 100, 50, 10_000, True) == (6, 2)
-    # Without regrouping the fullest trunk decides.
-    assert engine._fewer_slots(live, full, full, 100, 50, 10_000, False) is None
-    assert engine._fewer_slots(np.array([3, 1, 1, 0]), full, full, 100, 50, 10_000, False) == (4, 3)
+def test_live_rows_move_through_one_chain_of_shapes():
+    """4 trunks with 16 slots: 64, then 48, 32, 24, 16, 8, 4 of them in groups of 2."""
+    chain = [(24, 2), (16, 2), (12, 2), (8, 2), (4, 2), (2, 2)]
+    assert engine._shapes(4, 16, 10, 50, True) == chain
+    # The whole batch keeps 4 x (600 + 16 x 50) = 5,600 tokens; 12 groups would keep 8,400, and 8 still 5,600.
+    assert engine._shapes(4, 16, 600, 50, True) == chain[4:]
+    # Without regrouping a trunk's slots alone become fewer.
+    assert engine._shapes(4, 16, 600, 50, False) == [(4, 12), (4, 8), (4, 6), (4, 4), (4, 2), (4, 1)]
+    assert engine._shapes(1, 1, 10, 50, True) == []
 
 
-def test_slots_come_in_two_sizes_to_each_halving():
-    assert engine._sizes(16) == [1, 2, 3, 4, 6, 8, 12, 16] and engine._sizes(5) == [1, 2, 3, 4, 5]
+def test_a_trunk_with_many_live_rows_takes_several_groups():
+    live = np.array([8, 1, 1, 0])  # in groups of 2 slots: 4 + 1 + 1
+    assert engine._holds(6, 2, live, True) and not engine._holds(5, 2, live, True)
+    assert engine._holds(4, 8, live, False) and not engine._holds(4, 7, live, False)
 
 
 def test_sampling_on_a_mesh_uses_the_same_noise(tiny_config, monkeypatch):

@@ -101,8 +101,8 @@ def generate(
         stems, flight, written = start(config, law, params, batch, key, slots=slots, window=min(schedule.window, limit))
         # Trunks of a sharded batch stay on their device.
         may_regroup = _num_shards(batch.trunk_tokens) == 1
-        room = U * (stems.columns.shape[1] + slots * limit)
-        floor = U * slots * 3 // 4 if schedule.compact else 0
+        shapes = _shapes(U, slots, stems.columns.shape[1], limit, may_regroup) if schedule.compact else []
+        floor = math.prod(shapes[0]) if shapes else 0
         while True:
             flight, written, status = run_segment(config, law, weights, stems, flight, written, np.int32(floor))
             live_U, clock, is_waiting = to_host(status)
@@ -112,15 +112,14 @@ def generate(
                 return _rollouts(law, written)
             if clock == window < limit:
                 flight = _widen(config, flight, window=min(2 * window, limit))
-            if schedule.compact and not is_waiting and num_live <= floor:
-                shape = _fewer_slots(
-                    live_U, flight.row.shape, (U, slots), stems.columns.shape[1], limit, room, may_regroup
-                )
-                if shape and may_regroup:
-                    stems, flight = _regroup(stems, flight, num_trunks=U, groups=shape[0], slots=shape[1])
-                elif shape:
-                    flight = _shrink(flight, slots=shape[1])
-                floor = num_live * 3 // 4
+            if shapes and not is_waiting and num_live <= floor:
+                while shapes and _holds(*shapes[0], live_U, may_regroup):
+                    groups, slots = shapes.pop(0)
+                    if may_regroup:
+                        stems, flight = _regroup(stems, flight, num_trunks=U, groups=groups, slots=slots)
+                    else:
+                        flight = _shrink(flight, slots=slots)
+                floor = min(math.prod(shapes[0]), num_live * 7 // 8) if shapes else 0
 
 
 def _num_shards(array) -> int:
@@ -355,31 +354,27 @@ def _draw(law: Law, params, stems: _Stems, flight: _Flight, hidden_USD) -> tuple
 # --- Between segments ---------------------------------------------------------------------------------------------
 
 
-def _sizes(most: int) -> list[int]:
-    """`most`, three quarters of it, and both halved again and again."""
-    halvings = range(most.bit_length())
-    return sorted({-(-most * share // (4 * 2**h)) for share in (4, 3) for h in halvings})
+def _shapes(num_trunks: int, slots: int, num_stem: int, limit: int, may_regroup: bool) -> list[tuple[int, int]]:
+    """(groups, slots a group), ever fewer: what live rows move through, one after the other.
 
-
-def _fewer_slots(
-    live_U, shape, full, num_stem: int, limit: int, room: int, may_regroup: bool
-) -> tuple[int, int] | None:
-    """(groups, slots a group) that hold the live rows, if that is at most 4/5 of the present slots.
-
-    Groups have a quarter of the slots of the `full` shape, and a trunk may take several, as long as all fits into the
-    `room` (tokens kept) of the whole batch; without regrouping every trunk has one. So shapes differ in one number,
-    which has few values: every shape, and every way from one to another, is a program to compile.
+    One chain of few shapes, for each, and each way from one to another, is a program to compile. A group has an eighth
+    of a trunk's slots, and a trunk as many groups as its rows need, each with a stem: so live rows of a few trunks fill
+    the slots. Without regrouping a trunk has one group. A shape keeps fewer tokens than the one before.
     """
-    if may_regroup:
-        size = -(-full[1] // 4)
-        needed = int(np.sum(-(-live_U // size)))
-        shapes = [(number, size) for number in _sizes(full[0] * full[1] // size) if number >= needed]
-    else:
-        shapes = [(full[0], size) for size in _sizes(full[1]) if size >= live_U.max()]
-    for groups, slots in shapes:
-        if 5 * groups * slots <= 4 * math.prod(shape) and groups * (num_stem + slots * limit) <= room:
-            return groups, slots
-    return None
+    group = -(-slots // 8)
+    shapes = [(num_trunks, slots)]
+    for share in (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16):
+        fewer = num_trunks, math.ceil(share * slots)
+        if may_regroup:
+            fewer = math.ceil(share * num_trunks * slots / group), group
+        kept, before = (number * (num_stem + size * limit) for number, size in (fewer, shapes[-1]))
+        if kept < before and math.prod(fewer) < math.prod(shapes[-1]):
+            shapes.append(fewer)
+    return shapes[1:]
+
+
+def _holds(groups: int, slots: int, live_U, may_regroup: bool) -> bool:
+    return int(np.sum(-(-live_U // slots))) <= groups if may_regroup else live_U.max() <= slots
 
 
 @partial(jax.jit, static_argnames=("config", "window"))
