@@ -114,11 +114,11 @@ def generate(
                 flight = _widen(config, flight, window=min(2 * window, limit))
             if shapes and not is_waiting and num_live <= floor:
                 while shapes and _holds(*shapes[0], live_U, may_regroup):
-                    groups, slots = shapes.pop(0)
+                    groups, size = shapes.pop(0)
                     if may_regroup:
-                        stems, flight = _regroup(stems, flight, num_trunks=U, groups=groups, slots=slots)
+                        stems, flight = _regroup(stems, flight, num_trunks=U, groups=groups, slots=size)
                     else:
-                        flight = _shrink(flight, slots=slots)
+                        flight = _shrink(flight, slots=size)
                 floor = min(math.prod(shapes[0]), num_live * 7 // 8) if shapes else 0
 
 
@@ -359,21 +359,26 @@ def _shapes(num_trunks: int, slots: int, num_stem: int, limit: int, may_regroup:
 
     One chain of few shapes, for each, and each way from one to another, is a program to compile. A group has an eighth
     of a trunk's slots, and a trunk as many groups as its rows need, each with a stem: so live rows of a few trunks fill
-    the slots. Without regrouping a trunk has one group. A shape keeps fewer tokens than the one before.
+    the slots. Without regrouping a trunk has one group.
+
+    Args:
+        num_trunks, slots: the whole batch's, of which the chain begins with less.
+        num_stem, limit: tokens kept of a stem, and at most of a row; a shape keeps fewer than the one before.
     """
-    group = -(-slots // 8)
+    group_size = -(-slots // 8)
     shapes = [(num_trunks, slots)]
     for share in (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16):
         fewer = num_trunks, math.ceil(share * slots)
         if may_regroup:
-            fewer = math.ceil(share * num_trunks * slots / group), group
-        kept, before = (number * (num_stem + size * limit) for number, size in (fewer, shapes[-1]))
+            fewer = math.ceil(share * num_trunks * slots / group_size), group_size
+        kept, before = (groups * (num_stem + size * limit) for groups, size in (fewer, shapes[-1]))
         if kept < before and math.prod(fewer) < math.prod(shapes[-1]):
             shapes.append(fewer)
     return shapes[1:]
 
 
 def _holds(groups: int, slots: int, live_U, may_regroup: bool) -> bool:
+    """Whether the live rows, i32 [U] by trunk, have room in so many groups."""
     return int(np.sum(-(-live_U // slots))) <= groups if may_regroup else live_U.max() <= slots
 
 
