@@ -23,7 +23,7 @@ _EXPLAIN = {
     "medium": "entropy above the medium threshold; contains hard",
     "hard": "entropy above the hard threshold",
 }
-_COLORS = {"before": "#9aa5b1", "after": "#1f6feb", "control": "#d1731a"}
+_COLORS = {"before": "#9aa5b1", "after": "#1f6feb", "control": "#30363d"}
 
 
 def collect_results(directory: Path) -> dict:
