@@ -18,6 +18,8 @@ _NAMED_GROUPS = re.compile(
     r"replica_groups=mesh\[(?P<sizes>[^\]]*)\](?:, device_ids=\(\[(?P<source>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?\))?"
     r" \{(?P<inside>[^}]*)\}"
 )
+# The TPU's compiler spreads an asynchronous collective over fusions with other work, of which each writes it in full.
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%([\w.\-]+)")
 
 
@@ -42,16 +44,23 @@ def read_traffic(text: str, axes: dict[str, int], *, unknown_trips: float = 1.0)
         unknown_trips: how often a loop runs whose number of runs is decided by its data.
     """
     computations, entry = _computations(text)
-    counts: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    found: dict[tuple, tuple[float, str, str, float]] = {}
     for name, runs in _runs(computations, entry, unknown_trips).items():
-        for line in computations[name]:
-            if found := _COLLECTIVE.search(line):
-                kind = "reduce-scatter" if "all-reduce-scatter" in name else found[2]
+        for number, line in enumerate(computations[name]):
+            if match := _COLLECTIVE.search(line):
+                kind = "reduce-scatter" if "all-reduce-scatter" in name else match[2]
                 group = _group(line, kind)
-                if len(group) > 1:
-                    total = counts[kind, _spanned(group, axes)]
-                    total[0] += runs
-                    total[1] += runs * _sent(kind, found[1], len(group), found[3] is not None, name)
+                chain = _CHAIN.search(line)
+                one = ("chain", chain[1]) if chain else (name, number)
+                # Parts of a chain inside loops run more often than its start.
+                if len(group) > 1 and (one not in found or runs < found[one][0]):
+                    sent = _sent(kind, match[1], len(group), match[3] is not None, name)
+                    found[one] = runs, kind, _spanned(group, axes), sent
+    counts: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for runs, kind, spanned, sent in found.values():
+        total = counts[kind, spanned]
+        total[0] += runs
+        total[1] += runs * sent
     return [
         Traffic(kind=kind, axes=spanned, count=count, bytes=sent)
         for (kind, spanned), (count, sent) in sorted(counts.items())
@@ -81,7 +90,8 @@ def _runs(computations: dict[str, list[str]], entry: str, unknown_trips: float) 
         for line in computations.get(name, ()):
             if " while(" in line:
                 condition, body = (re.search(rf"{role}=%([\w.\-]+)", line)[1] for role in ("condition", "body"))
-                visit(body, times * _trips(line, computations.get(condition, ()), unknown_trips))
+                bodies = (computations.get(name, ()) for name in (condition, body))
+                visit(body, times * _trips(line, *bodies, unknown_trips))
             elif branches := re.search(r"branch_computations=\{([^}]*)\}", line):
                 for branch in re.findall(r"%([\w.\-]+)", branches[1]):
                     visit(branch, times)
@@ -94,17 +104,32 @@ def _runs(computations: dict[str, list[str]], entry: str, unknown_trips: float) 
     return {name: times for name, times in runs.items() if name in computations}
 
 
-def _trips(line: str, condition, unknown: float) -> float:
-    """Runs of a loop: as XLA has noted, else the constant that its counter is compared with."""
+def _trips(line: str, condition, body, unknown: float) -> float:
+    """Runs of a loop: as XLA has noted, else from the constants that its counter is compared with and grows by."""
     if noted := re.search(r'known_trip_count[^}]*"n":"(\d+)"', line):
         return float(noted[1])
     root = next((c for c in condition if "ROOT" in c), "")
-    if "compare(" not in root or "direction=LT" not in root:
+    compared = re.search(r"compare\(\S*?%([\w.\-]+), \S*?%([\w.\-]+)\), direction=LT", root)
+    if not compared:
         return unknown
-    constants = [c for c in condition if (name := re.match(r"\s*%?([\w.\-]+) = [su]32", c)) and name[1] in root]
-    values = [re.search(r"constant\((\d+)\)", c) for c in constants]
-    known = [int(v[1]) for v in values if v]
-    return float(known[0]) if len(known) == 1 else unknown
+    counter, bound = (_definition(condition, name) for name in compared.groups())
+    index, limit = re.search(r"get-tuple-element\(.*index=(\d+)", counter), re.search(r"constant\((\d+)\)", bound)
+    if not index or not limit:
+        return unknown
+    # Of an unrolled loop the counter grows by more than one.
+    results = next((c for c in body if "ROOT" in c), "").rpartition(" tuple(")[2]
+    result = re.findall(r"%([\w.\-]+)", results.partition(")")[0])
+    grown = _definition(body, result[int(index[1])]) if int(index[1]) < len(result) else ""
+    added = re.search(r" add\((.*?)\)", grown)
+    names = re.findall(r"%([\w.\-]+)", added[1]) if added else ()
+    steps = [re.search(r"constant\((\d+)\)", _definition(body, name)) for name in names]
+    step = next((int(s[1]) for s in steps if s), 1)
+    return float(-(-int(limit[1]) // step))
+
+
+def _definition(computation, name: str) -> str:
+    """The line that defines a value."""
+    return next((c for c in computation if re.match(rf"\s*(?:ROOT )?%?{re.escape(name)} = ", c)), "")
 
 
 def _arrays(shape: str) -> list[int]:
