@@ -58,3 +58,58 @@ def test_loops_that_their_data_end_count_as_the_caller_says(mesh):
 
     shapes = ((8, 32), ()), ((32, 64), (None, "fsdp"))
     assert traffic_of(until_large, mesh, *shapes, trips=7)["all-reduce", "fsdp"][0] == 7
+
+
+# As the TPU's compiler writes it: one gathering of 64 bytes a device, begun, carried on beside the work of a loop, and
+# ended; and a loop, unrolled twice, whose counter goes from 0 to 8 by twos.
+SPREAD = """
+%begin (p.1: f32[16]) -> f32[64] {
+  %p.1 = f32[16]{0} parameter(0)
+  ROOT %g.1 = f32[64]{0} all-gather(%p.1), GATHERED
+}
+
+%carry_on (p.2: f32[16]) -> f32[64] {
+  %p.2 = f32[16]{0} parameter(0)
+  ROOT %g.2 = f32[64]{0} all-gather(%p.2), GATHERED
+}
+
+%end (p.3: f32[16]) -> f32[64] {
+  %p.3 = f32[16]{0} parameter(0)
+  ROOT %g.3 = f32[64]{0} all-gather(%p.3), GATHERED
+}
+
+%is_before_eight (c: (f32[16], u32[])) -> pred[] {
+  %c = (f32[16]{0}, u32[]) parameter(0)
+  %count.1 = u32[] get-tuple-element(%c), index=1
+  %eight = u32[] constant(8)
+  ROOT %is_less = pred[] compare(%count.1, %eight), direction=LT
+}
+
+%twice (b: (f32[16], u32[])) -> (f32[16], u32[]) {
+  %b = (f32[16]{0}, u32[]) parameter(0)
+  %x = f32[16]{0} get-tuple-element(%b), index=0
+  %count.2 = u32[] get-tuple-element(%b), index=1
+  %two = u32[] constant(2)
+  %next = u32[] add(%count.2, %two)
+  %f.2 = f32[64]{0} fusion(%x), kind=kCustom, calls=%carry_on
+  %moved = f32[16]{0} collective-permute(%x), channel_id=8, source_target_pairs={{0,1},{1,0}}
+  ROOT %t = (f32[16]{0}, u32[]) tuple(%moved, %next)
+}
+
+ENTRY %main (a: f32[16]) -> f32[64] {
+  %a = f32[16]{0} parameter(0)
+  %zero = u32[] constant(0)
+  %f.1 = f32[64]{0} fusion(%a), kind=kCustom, calls=%begin
+  %i = (f32[16]{0}, u32[]) tuple(%a, %zero)
+  %w = (f32[16]{0}, u32[]) while(%i), condition=%is_before_eight, body=%twice
+  ROOT %f.3 = f32[64]{0} fusion(%a), kind=kCustom, calls=%end
+}
+""".replace(
+    "GATHERED",
+    'channel_id=7, replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}, frontend_attributes={chain_id="3"}',
+)
+
+
+def test_a_collective_spread_over_fusions_counts_once_and_an_unrolled_loop_by_its_step():
+    found = {(t.kind, t.axes): (t.count, t.bytes) for t in read_traffic(SPREAD, {"fsdp": 4, "tensor": 2})}
+    assert found == {("all-gather", "fsdp"): (1, 3 / 4 * 64 * 4), ("collective-permute", "tensor"): (4, 4 * 16 * 4)}
