@@ -89,7 +89,8 @@ def _rpt(model: DecoderConfig, mesh: MeshConfig, **rollout) -> Config:
         loss=LossConfig(microbatch_trunks=mesh.trunk_shards, dynamic_sampling_from_step=500),
         mesh=mesh,
         checkpoint=CheckpointConfig(every_steps=20),
-        eval=EvalConfig(every_steps=100, num_samples=4, batch_trunks=256),
+        # An evaluation's rollouts then take no more memory than a step's.
+        eval=EvalConfig(every_steps=100, num_samples=4, batch_trunks=rollout["num_trunks"]),
     )
 
 

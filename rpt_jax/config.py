@@ -237,7 +237,7 @@ class RolloutConfig:
     max_completion_tokens: int = 256
     """Sampling stops here (C); such rollouts count as truncated."""
     temperature: float = 0.8
-    """Log-probabilities in training are those of this temperature. 0: greedy, log-probabilities at 1."""
+    """Above 0. Log-probabilities in training are those of this temperature."""
     top_p: float = 1.0
     """Sample inside the smallest set of tokens with at least this probability; in (0, 1]."""
     top_k: int = 0
@@ -251,11 +251,6 @@ class RolloutConfig:
         """Arguments of `rollout.engine.generate`."""
         names = ("max_completion_tokens", "temperature", "top_p", "top_k", "slots_per_trunk")
         return {name: getattr(self, name) for name in names}
-
-    @property
-    def training_temperature(self) -> float:
-        """Temperature of the law whose log-probabilities are trained: the sampler's; greedy rollouts have 1."""
-        return self.temperature or 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,10 +406,10 @@ class Config:
         ):
             if not 0 < value < 1:
                 raise ConfigError(f"{name}={value}; it must lie between 0 and 1. Choose a share between them.")
-        if self.rollout.temperature == 0:
+        if self.rollout.temperature <= 0:
             raise ConfigError(
-                "rollout.temperature=0.0; greedy rollouts of one prompt are all equal and teach nothing. Choose a "
-                "temperature above 0."
+                f"rollout.temperature={self.rollout.temperature}; it must be above 0, for greedy rollouts of one "
+                "prompt are all equal and teach nothing. Raise it."
             )
         if self.supervised.control_optimizer.schedule == "linear":
             raise ConfigError(
@@ -463,7 +458,6 @@ class Config:
             ("rollout.num_trunks", rollout.num_trunks, 1),
             ("rollout.prompts_per_trunk", rollout.prompts_per_trunk, 1),
             ("rollout.max_completion_tokens", rollout.max_completion_tokens, 1),
-            ("rollout.temperature", rollout.temperature, 0.0),
             ("rollout.top_k", rollout.top_k, 0),
             ("rollout.slots_per_trunk", rollout.slots_per_trunk, 0),
             ("run.num_steps", self.run.num_steps, 1),

@@ -280,7 +280,7 @@ def compile_programs(
     program, results = compiled(
         "gradients", microbatches, kept - bytes_per_chip((state.params, frozen)),
         update.add_gradients, gradients, state.params, frozen, microbatch,
-        loss_fn=update.policy_loss_fn(config.model, config.loss, rollout.training_temperature),
+        loss_fn=update.policy_loss_fn(config.model, config.loss, rollout.temperature),
         shardings=tuple(p.sharding for p in jax.tree.leaves(state.params)),
     )  # fmt: skip
     yield program
@@ -336,10 +336,12 @@ def count_work(config: Config, num_tail: int) -> list[Work]:
     while fed < C:
         width = min(width, C)
         widths, fed, width = widths + (width - fed) * width, width, 2 * width
+    # Caches that are wide once stay so: the waves behind the first read all columns at every step.
+    columns = widths + (waves - 1) * C * C
     rows = U / mesh.trunk_shards * slots
 
-    def reduced(tokens: float, products: int) -> float:
-        """Bytes sent for activations that are summed over tensor (or gathered and scattered), per chip."""
+    def reduced(tokens: float, products: float) -> float:
+        """Bytes sent for activations that are summed over tensor (or gathered and scattered: a half each), per chip."""
         return 2 * tensor_share * products * num * tokens / mesh.trunk_shards * D * size
 
     gathered = weights / mesh.tensor * fsdp_share
@@ -353,22 +355,24 @@ def count_work(config: Config, num_tail: int) -> list[Work]:
         name="decode",
         flops=(2 * (num * layer + head) * completions + 4 * num * heads * pairs) / chips,
         bytes=waves * C * weights / mesh.tensor
-        + waves * (rows * widths + C * stems / mesh.trunk_shards) * kv / mesh.tensor,
+        + (rows * columns + waves * C * stems / mesh.trunk_shards) * kv / mesh.tensor,
         least_traffic=reduced(completions, 2),
     )
     micro = U / (config.loss.microbatch_trunks or U // config.loss.num_minibatches)
-    # Two for the forward pass, twice that backward, or once where weights have no gradients of their own.
-    passes = 2 + (2 if config.lora.rank else 4) + (2 if m.remat else 0)
+    # Two for the forward pass, twice that backward, or once where weights have no gradients of their own; and what is
+    # made anew for it, all but a layer's last product.
+    products = (2 + (2 if config.lora.rank else 4)) * layer + (2 * (layer - D * m.mlp_width) if m.remat else 0)
     attention = 4 * (4 if m.remat else 3) * num * heads * (stem_pairs + pairs)
     trained = weights / size * 4 / mesh.tensor * (0 if config.lora.rank else 1)
     update_work = Work(
         name="update",
-        flops=(passes * num * layer * (stems + completions) + 6 * head * completions + attention) / chips,
+        flops=(products * num * (stems + completions) + 6 * head * completions + attention) / chips,
         bytes=micro * 3 * weights / mesh.tensor + 2 * num * (stems + completions) / chips * D * size,
-        # Weights are gathered forward and backward, gradients are scattered to their shards and met over data.
-        least_traffic=micro * (2 * gathered + trained * fsdp_share)
+        # Layers are gathered forward and backward, embedding and head once; gradients are scattered to their shards and
+        # met over data.
+        least_traffic=micro * (gathered * (1 + num * layer * size / weights) + trained * fsdp_share)
         + 2 * trained / mesh.fsdp * (mesh.data - 1) / mesh.data
-        + reduced(stems + completions, 6 if m.remat else 4),
+        + reduced(stems + completions, 5.5 if m.remat else 4),
     )
     return [prefill, decode, update_work]
 
@@ -390,8 +394,7 @@ class Plan:
     parameters: int
     """Of the model."""
     memory: dict[str, int]
-    """Bytes of parameters, optimizer, weights for decoding, caches, and the most that each program takes with all that
-    stands beside it."""
+    """Bytes of parameters, optimizer, caches, and the most that each program takes with all that stands beside it."""
     fits: bool
     programs: list[Program]
     phases: list[dict]
@@ -411,9 +414,10 @@ def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str]
     """Compile the config's programs for a topology and account for them.
 
     Raises:
-        ConfigError: see `describe_topology` and `make_mesh`.
+        ConfigError: see `describe_topology` and `make_mesh`; evaluations would need more than a step.
     """
     chip, devices = describe_topology(topology)
+    _check_evaluation(config)
     config = replace(config, model=replace(config.model, platform="tpu"))
     mesh = make_mesh(config.mesh, devices)
     programs = list(compile_programs(config, mesh, num_tail, note))
@@ -449,6 +453,21 @@ def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str]
         phases=phases,
         seconds=sum(max(p["seconds"].values()) for p in phases),
     )
+
+
+def _check_evaluation(config: Config) -> None:
+    """Raises ConfigError where an evaluation keeps more stems or rows than a step, whose programs are compiled."""
+    r, e = config.rollout, config.eval
+    R = r.prompts_per_trunk * r.group_size
+    k = r.prompts_per_trunk * e.num_samples
+    rows, allowed = (n * min(r.slots_per_trunk or m, m) for n, m in ((e.batch_trunks, k), (r.num_trunks, R)))
+    if e.batch_trunks > r.num_trunks or rows > allowed:
+        most = min(r.num_trunks, allowed * e.batch_trunks // rows) // config.mesh.trunk_shards
+        raise ConfigError(
+            f"eval.batch_trunks={e.batch_trunks} with eval.num_samples={e.num_samples} keeps {rows} rollouts at once, "
+            f"more than a step's {allowed} from {r.num_trunks} trunks, for which memory is planned. Set "
+            f"--eval.batch-trunks {max(1, most) * config.mesh.trunk_shards}, or fewer samples."
+        )
 
 
 def _cache_shape(config: Config) -> tuple[int, int, int]:
@@ -519,9 +538,9 @@ def nearest_settings(config: Config, num_tail: int, memory: float) -> Iterator[t
                             else "",
                         ]
                         words = [w for w in words if w]
-                        found.append(
-                            (8 * use_lora + 2 * (tensor != mesh.tensor) + parts / 16 + len(words), words, change)
-                        )
+                        if words:  # without any it is the config itself
+                            gentleness = 8 * use_lora + 2 * (tensor != mesh.tensor) + parts / 16 + len(words)
+                            found.append((gentleness, words, change))
     for _, words, change in sorted(found, key=lambda f: f[0]):
         yield words, change
 

@@ -41,7 +41,7 @@ def read_traffic(text: str, axes: dict[str, int], *, unknown_trips: float = 1.0)
     Args:
         text: the compiled program, as XLA prints it.
         axes: the mesh's axes and sizes; devices are numbered in the mesh's order.
-        unknown_trips: how often a loop runs whose number of runs is decided by its data.
+        unknown_trips: how often a loop runs whose number of runs is decided by its data; one inside such a loop, once.
     """
     computations, entry = _computations(text)
     found: dict[tuple, tuple[float, str, str, float]] = {}
@@ -85,37 +85,40 @@ def _runs(computations: dict[str, list[str]], entry: str, unknown_trips: float) 
     """How often each computation runs."""
     runs: dict[str, float] = defaultdict(float)
 
-    def visit(name: str, times: float) -> None:
+    def visit(name: str, times: float, unknown: float) -> None:
         runs[name] += times
         for line in computations.get(name, ()):
             if " while(" in line:
                 condition, body = (re.search(rf"{role}=%([\w.\-]+)", line)[1] for role in ("condition", "body"))
-                bodies = (computations.get(name, ()) for name in (condition, body))
-                visit(body, times * _trips(line, *bodies, unknown_trips))
+                trips = _trips(line, *(computations.get(name, ()) for name in (condition, body)))
+                visit(body, times * (unknown if trips is None else trips), 1.0 if trips is None else unknown)
             elif branches := re.search(r"branch_computations=\{([^}]*)\}", line):
                 for branch in re.findall(r"%([\w.\-]+)", branches[1]):
-                    visit(branch, times)
+                    visit(branch, times, unknown)
             else:
                 for called in _CALLED.findall(line):
                     if called in computations:
-                        visit(called, times)
+                        visit(called, times, unknown)
 
-    visit(entry, 1.0)
+    visit(entry, 1.0, unknown_trips)
     return {name: times for name, times in runs.items() if name in computations}
 
 
-def _trips(line: str, condition, body, unknown: float) -> float:
-    """Runs of a loop: as XLA has noted, else from the constants that its counter is compared with and grows by."""
+def _trips(line: str, condition, body) -> float | None:
+    """Runs of a loop: as XLA has noted, else from the constants that its counter is compared with and grows by.
+
+    None: its data decide.
+    """
     if noted := re.search(r'known_trip_count[^}]*"n":"(\d+)"', line):
         return float(noted[1])
     root = next((c for c in condition if "ROOT" in c), "")
     compared = re.search(r"compare\(\S*?%([\w.\-]+), \S*?%([\w.\-]+)\), direction=LT", root)
     if not compared:
-        return unknown
+        return None
     counter, bound = (_definition(condition, name) for name in compared.groups())
     index, limit = re.search(r"get-tuple-element\(.*index=(\d+)", counter), re.search(r"constant\((\d+)\)", bound)
     if not index or not limit:
-        return unknown
+        return None
     # Of an unrolled loop the counter grows by more than one.
     results = next((c for c in body if "ROOT" in c), "").rpartition(" tuple(")[2]
     result = re.findall(r"%([\w.\-]+)", results.partition(")")[0])

@@ -195,7 +195,12 @@ def test_a_full_disk_is_said_and_older_checkpoints_stay(saved, monkeypatch):
     monkeypatch.setattr(ocp, "save_checkpointables_async", lambda *_: Full())
     checkpoints = Checkpoints(saved, keep=1)
     checkpoints.save(3, state_of(3), {})
+    checkpoints._writer.join()
+    # Told apart from waiting: a loop asks after every step.
     with pytest.raises(CheckpointError, match="3 could not be written .*No space left.* earlier ones are untouched"):
+        checkpoints.raise_failure()
+    checkpoints.save(4, state_of(4), {})
+    with pytest.raises(CheckpointError, match="4 could not be written"):
         checkpoints.wait()
     monkeypatch.undo()
     assert newest(saved)[0] == 2

@@ -89,6 +89,8 @@ def plain_logprobs(config, params, sequences, completions):
 def test_trunk_and_branch_logprobs_equal_repeated_prompts(tiny_config, tiny_params):
     sequences, completions = ragged_sequences(tiny_config)
     got = np.asarray(score(tiny_config, tiny_params, sequences, temperature=1.0))
+    one_by_one = score(tiny_config, tiny_params, sequences, temperature=1.0, trunks_at_once=1)
+    np.testing.assert_allclose(one_by_one, got, atol=1e-5)
     expected = np.asarray(plain_logprobs(tiny_config, tiny_params, sequences, completions))
     keep = np.asarray(sequences.branch_mask)
     assert keep.sum() > 80

@@ -8,8 +8,8 @@ import sys
 import pytest
 from test_system import corpus, evaluated_at_the_ends, run_hashes, tiny_run  # noqa: F401  (a fixture)
 
-from rpt_jax.config import LossConfig
-from rpt_jax.errors import CheckpointError, Interrupted
+from rpt_jax.config import LoraConfig, LossConfig
+from rpt_jax.errors import CheckpointError, Interrupted, RewardError
 from rpt_jax.parallel.interruption import STALLED, check, watching
 from rpt_jax.rollout import engine
 from rpt_jax.train import stages, supervised, trainer
@@ -118,6 +118,38 @@ def test_a_copy_goes_on_as_its_source_did_and_may_change(corpus, straight, tmp_p
         directory = str(tmp_path / directory)
         with pytest.raises(CheckpointError, match=message):
             run(dataclasses.replace(copy, run=dataclasses.replace(settings, directory=directory, resume=resume)))
+
+
+def test_a_run_is_not_ended_before_the_step_it_stands_at(corpus, tmp_path):  # noqa: F811
+    """Fewer steps than are done, or a copy with adapters on other weights: said, and nothing is written."""
+    config = evaluated_at_the_ends(tiny_run(corpus, tmp_path / "run", lora=LoraConfig(rank=2)))
+    run(config)
+    records = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="has done 4 steps, and run.num_steps=3"):
+        run(dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=3)))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == records
+    fork = dataclasses.replace(config.run, directory=str(tmp_path / "fork"), resume=f"{tmp_path / 'run'}@2")
+    for change, name in (
+        ({"lora": LoraConfig(rank=2, alpha=99.0)}, "lora"),
+        ({"supervised": dataclasses.replace(config.supervised, num_steps=0)}, "run.seed|supervised"),
+    ):
+        with pytest.raises(CheckpointError, match=f"adapters made with ({name})="):
+            run(dataclasses.replace(config, run=fork, **change))
+
+
+def test_a_failing_reward_function_loses_no_step(corpus, straight, tmp_path, monkeypatch):  # noqa: F811
+    config = evaluated_at_the_ends(tiny_run(corpus, tmp_path / "run", loss=LOSS))
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=100))
+
+    def fail():
+        raise RewardError("task 7")
+
+    on_call(monkeypatch, trainer, "generate", 3, fail)  # in the third rollout
+    with pytest.raises(RewardError):
+        run(config)
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path / "run" / "checkpoints" / "rpt", keep=3).latest_step == 2
+    assert run(config)[0] == straight[0]
 
 
 def test_a_second_signal_is_immediate():

@@ -72,6 +72,21 @@ def test_joined_equals_weights_with_the_product_added(tiny_config, tiny_params, 
     assert not np.allclose(logits, decoder.logits(tiny_config, tiny_params, TOKENS), atol=1e-2)
 
 
+def test_merging_keeps_what_bfloat16_cannot_hold(tiny_params, adapted):
+    """Changes of a ten-thousandth stand in float32 after merging; rounded to the weights' own type they would not."""
+    frozen, adapters = adapted
+    small = jax.tree.map(lambda x: x * 1e-2, disturbed(adapters))
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_params)
+    merged = lora.merge(dataclasses.replace(frozen, params=base), small)
+    for name in ("q_proj", "down_proj"):
+        a, b = (np.asarray(small["layers"][f"{name}_lora_{x}"], np.float64) for x in "ab")
+        weight = np.asarray(base["layers"][name], np.float64)
+        delta = 2.0 * np.stack([np.tensordot(x, y, 1) for x, y in zip(a, b)])
+        np.testing.assert_allclose(np.asarray(merged["layers"][name]) - weight, delta, atol=1e-7)
+        rounded = np.asarray(jnp.asarray(weight + delta).astype(jnp.bfloat16), np.float64) - weight
+        assert np.abs(rounded - delta).mean() > 0.5 * np.abs(delta).mean()
+
+
 def log_likelihood(config, params, tokens):
     law = jax.nn.log_softmax(decoder.logits(config, params, tokens))
     return -jnp.mean(jnp.take_along_axis(law[:, :-1], tokens[:, 1:, None], axis=-1)), {}

@@ -4,20 +4,29 @@ import dataclasses
 import itertools
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpt_jax.config import Config, DataConfig, RolloutConfig, SupervisedConfig
+from rpt_jax.config import Config, DataConfig, LossConfig, RolloutConfig, SupervisedConfig
 from rpt_jax.data.documents import Document
 from rpt_jax.data.prompts import make_template
-from rpt_jax.errors import DataError
+from rpt_jax.errors import CheckpointError, DataError
 from rpt_jax.models import decoder
-from rpt_jax.rl.update import supervised_loss
+from rpt_jax.rl.update import init_state, make_optimizer, supervised_loss
 from rpt_jax.train.rejection import accepted_rows, write_examples
-from rpt_jax.train.supervised import Example, batches, document_examples, make_batch, make_packed_batch, read_examples
+from rpt_jax.train.supervised import (
+    Example,
+    batches,
+    document_examples,
+    make_batch,
+    make_packed_batch,
+    read_examples,
+    train_supervised,
+)
 
 CONFIG = Config(
     data=DataConfig(template="minimal", trunk_length=12, window_stride=4),
@@ -99,6 +108,26 @@ def test_document_examples_are_made_when_asked_for(letters):
     assert examples[4].trunk == list(range(11, 21)) and [len(e.trunk) for e in examples.sample(3)] == [1, 10, 5]
     with pytest.raises(IndexError):
         examples[6]
+
+
+def test_behind_a_bos_every_token_is_predicted_once_from_those_before_it():
+    with_bos = SimpleNamespace(bos_id=99)
+    examples = document_examples([Document(id="d", tokens=np.arange(2, 25))], with_bos, 10)
+    assert [t for e in examples for t in e.trunk[e.first :]] == list(range(2, 25))
+    for e in examples:
+        assert e.trunk[0] == 99 and (e.trunk[e.first] == 2 or e.first == 2)
+
+
+def test_updates_that_are_skipped_in_a_row_stop_the_stage(tiny_config, tiny_params, mesh):
+    config = dataclasses.replace(CONFIG, model=tiny_config, loss=LossConfig(max_skipped_updates=10))
+    optimizer = make_optimizer(config.optimizer, 40)
+    broken = jax.tree.map(lambda p: p * np.nan, tiny_params)  # a copy: updates are donated
+    with pytest.raises(CheckpointError, match="10 updates in a row had a non-finite loss"):
+        train_supervised(
+            "warm_start", config, init_state(broken, optimizer, mesh), optimizer, mesh,
+            random_examples(40, tiny_config.vocab_size), frozen=None, tail=TAIL, shuffle=False, num_steps=40,
+            max_flops=None,
+        )  # fmt: skip
 
 
 def rollout(prompt, completion, reward, truncated=False):

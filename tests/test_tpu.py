@@ -13,6 +13,7 @@ from rpt_jax.config import (
     Config,
     DataConfig,
     DecoderConfig,
+    EvalConfig,
     LoraConfig,
     LossConfig,
     MeshConfig,
@@ -34,6 +35,7 @@ CONFIG = Config(
     loss=LossConfig(microbatch_trunks=2),
     mesh=MeshConfig(data=1, fsdp=2, tensor=2),
     supervised=SupervisedConfig(batch_size=4),
+    eval=EvalConfig(batch_trunks=4, num_samples=4),
 )  # fmt: skip
 
 
@@ -75,6 +77,15 @@ def test_what_does_not_fit_says_what_would():
     changes, topology, nearer = next(plan_script.nearest(long, "v5e:2x2", 8, found.chip.memory))
     assert plan.estimate_memory(nearer, 8) < found.chip.memory < plan.estimate_memory(long, 8)
     assert changes and topology.startswith("v5e:")
+
+
+def test_evaluations_must_fit_into_what_was_planned():
+    larger = dataclasses.replace(CONFIG, eval=EvalConfig(batch_trunks=8, num_samples=2))
+    with pytest.raises(ConfigError, match="--eval.batch-trunks 4"):
+        plan.make_plan(larger, "v5e:2x2", num_tail=8)
+    more = dataclasses.replace(CONFIG, eval=EvalConfig(batch_trunks=4, num_samples=8))
+    with pytest.raises(ConfigError, match="keeps 64 rollouts at once, more than a step's 32 .* --eval.batch-trunks 2"):
+        plan.make_plan(more, "v5e:2x2", num_tail=8)
 
 
 @pytest.mark.parametrize(

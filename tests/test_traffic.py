@@ -59,6 +59,12 @@ def test_loops_that_their_data_end_count_as_the_caller_says(mesh):
     shapes = ((8, 32), ()), ((32, 64), (None, "fsdp"))
     assert traffic_of(until_large, mesh, *shapes, trips=7)["all-reduce", "fsdp"][0] == 7
 
+    def twice_until_large(x, w):
+        return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: until_large(x, w) + 1, x)
+
+    # The inner loop once for each run of the outer one: there is one unknown number.
+    assert traffic_of(twice_until_large, mesh, *shapes, trips=7)["all-reduce", "fsdp"][0] == 7
+
 
 # As the TPU's compiler writes it: one gathering of 64 bytes a device, begun, carried on beside the work of a loop, and
 # ended; and a loop, unrolled twice, whose counter goes from 0 to 8 by twos.

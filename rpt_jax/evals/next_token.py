@@ -201,7 +201,9 @@ class Evaluator:
         target = jnp.repeat(batch.target_tokens, G, axis=1)
         tokens, mask, last = _append_target(rollouts.tokens, keep, is_closed, stub_ids, stub_lengths, target)
         sequences = to_sequences(batch, tokens, mask)
-        logprobs = score(self.config.model, params, sequences, temperature=1.0)
+        limit, shards = self.config.loss.microbatch_trunks or U, self.config.mesh.trunk_shards
+        at_once = max(n for n in range(shards, U + 1, shards) if U % n == 0 and n <= max(limit, shards))
+        logprobs = score(self.config.model, params, sequences, temperature=1.0, trunks_at_once=at_once)
         return jnp.take_along_axis(logprobs, last[..., None], axis=-1)[..., 0].reshape(U, M, G)
 
 

@@ -250,7 +250,7 @@ def save_hf(
 
     Args:
         directory: created if missing.
-        dtype: of the tensors; None: that of the parameters.
+        dtype: of the tensors; None: that of the parameters, each as it is.
         tokenizer: a `tokenizer.Tokenizer` to save beside the weights.
         max_shard_bytes: of a safetensors file; one shard is on the host at a time.
     Raises:

@@ -37,6 +37,11 @@ def check_targets(config: DecoderConfig, lora: LoraConfig) -> None:
             "lora.targets holds 'head' and the head is tied to the embedding, which an adapter would untie. "
             "Leave 'head' out of --lora.targets."
         )
+    if lora.rank and "head" in lora.targets and config.activation_dtype == "bfloat16":
+        raise ConfigError(
+            "lora.targets holds 'head' with model.activation_dtype='bfloat16'; the head is joined with its adapter, "
+            "and the sum would be rounded to what it was. Leave 'head' out of --lora.targets, or use float32."
+        )
     if lora.rank and not lora.targets:
         raise ConfigError("lora.targets is empty; there would be nothing to train. Name weights, or set --lora.rank 0.")
 
@@ -101,7 +106,10 @@ def join(frozen: Frozen | None, trainable: Any) -> Any:
 
 @jax.jit
 def merge(frozen: Frozen | None, trainable: Any) -> Any:
-    """Plain parameters that compute what `join` does: W + scale * a b, in the type of W."""
+    """Plain parameters that compute what `join` does: W + scale * a b, in float32 whatever W is.
+
+    The spacing of bfloat16 is wider than most of what an adapter learns, and would swallow it.
+    """
     if frozen is None:
         return trainable
 
@@ -113,7 +121,7 @@ def merge(frozen: Frozen | None, trainable: Any) -> Any:
                 delta = jnp.einsum("dr,rv->vd", a, b)
             else:
                 delta = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
-            out[name] = (params[name] + frozen.scale * delta).astype(params[name].dtype)
+            out[name] = params[name].astype(jnp.float32) + frozen.scale * delta
         return out
 
     top = {name: leaf for name, leaf in trainable.items() if name != "layers"}

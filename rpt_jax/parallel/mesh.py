@@ -126,9 +126,13 @@ def beside(array: Any, values: np.ndarray) -> jax.Array:
 
 
 def param_shardings(mesh: Mesh, abstract_params: Any) -> Any:
-    """NamedShardings for a tree of `nn.Partitioned` shapes, through RULES."""
+    """NamedShardings for a tree of `nn.Partitioned` shapes, through RULES.
+
+    A dimension that its axis does not divide is left whole. `Config.validate` refuses this of a policy; a small proxy
+    may have fewer heads than `tensor`.
+    """
     named = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, RULES)
-    return jax.tree.map(_as_compiled, named)
+    return jax.tree.map(_as_compiled, named, nn.unbox(abstract_params))
 
 
 @contextmanager
@@ -170,10 +174,13 @@ def num_shards(*axes: str) -> int:
     return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
-def _as_compiled(sharding: NamedSharding) -> NamedSharding:
-    """The same sharding as a compiled program names it: an update's results then compile nothing anew."""
+def _as_compiled(sharding: NamedSharding, array) -> NamedSharding:
+    """The sharding as a compiled program names it: an update's results then compile nothing anew."""
     sizes = sharding.mesh.shape
-    axes = [axis if axis is not None and sizes[axis] > 1 else None for axis in sharding.spec]
+    axes = [
+        axis if axis is not None and sizes[axis] > 1 and size % sizes[axis] == 0 else None
+        for axis, size in zip(sharding.spec, array.shape, strict=False)
+    ]
     while axes and axes[-1] is None:
         axes.pop()
     return NamedSharding(sharding.mesh, PartitionSpec(*axes))

@@ -29,19 +29,33 @@ def predictors(config: DecoderConfig, params, sequences: Sequences):
     return jnp.where((s.branch_index == 0)[..., None], first, before), trunk_ULD
 
 
-def score(config: DecoderConfig, params, sequences: Sequences, *, temperature: float):
-    """Teacher-forced log-probabilities f32 [U, R, T] of branch tokens. temperature: of the law that is scored; > 0."""
+def score(config: DecoderConfig, params, sequences: Sequences, *, temperature: float, trunks_at_once: int = 0):
+    """Teacher-forced log-probabilities f32 [U, R, T] of branch tokens.
+
+    Args:
+        temperature: of the law that is scored; > 0.
+        trunks_at_once: a divisor of U that the mesh divides, to need less memory; 0: all.
+    """
     with on_mesh_of(params):
-        return _score(config, params, sequences, temperature=temperature)
+        return _score(config, params, sequences, temperature=temperature, trunks_at_once=trunks_at_once)
 
 
-@partial(jax.jit, static_argnames=("config", "temperature"))
-def _score(config: DecoderConfig, params, sequences: Sequences, *, temperature: float):
-    hidden_URTD, _ = predictors(config, params, sequences)
-    U, R, T, D = hidden_URTD.shape
-    targets_UN = sequences.branch_tokens.reshape(U, R * T)
-    logprobs, _ = token_logprobs(config, params, hidden_URTD.reshape(U, R * T, D), targets_UN, temperature=temperature)
-    return logprobs.reshape(U, R, T)
+@partial(jax.jit, static_argnames=("config", "temperature", "trunks_at_once"))
+def _score(config: DecoderConfig, params, sequences: Sequences, *, temperature: float, trunks_at_once: int):
+    U = len(sequences.trunk_tokens)
+    n = trunks_at_once or U
+
+    def of_some(some: Sequences):
+        hidden_nRTD, _ = predictors(config, params, some)
+        _, R, T, D = hidden_nRTD.shape
+        hidden_nND, targets_nN = hidden_nRTD.reshape(n, R * T, D), some.branch_tokens.reshape(n, R * T)
+        logprobs, _ = token_logprobs(config, params, hidden_nND, targets_nN, temperature=temperature)
+        return logprobs.reshape(n, R, T)
+
+    # Every so-manieth trunk, not neighbours: each shard then has its part in every round.
+    rounds = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(n, U // n, *x.shape[1:]), 1, 0), sequences)
+    logprobs = jax.lax.map(of_some, rounds)
+    return jnp.moveaxis(logprobs, 0, 1).reshape(U, *logprobs.shape[2:])
 
 
 def direct_logprobs(config: DecoderConfig, params, batch: TaskBatch, *, header_length: int, bos_id: int | None):

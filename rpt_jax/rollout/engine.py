@@ -110,8 +110,6 @@ def generate(
             num_live, window = int(live_U.sum()), _window(flight)
             if not num_live and not is_waiting:
                 return _rollouts(law, written)
-            if clock == window < limit:
-                flight = _widen(config, flight, window=min(2 * window, limit))
             if shapes and not is_waiting and num_live <= floor:
                 while shapes and _holds(*shapes[0], live_U, may_regroup):
                     groups, size = shapes.pop(0)
@@ -120,6 +118,8 @@ def generate(
                     else:
                         flight = _shrink(flight, slots=size)
                 floor = min(math.prod(shapes[0]), num_live * 7 // 8) if shapes else 0
+            if clock == window < limit:
+                flight = _widen(config, flight, window=min(2 * window, limit))
 
 
 def _num_shards(array) -> int:

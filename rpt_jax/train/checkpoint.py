@@ -141,6 +141,14 @@ class Checkpoints:
         if self._writer is not None:
             self._writer.join()
             self._writer = None
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Waits for nothing.
+
+        Raises:
+            CheckpointError: the last save in the background is known to have failed.
+        """
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure

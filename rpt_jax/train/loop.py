@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from rpt_jax.data.pipeline import TrainIterator
-from rpt_jax.errors import CheckpointError, Interrupted
+from rpt_jax.errors import CheckpointError, DataError, Interrupted, RewardError
 from rpt_jax.parallel.distributed import from_main
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rollout.collect import collect
@@ -39,8 +39,10 @@ def train(
     Returns:
         (state, FLOPs of all rollouts and updates).
     Raises:
-        CheckpointError: too many updates in a row were skipped for non-finite numbers.
-        Interrupted: told to stop, in a rollout or an evaluation; what was done is saved.
+        CheckpointError: the run is past its last step already; too many updates in a row were skipped for non-finite
+            numbers; a checkpoint could not be written.
+        Interrupted, RewardError, DataError: told to stop, in a rollout or an evaluation; a reward function failed; no
+            task is left. What was done is saved.
     """
     config, recorder = trainer.config, StepRecorder(trainer, run, trainer.policy(state))
     done = 0
@@ -49,6 +51,11 @@ def train(
         done = record["step"]
         tasks.set_state(record["tasks"])
         recorder.flops = record["flops"]
+    if done > config.run.num_steps:
+        raise CheckpointError(
+            f"{run.path} has done {done} steps, and run.num_steps={config.run.num_steps}. Raise --run.num-steps, or go "
+            f"back with --run.resume {config.run.num_steps}."
+        )
     last_evaluation = {"stage": "evaluation", "step": config.run.num_steps}
     if done == config.run.num_steps and from_main(any(r | last_evaluation == r for r in read_records(run.path))):
         return state, recorder.flops
@@ -84,12 +91,13 @@ def train(
                         f"{recorder.num_skipped} updates in a row had a non-finite loss or gradient; the last good "
                         f"checkpoint is step {checkpoints.latest_step}. Lower the learning rate in a new run."
                     )
+                checkpoints.raise_failure()
                 if done % config.checkpoint.every_steps == 0 or done == last:
                     save()
             if last == config.run.num_steps:
                 progress(last, "evaluating")
                 evaluate(last, trainer.policy(state), recorder.flush())
-    except Interrupted:
+    except (Interrupted, RewardError, DataError):
         # A step is all or nothing: the next process draws the same tasks and the same rollouts again.
         tasks.position = position
         save()

@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rpt_jax.config import Config
+from rpt_jax.config import Config, OptimizerConfig
 from rpt_jax.errors import CheckpointError
 from rpt_jax.parallel.distributed import is_main, main_first
 from rpt_jax.train.checkpoint import find_damage, steps_of
@@ -45,8 +45,8 @@ def begin_as_copy(config: Config, identity: dict) -> None:
     Args:
         identity: what identifies the data, as `RunDirectory` keeps it.
     Raises:
-        CheckpointError: the source is no run, has other data, or no whole checkpoint of that step; or the directory
-            holds something else already.
+        CheckpointError: the source is no run, has other data, adapters that sit on other weights, or no whole
+            checkpoint of that step; or the directory holds something else already.
     """
     resume, target = Resume.parse(config.run.resume), Path(config.run.directory)
     if resume.source is None:
@@ -73,6 +73,7 @@ def begin_as_copy(config: Config, identity: dict) -> None:
                 f"run.resume={config.run.resume!r} is a run on other data; a copy goes on with the same corpus, "
                 "tokenizer and template. To train it on others, export its policy and set --policy.path."
             )
+        _check_same_base(Config.from_json(json.dumps(read_json(resume.source / "config.json"))), config)
         step = _whole_step(resume)
         target.mkdir(parents=True, exist_ok=True)
         # First a sign of what this directory is to be, last the config: an interrupted copy is made again.
@@ -98,6 +99,28 @@ def begin_as_copy(config: Config, identity: dict) -> None:
         write_atomically(target / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
         write_atomically(target / "config.json", config.to_json())
         console.print(f"begun as a copy of {resume.source} at step {step}")
+
+
+def _check_same_base(old: Config, new: Config) -> None:
+    """Adapters are good only on the weights that they were made with, which each run makes again."""
+    if not old.lora.rank and not new.lora.rank:
+        return
+
+    def base(config: Config) -> dict:
+        made_by = {"lora": config.lora, "model": config.model, "policy.param_dtype": config.policy.param_dtype}
+        if config.supervised.num_steps:
+            made_by["supervised"] = replace(config.supervised, control_optimizer=OptimizerConfig())
+        if config.supervised.num_steps or not config.policy.path:
+            made_by["run.seed"] = config.run.seed
+        return made_by
+
+    (before, after), nothing = map(base, (old, new)), "not used"
+    for name in sorted({*before, *after}):
+        if before.get(name, nothing) != after.get(name, nothing):
+            raise CheckpointError(
+                f"run.resume={new.run.resume!r} has adapters made with {name}={before.get(name, nothing)}, and this "
+                f"run has {after.get(name, nothing)}; the weights under them would be others. Use the same."
+            )
 
 
 def _whole_step(resume: Resume) -> int:

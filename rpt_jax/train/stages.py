@@ -631,20 +631,24 @@ def continue_supervised(
 
 def run_control(p: Prepared, params, max_flops: float, evaluations: Evaluations, *, num_evaluations: int = 5) -> None:
     """Next-token training on the training documents at matched compute, evaluated on the way and at the end."""
-    if from_main(any(r["stage"] == "control_evaluation" and r.get("final") for r in read_records(p.run.path))):
+    evaluated = [r for r in read_records(p.run.path) if r["stage"] == "control_evaluation"]
+    # Where the run went on for longer than its control, so does the control.
+    if from_main(any(r.get("final") and r["flops"] >= max_flops for r in evaluated)):
         return
     sequences = document_examples(p.train_documents, p.tokenizer, p.config.data.trunk_length)
     checkpoints = p.checkpoints("control")
-    p.run.cut_metrics("control_evaluation", checkpoints.latest_step or 0)
-    evaluated = from_main(sum(r["stage"] == "control_evaluation" for r in read_records(p.run.path)))
+    done = (checkpoints.latest_step or 0) - 1
+    p.run.cut_metrics("control_evaluation", done)
     marks = np.linspace(0, max_flops, num_evaluations + 1)[1:-1]
+    reached = max((r["flops"] for r in evaluated if r["step"] <= done), default=0.0)
+    num_passed = from_main(int((marks <= reached).sum()))
     last = [0, 0.0]
 
     def on_step(step: int, params, flops: float) -> None:
-        nonlocal evaluated
+        nonlocal num_passed
         last[:] = step, flops
-        if (marks <= flops).sum() > evaluated:
-            evaluated += 1
+        if (marks <= flops).sum() > num_passed:
+            num_passed = (marks <= flops).sum()
             figures = evaluations.evaluate(params, thinking=False, final=False)
             p.run.log("control_evaluation", step, {"flops": flops, "splits": figures})
 

@@ -15,7 +15,7 @@ from rpt_jax.config import Config
 from rpt_jax.data.documents import Document, lengths_of
 from rpt_jax.data.prompts import Template
 from rpt_jax.data.readers import read_records
-from rpt_jax.errors import DataError, Interrupted
+from rpt_jax.errors import CheckpointError, DataError, Interrupted
 from rpt_jax.models import decoder
 from rpt_jax.models.lora import Frozen, join
 from rpt_jax.parallel.interruption import check
@@ -148,7 +148,8 @@ def plain_trunk(tokens, tokenizer: Tokenizer) -> list[int]:
 class DocumentExamples(Sequence):
     """Plain-text examples of documents, each made when it is asked for.
 
-    Long documents become windows that share one token, so that every token but a document's first is predicted once.
+    Long documents become windows that share one token, so that every token is predicted once, from those before it; a
+    document's first only where a BOS stands before it.
     """
 
     documents: Sequence[Document]
@@ -168,7 +169,10 @@ class DocumentExamples(Sequence):
         d = int(np.searchsorted(self.ends, number, side="right"))
         first = (number - (int(self.ends[d - 1]) if d else 0)) * (self.size - 1)
         tokens = self.documents[d].tokens[first : first + self.size]
-        return Example(trunk=plain_trunk(tokens, self.tokenizer), first=1, weight=self.weight, completion=None)
+        trunk = plain_trunk(tokens, self.tokenizer)
+        # Behind a BOS, the token that is shared was predicted by the window before.
+        num_given = len(trunk) - len(tokens) + (first > 0)
+        return Example(trunk=trunk, first=max(1, num_given), weight=self.weight, completion=None)
 
     def sample(self, number: int) -> list[Example]:
         """`number` examples, spread evenly over the documents; all where there are fewer."""
@@ -360,6 +364,7 @@ def train_supervised(
         (state, FLOPs spent).
     Raises:
         Interrupted: saved, where there are checkpoints.
+        CheckpointError: too many updates in a row were skipped for non-finite numbers.
     """
     loss_fn = supervised_loss_fn(config.model)
     num_params = num_parameters(join(frozen, state.params))
@@ -396,6 +401,11 @@ def train_supervised(
                 progress(done, f"loss {floats['loss']:.3f}")
                 if run is not None:
                     run.log(stage, step, floats | {"flops": flops})
+                if floats["skipped"] >= config.loss.max_skipped_updates:
+                    raise CheckpointError(
+                        f"{stage}: {floats['skipped']:.0f} updates in a row had a non-finite loss or gradient. Lower "
+                        "the learning rate in a new run."
+                    )
             if step % config.checkpoint.every_steps == 0 or is_done():
                 save()
             try:

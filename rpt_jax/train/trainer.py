@@ -74,7 +74,7 @@ class Trainer:
         plans, counts = plan_update(experience, batch, loss, self.config.mesh.trunk_shards)
         # Old log-probabilities are those before the first of several updates.
         old = self.policy(state) if loss.num_minibatches > 1 else None
-        loss_fn = policy_loss_fn(self.config.model, loss, self.config.rollout.training_temperature)
+        loss_fn = policy_loss_fn(self.config.model, loss, self.config.rollout.temperature)
         minibatches = [[self._microbatch(batch, m, old) for m in plan] for plan in plans]
         metrics = []
         for microbatches in minibatches:
@@ -86,7 +86,7 @@ class Trainer:
 
     def _microbatch(self, batch: TrainBatch, plan: Microbatch, old_policy) -> TrainBatch:
         packed = pack(batch, *shard_batch(self.mesh, (plan.trunks, plan.source)))
-        temperature = self.config.rollout.training_temperature
+        temperature = self.config.rollout.temperature
 
         def logprobs(params):
             return (
