@@ -36,33 +36,43 @@ def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple
             preset = words[1] if len(words) == 2 else None
             del flags[i : i + (2 if flag == "--preset" else 1)]
             break
-    if preset not in PRESETS and not {"-h", "--help"} & set(flags):
+    if {"-h", "--help"} & set(flags):
+        print(sys.modules["__main__"].__doc__)
+        print(f"--preset: one of {', '.join(PRESETS)}\n--dry-run: the resolved run, nothing done\n")
+    elif preset not in PRESETS:
         raise ConfigError(f"--preset {preset}; it must be one of {', '.join(PRESETS)}. Choose one.")
-    config, unknown = tyro.cli(
-        Config, default=PRESETS.get(preset, Config()), args=flags, return_unknown_args=True, prog="experiment"
-    )
-    if unknown:
-        raise ConfigError(
-            f"unknown argument(s) {' '.join(unknown)}; flags are --section.field VALUE. See --help for all of them."
-        )
+    config = _with_flags(PRESETS.get(preset, Config()), flags)
     if not config.run.directory:
         config = replace(config, run=replace(config.run, directory=f"runs/{preset}"))
     config.validate()
     return config, dry_run
 
 
-def load_run(directory: Path) -> Config:
+def _with_flags(config: Config, flags: list[str]) -> Config:
+    config, unknown = tyro.cli(Config, default=config, args=flags, return_unknown_args=True, prog="experiment")
+    if unknown:
+        raise ConfigError(
+            f"unknown argument(s) {' '.join(unknown)}; flags are --section.field VALUE. See --help for all of them."
+        )
+    return config
+
+
+def load_run(directory: Path, flags: list[str]) -> Config:
     """The config of an existing run directory; its corpus and tokenizer must still be where they were.
 
+    Args:
+        flags: what is to differ here: the mesh, what evaluations take (`RunDirectory` says what may).
     Raises:
         CheckpointError: no run there.
+        ConfigError: unknown flag, or settings that cannot run.
     """
     path = directory / "config.json"
     if not path.exists():
         raise CheckpointError(
             f"--run {directory} holds no config.json; it must be the directory of a run. Check the path."
         )
-    config = Config.from_json(json.dumps(read_json(path)))
+    config = _with_flags(Config.from_json(json.dumps(read_json(path))), flags)
+    config.validate()
     return replace(config, run=replace(config.run, directory=str(directory)))
 
 

@@ -24,14 +24,14 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="directory of a finished run")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
-    args = parser.parse_args(argv)
+    args, flags = parser.parse_known_args(argv)
     results = collect_results(args.run)
-    config = load_run(args.run)
+    config = load_run(args.run, flags)
     if config.questions.path:
         raise ConfigError(
             f"--run {args.run} is a run on questions; controls are trained on documents. Give such a run."
         )
-    prepared = stages.prepare(config)
+    prepared = stages.prepare(config, read_only=True)
     params = stages.warm_start(prepared)
     tasks = stages.choose_tasks(prepared, params)
     evaluations = stages.Evaluations(prepared=prepared, source=tasks.heldout)

@@ -2,6 +2,8 @@
 
 python -m experiments.convert_hf --run runs/tiny_text --out exported [--dtype bfloat16]
 python -m experiments.convert_hf --run runs/tiny_text --out adapters --adapters      # PEFT layout, a LoRA run only
+
+On another machine than the run's, say what differs: --mesh.fsdp 1 --mesh.tensor 1 --model.activation-dtype float32.
 """
 
 import argparse
@@ -18,10 +20,12 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run directory with an RL checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="a new directory")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as trained")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as trained; float32 where adapters were"
+    )
     parser.add_argument("--adapters", action="store_true", help="only the adapters of the RL stage, not merged")
-    args = parser.parse_args(argv)
-    prepared = stages.prepare(load_run(args.run))
+    args, flags = parser.parse_known_args(argv)
+    prepared = stages.prepare(load_run(args.run, flags), read_only=True)
     config = prepared.config
     if args.adapters and not config.lora.rank:
         raise ConfigError(f"--adapters of {args.run}, which trained every parameter. Leave --adapters out.")

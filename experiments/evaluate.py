@@ -1,6 +1,8 @@
 """Evaluate a run's newest RPT checkpoint on its held-out documents and print every split.
 
-python -m experiments.evaluate --run runs/quickstart
+python -m experiments.evaluate --run runs/quickstart [--eval.num-samples 16] [--mesh.fsdp 1]
+
+The run is not touched, and may be going on meanwhile.
 """
 
 import argparse
@@ -24,10 +26,10 @@ METRICS = (
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run directory with an RPT checkpoint")
-    args = parser.parse_args(argv)
-    prepared = stages.prepare(load_run(args.run))
-    tasks = stages.choose_tasks(prepared, stages.warm_start(prepared))
+    args, flags = parser.parse_known_args(argv)
+    prepared = stages.prepare(load_run(args.run, flags), read_only=True)
     state, frozen, step = stages.newest_state(prepared)
+    tasks = stages.choose_tasks(prepared, stages.warm_start(prepared))
     policy = stages.merge(frozen, state.params)
     figures = stages.Evaluations(prepared=prepared, source=tasks.heldout).evaluate(policy, thinking=True, final=True)
     print(f"step {step}: value ± standard error")

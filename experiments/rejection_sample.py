@@ -23,7 +23,7 @@ from rpt_jax.train.rejection import accepted_rows, write_examples
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=not {"-h", "--help"} & set(argv))
     parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--per-prompt", type=int, default=2)
     parser.add_argument("--min-reward", type=float, default=1.0)

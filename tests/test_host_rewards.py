@@ -88,14 +88,12 @@ def test_workers_outlive_the_threads_that_started_them_and_end_with_their_run(tm
 
 
 def test_every_fault_is_of_its_own_completion():
-    pool = JudgePool(f"{MODULE}:by_column", num_workers=1, time_limit=1.0)
+    pool = JudgePool(f"{MODULE}:by_column", num_workers=1, time_limit=3.0)
     kinds = ("one", "raise", "none", "nan", "inf", "string", "list", "array", "die", "bool", "numpy", "hang", "one")
-    started = time.perf_counter()
     results = dict(zip(kinds[1:], pool.judge([(b"", None, {"do": k}) for k in kinds])[1:]))
-    assert time.perf_counter() - started < 30
     assert results["one"] == 1.0 and results["bool"] == 1.0 and results["numpy"] == 0.5
     assert "ValueError: on purpose" in results["raise"]
-    assert "time_limit_seconds=1.0" in results["hang"] and "ended its process" in results["die"]
+    assert "time_limit_seconds=3.0" in results["hang"] and "ended its process" in results["die"]
     for kind in ("none", "string", "list", "array"):
         assert "which is no number" in results[kind], kind
     assert results["nan"] == "returned nan" and results["inf"] == "returned inf"
@@ -115,7 +113,9 @@ def test_a_slow_expression_of_the_policy_does_not_stop_a_run(letters):
     config = RewardConfig(name="math", on_fault="fail", time_limit_seconds=2.0)
     reward = make_reward(config, letters, lambda _: {"answers": ("9^{9^{9^{9}}}", "10^{9^{9^{9}}}")})
     rewards, _, faults = reward.fn(rollouts, tasks, {})
-    assert not np.asarray(rewards).any() and np.asarray(faults)[2].sum() == 0
+    assert not np.asarray(rewards).any()
+    # Of the first prediction math-verify tries to evaluate the answers; the others need no arithmetic, or are none.
+    assert np.asarray(faults)[:, 0].tolist() == [[True, False], [False, False], [False, False]]
 
 
 @pytest.mark.parametrize(

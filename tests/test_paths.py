@@ -67,10 +67,6 @@ def text_flags(home, run, *extra):
     ]  # fmt: skip
 
 
-def same_tensors(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
-
-
 @pytest.fixture(scope="module")
 def trained(home):
     """A LoRA run with a proxy from a checkpoint, after its positions were filtered into a shared cache."""
@@ -79,14 +75,19 @@ def trained(home):
     first = json.loads((home / "filtered" / "positions.json").read_text())
     filter_positions.main(text_flags(home, home / "filtered", *shared))
     again = json.loads((home / "filtered" / "positions.json").read_text())
-    scored = positions_lib.add_scores
-    positions_lib.add_scores = None  # training only reads what filtering scored, but for held-out text it evaluates on
+    add_scores, scored = positions_lib.add_scores, set()
+
+    def recorded(table, documents, *args, **kwargs):
+        scored.update(documents[int(number)].id for number in np.unique(table.document))
+        return add_scores(table, documents, *args, **kwargs)
+
+    positions_lib.add_scores = recorded
     try:
-        with pytest.raises(TypeError):
-            train.main(text_flags(home, home / "fails", *shared, "--lora.rank", "2"))
+        train.main(text_flags(home, home / "run", *shared, "--lora.rank", "2", "--loss.kl-coef", "0.1"))
     finally:
-        positions_lib.add_scores = scored
-    train.main(text_flags(home, home / "run", *shared, "--lora.rank", "2", "--loss.kl-coef", "0.1"))
+        positions_lib.add_scores = add_scores
+    # Training only reads what filtering scored; of 40 documents 4 are held out.
+    assert 0 < len(scored) <= 4 and first["documents"] == 36
     return home / "run", first, again
 
 
@@ -130,10 +131,29 @@ def test_lora_run_trains_adapters_and_exports(home, trained, tmp_path):
         np.testing.assert_allclose(decoder.logits(config, params, jnp.asarray(ids)), expected, atol=1e-4)
 
 
-def test_an_exported_policy_evaluates_as_the_run_does(home, trained, tmp_path, capsys):
+def test_readers_leave_a_run_as_it_is(home, trained, tmp_path, capsys):
+    """Evaluated and exported on another mesh, with other numbers of samples; no byte of the run changes."""
     run, *_ = trained
-    evaluate.main(["--run", str(run)])
+
+    def state():
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(run.rglob("*")) if p.is_file()}
+
+    before = state()
+    evaluate.main(["--run", str(run), "--mesh.fsdp", "2", "--mesh.tensor", "2", "--eval.num-samples", "2"])
     assert "step 2" in capsys.readouterr().out
+    for mesh in ("1", "2"):
+        convert_hf.main(["--run", str(run), "--out", str(tmp_path / mesh), "--mesh.tensor", mesh])
+    assert state() == before
+    (_, one), (_, two) = (load_hf(tmp_path / mesh) for mesh in ("1", "2"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), one, two)
+    with pytest.raises(CheckpointError, match="holds a run with another config .*loss.kl_coef: 0.1 -> 0.3"):
+        evaluate.main(["--run", str(run), "--loss.kl-coef", "0.3"])
+    with pytest.raises(ConfigError, match="unknown argument"):
+        evaluate.main(["--run", str(run), "--mesh.fdsp", "2"])
+    (run / "checkpoints" / "rpt").rename(tmp_path / "rpt")
+    with pytest.raises(CheckpointError, match="no checkpoint of RPT yet"):
+        evaluate.main(["--run", str(run)])
+    (tmp_path / "rpt").rename(run / "checkpoints" / "rpt")
 
 
 def test_cold_start_from_rollouts(home, trained, tmp_path, capsys):

@@ -352,6 +352,7 @@ def test_two_hosts_are_one_and_either_goes_on_for_the_other(home, figures):
         for r, b in zip(records, base, strict=True):
             for metric in ("reward", "completion_tokens", "loss", "grad_norm", "tokens_updated"):
                 np.testing.assert_allclose(r[metric], b[metric], rtol=1e-4, atol=1e-6, err_msg=f"{name} {metric}")
+        assert max(gaps) == 0.0, name
         # The data cursor: the very same tasks in the very same places.
         for step in range(1, 5):
             a, b = (
@@ -421,13 +422,6 @@ def test_numbers_that_are_not_finite(corpus, tmp_path, monkeypatch, figures, whe
 
     monkeypatch.setattr(trainer.Trainer, "roll_out", poisoned_rollout)
     monkeypatch.setattr(trainer.Trainer, "learn", poisoned_learn)
-    if where == "logits":
-        # Sampled from numbers that are none, tokens are arbitrary; their own log-probabilities are finite again.
-        run_stages(config)
-        records = [r for r in read_records(tmp_path / "run") if r["stage"] == "rpt"]
-        figures |= {"steps": len(records), "skipped": sum(r["skipped"] > 0 for r in records)}
-        assert all(np.isfinite(r["loss"]) for r in records if not r["skipped"])
-        return
     with pytest.raises(CheckpointError, match="3 updates in a row had a non-finite loss or gradient"):
         run_stages(config)
     records = [r for r in read_records(tmp_path / "run") if r["stage"] == "rpt"]

@@ -310,7 +310,10 @@ def policy_batch(experience: Experience, *, loss: LossConfig, header_length: int
     tasks, rollouts = experience.tasks, experience.rollouts
     U, M, G = tasks.row_ids.shape
     lengths_UMG = rollouts.mask.sum(-1).reshape(U, M, G)
-    advantages_UMG = compute_advantages(loss.advantage, experience.rewards, lengths_UMG, experience.group_mask)
+    # A row that was sampled from numbers that are none makes the update one that is skipped.
+    is_sound_UMG = jnp.isfinite(jnp.sum(rollouts.sampler_logprobs, axis=-1)).reshape(U, M, G)
+    rewards_UMG = jnp.where(is_sound_UMG, experience.rewards, jnp.nan)
+    advantages_UMG = compute_advantages(loss.advantage, rewards_UMG, lengths_UMG, experience.group_mask)
     columns = jnp.arange(tasks.trunk_tokens.shape[1])
     trunk_mask = (columns >= max(1, header_length)) & (columns < tasks.trunk_lengths[:, None])
     weights_URC = aggregation_weights(loss.aggregation, rollouts.mask, jnp.repeat(experience.group_mask, G, axis=1))

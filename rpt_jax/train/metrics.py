@@ -35,6 +35,11 @@ _FREE_FIELDS = {
     "distributed": ("coordinator", "num_processes", "process_id", "join", "heartbeat_seconds", "deadline_seconds"),
     "checkpoint": ("every_steps", "keep"),
 }
+# And where it is only read: how it is computed, and what an evaluation takes.
+_FREE_TO_READERS = {
+    "model": ("activation_dtype", "remat", "platform"),
+    "eval": ("num_positions", "final_num_positions", "num_samples", "batch_trunks"),
+}
 
 
 @contextmanager
@@ -93,11 +98,17 @@ class RunDirectory:
         CheckpointError: the directory holds a run with another config or corpus, or files that are no run.
     """
 
-    def __init__(self, config: Config, corpus: dict):
-        """corpus: what identifies the data; a run goes on only with its own."""
+    def __init__(self, config: Config, corpus: dict, *, read_only: bool = False):
+        """
+        Args:
+            corpus: what identifies the data; a run goes on only with its own.
+            read_only: write nothing, for the run may be going on elsewhere.
+        """
         self.path = Path(config.run.directory)
         self._tensorboard = None
-        self._use_tensorboard = config.run.tensorboard and is_main()
+        self._writes = is_main() and not read_only
+        self._use_tensorboard = config.run.tensorboard and self._writes
+        self._read_only = read_only
         with main_first("run directory"):
             self._open(config, corpus)
 
@@ -109,7 +120,8 @@ class RunDirectory:
                 f"{jax.process_index()}; all processes must see one file system. Choose a shared --run.directory."
             )
         if saved.exists():
-            _check_same_run(Config.from_json(json.dumps(read_json(saved))), config, self.path)
+            free = _FREE_FIELDS | _FREE_TO_READERS if self._read_only else _FREE_FIELDS
+            _check_same_run(Config.from_json(json.dumps(read_json(saved))), config, self.path, free)
             _check_same_corpus(read_json(self.path / "corpus.json"), corpus, self.path)
         elif self.path.exists() and (not self.path.is_dir() or (self.path / "checkpoints").exists()):
             raise CheckpointError(
@@ -124,7 +136,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / "versions.json", json.dumps(_versions(), indent=2))
             write_atomically(self.path / "corpus.json", json.dumps(corpus, indent=2))
-        if is_main():
+        if self._writes:
             # A step to go back to is meant once; a later reader of this file goes on from the newest.
             kept = replace(config.run, resume="latest") if config.run.resume.isdigit() else config.run
             write_atomically(saved, replace(config, run=kept).to_json())
@@ -133,7 +145,7 @@ class RunDirectory:
         """Keep `value` as <name>.json; raises CheckpointError where the run was made with another."""
         path = self.path / f"{name}.json"
         if not path.exists():
-            if is_main():
+            if self._writes:
                 write_atomically(path, json.dumps(value, indent=2))
         elif (old := read_json(path)) != value:
             raise CheckpointError(
@@ -143,7 +155,7 @@ class RunDirectory:
 
     def cut_metrics(self, stage: str, step: int) -> None:
         """Forget the stage's records after `step`: it is about to write them again."""
-        if not is_main():
+        if not self._writes:
             return
         records = read_records(self.path)
         kept = [r for r in records if r["stage"] != stage or r["step"] <= step]
@@ -153,7 +165,7 @@ class RunDirectory:
 
     def log(self, stage: str, step: int, record: dict) -> None:
         """Append one record: {"stage", "step", ...}; numbers also go to TensorBoard under the stage's name."""
-        if not is_main():
+        if not self._writes:
             return
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"stage": stage, "step": step} | record) + "\n")
@@ -187,10 +199,10 @@ def _check_same_corpus(old: dict, new: dict, path: Path) -> None:
         )
 
 
-def _check_same_run(old: Config, new: Config, path: Path) -> None:
+def _check_same_run(old: Config, new: Config, path: Path, free: dict[str, tuple[str, ...]]) -> None:
     def comparable(config: Config) -> dict:
         values = json.loads(config.to_json())
-        for section, names in _FREE_FIELDS.items():
+        for section, names in free.items():
             for name in names:
                 values[section].pop(name)
         # A linear schedule ends at num_steps, so changing it changes what was already done.

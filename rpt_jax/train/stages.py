@@ -36,7 +36,7 @@ from rpt_jax.data.questions import (
     read_questions,
 )
 from rpt_jax.data.readers import Corpus, read_texts, training_corpora
-from rpt_jax.errors import ConfigError
+from rpt_jax.errors import CheckpointError, ConfigError
 from rpt_jax.evals.next_token import Evaluator, difficulty_splits
 from rpt_jax.evals.questions import QuestionEvaluator, category_splits
 from rpt_jax.models import lora
@@ -109,9 +109,11 @@ def cache_directory(config: Config) -> Path:
     return Path(config.data.cache or config.run.directory)
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, *, read_only: bool = False) -> Prepared:
     """Read and check everything; nothing compiles here.
 
+    Args:
+        read_only: an existing run, which may be going on elsewhere and is not written to.
     Raises:
         ConfigError, DataError, CheckpointError: see the modules that do the reading.
     """
@@ -145,7 +147,9 @@ def prepare(config: Config) -> Prepared:
         "template": {"sha256": template.fingerprint},
     }
     begin_as_copy(config, identity)
-    run = RunDirectory(config, identity)
+    run = RunDirectory(config, identity, read_only=read_only)
+    if read_only:
+        return Prepared(config=config, mesh=mesh, run=run, tokenizer=tokenizer, **tasks)
     if config.run.resume.isdigit():
         Checkpoints(run.path / "checkpoints" / "rpt", keep=config.checkpoint.keep, step=int(config.run.resume))
     if is_main():
@@ -589,10 +593,13 @@ def newest_state(p: Prepared) -> tuple[TrainState, Frozen | None, int]:
     Raises:
         CheckpointError: there is none.
     """
+    checkpoints = p.checkpoints("rpt", read_only=True)
+    if checkpoints.latest_step is None:
+        raise CheckpointError(f"{p.run.path} has no checkpoint of RPT yet. Train on, or name another --run.")
     # The shapes are all that the warm start's result is needed for, but adapters sit on its very values.
     trained, frozen = trainable(p, warm_start(p))
     like = init_state(trained, make_optimizer(p.config.optimizer, p.config.num_updates), p.mesh)
-    state, record = p.checkpoints("rpt", read_only=True).restore(like)
+    state, record = checkpoints.restore(like)
     return state, frozen, record["step"]
 
 
