@@ -3,7 +3,7 @@
 python -m experiments.plan --preset rpt_qwen2_5_14b --topology v5p:4x4x4 [--json FILE] [--tail-tokens 64]
     [--no-nearest] [--section.field VALUE ...]
 
-Needs libtpu, the TPU's compiler: pip install 'rpt_jax[tpu]'. fsdp becomes what the topology leaves to data and tensor.
+Needs libtpu, the TPU's compiler: pip install -e '.[tpu]'. fsdp becomes what the topology leaves to data and tensor.
 Exit status 3 where the run does not fit; then the nearest setting that does is searched for, and compiled.
 """
 

@@ -54,6 +54,21 @@ TINY_TEXT = Config(
     eval=EvalConfig(every_steps=10, num_positions=100, final_num_positions=300, batch_trunks=32),
 )
 
+# Text for a policy that --policy.path names, on one accelerator: prompts in the chat template's turns, no warm start.
+TEXT = Config(
+    run=RunConfig(num_steps=200),
+    data=DataConfig(chat=True, trunk_length=1024, window_stride=512),
+    positions=PositionsConfig(entropy_threshold=1.0),
+    model=DecoderConfig(),
+    rollout=RolloutConfig(
+        num_trunks=16, prompts_per_trunk=4, group_size=8, max_completion_tokens=1024, temperature=0.8
+    ),
+    loss=LossConfig(microbatch_trunks=2),
+    optimizer=OptimizerConfig(warmup_steps=10),
+    checkpoint=CheckpointConfig(every_steps=20),
+    eval=EvalConfig(every_steps=50, num_positions=100, final_num_positions=400, num_samples=4, batch_trunks=16),
+)
+
 # Questions with answers: RL fine-tuning and zero-shot evaluation of a policy that --policy.path names.
 QUESTIONS = Config(
     run=RunConfig(num_steps=100),
@@ -130,6 +145,7 @@ RPT_LLAMA3_8B = _rpt(
 PRESETS = {
     "tiny_worked": TINY_WORKED,
     "tiny_text": TINY_TEXT,
+    "text": TEXT,
     "questions": QUESTIONS,
     "rpt_qwen2_5_14b": RPT_QWEN2_5_14B,
     "rpt_qwen3_1_7b": RPT_QWEN3_1_7B,

@@ -70,7 +70,7 @@ def describe_topology(topology: str) -> tuple[Chip, list]:
     except Exception as error:  # the plugin raises what it likes
         raise ConfigError(
             f"--topology {topology} cannot be described ({error!s:.300}); it needs libtpu, the TPU's compiler: "
-            "pip install 'rpt_jax[tpu]', and a shape such as v5e:4x4 or v5p:4x4x4."
+            "pip install -e '.[tpu]', and a shape such as v5e:4x4 or v5p:4x4x4."
         ) from error
 
 

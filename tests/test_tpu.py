@@ -23,7 +23,7 @@ from rpt_jax.config import (
 from rpt_jax.errors import ConfigError
 from rpt_jax.parallel.mesh import make_mesh
 
-pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed: pip install 'rpt_jax[tpu]'")
+pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed: pip install -e '.[tpu]'")
 
 CONFIG = Config(
     data=DataConfig(trunk_length=128),
