@@ -13,10 +13,11 @@ import torch_parity
 from safetensors.numpy import load_file, save_file
 
 from rpt_jax.config import DecoderConfig, MeshConfig
+from rpt_jax.data import positions
 from rpt_jax.errors import CheckpointError
 from rpt_jax.models import decoder
 from rpt_jax.models.hf import load_hf, save_hf
-from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.parallel.mesh import make_mesh, shard_batch
 
 CASES = list(torch_parity.CASES)
 PLAIN = "qwen3, head size not width / heads"
@@ -191,3 +192,24 @@ def test_damaged_model_directories_are_refused_by_name(name, tmp_path):
     with pytest.raises(CheckpointError, match=message) as error:
         load_hf(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_a_proxy_of_few_heads_lies_on_a_mesh_of_more(tmp_path):
+    """A small model beside a policy on tensor = 4: heads that four does not divide stay whole, and nothing changes."""
+    config = DecoderConfig(
+        family="qwen2", vocab_size=64, num_layers=2, width=48, mlp_width=64, num_heads=12, num_kv_heads=2, head_size=8,
+        qkv_bias=True, qk_norm=False,
+    )  # fmt: skip
+    params = decoder.init_params(config, make_mesh(MeshConfig()), jax.random.key(0))
+    save_hf(tmp_path / "proxy", config, params)
+    tokens = np.random.default_rng(0).integers(0, 64, (4, 20)).astype(np.int32)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    _, spread = load_hf(tmp_path / "proxy", mesh)
+    assert spread["layers"]["k_proj"].sharding.shard_shape((2, 48, 2, 8)) == (2, 24, 2, 8)
+    assert spread["layers"]["q_proj"].sharding.shard_shape((2, 48, 12, 8)) == (2, 24, 3, 8)
+    alone, together = (
+        positions.direct_statistics(config, p, shard_batch(m, tokens), renormalize=False)
+        for p, m in ((params, make_mesh(MeshConfig())), (spread, mesh))
+    )
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-4)

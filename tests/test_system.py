@@ -145,6 +145,22 @@ def test_results_carry_n_and_errors(finished):
     assert results["flops"][-1] <= control < 1.5 * results["flops"][-1]
 
 
+def test_a_run_that_goes_on_takes_its_control_along(corpus, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "longer")
+    config = tiny_run(corpus, tmp_path / "longer")
+    train.run(dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=6)))
+    before, after = (read(path / "metrics.jsonl") for path in (finished, tmp_path / "longer"))
+
+    def of(records, stage):
+        return [r for r in records if r["stage"] == stage]
+
+    (control,) = [r for r in of(after, "control_evaluation") if r.get("final")]
+    (earlier,) = [r for r in of(before, "control_evaluation") if r.get("final")]
+    assert control["flops"] >= of(after, "rpt")[-1]["flops"] > earlier["flops"] and control["step"] > earlier["step"]
+    steps = [r["step"] for r in of(after, "control")]
+    assert steps == sorted(set(steps)) and steps[-1] == control["step"]
+
+
 def test_compute_is_counted_in_tokens_actually_run(finished):
     """FLOPs of a step by hand from its logged token counts."""
     records = [r for r in read(finished / "metrics.jsonl") if r["stage"] == "rpt"]
