@@ -112,7 +112,7 @@ def _trips(line: str, condition, body) -> float | None:
     if noted := re.search(r'known_trip_count[^}]*"n":"(\d+)"', line):
         return float(noted[1])
     root = next((c for c in condition if "ROOT" in c), "")
-    compared = re.search(r"compare\(\S*?%([\w.\-]+), \S*?%([\w.\-]+)\), direction=LT", root)
+    compared = re.search(r"compare\([^%]*%([\w.\-]+),[^%]*%([\w.\-]+)\), direction=LT", root)
     if not compared:
         return None
     counter, bound = (_definition(condition, name) for name in compared.groups())

@@ -52,7 +52,7 @@ def _score(config: DecoderConfig, params, sequences: Sequences, *, temperature: 
         logprobs, _ = token_logprobs(config, params, hidden_nND, targets_nN, temperature=temperature)
         return logprobs.reshape(n, R, T)
 
-    # Every so-manieth trunk, not neighbours: each shard then has its part in every round.
+    # A round's trunks lie U // n apart: each shard then has its part in every round.
     rounds = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(n, U // n, *x.shape[1:]), 1, 0), sequences)
     logprobs = jax.lax.map(of_some, rounds)
     return jnp.moveaxis(logprobs, 0, 1).reshape(U, *logprobs.shape[2:])
