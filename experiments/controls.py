@@ -33,8 +33,7 @@ def main(argv: list[str]) -> None:
         )
     prepared = stages.prepare(config, read_only=True)
     params = stages.warm_start(prepared)
-    tasks = stages.choose_tasks(prepared, params)
-    evaluations = stages.Evaluations(prepared=prepared, source=tasks.heldout)
+    evaluations = stages.Evaluations(prepared=prepared, source=stages.heldout_tasks(prepared, params))
     sources = {"documents": document_examples(prepared.train_documents, prepared.tokenizer, config.data.trunk_length)}
     if prepared.warm_examples:
         # A warm-start file is in training order: its second half is what training ended on.
@@ -45,7 +44,7 @@ def main(argv: list[str]) -> None:
         for rate in args.learning_rates:
             optimizer = replace(config.supervised.control_optimizer, learning_rate=rate)
             trained = stages.continue_supervised(prepared, params, sequences, optimizer, results["flops"][-1])
-            figures = evaluations.evaluate(trained, thinking=True, final=True)
+            figures = evaluations.evaluate(trained, thinking=True, final=True)["splits"]
             rows.append({"control": name, "learning_rate": rate, "splits": figures})
             cells = "  ".join(f"{m} {figures[split][m]['value']:.3f}" for m in METRICS)
             print(f"{name:<10}  lr {rate:g}  {split}: {cells}  (n={figures[split][METRICS[0]]['n']})", flush=True)

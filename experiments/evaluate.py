@@ -29,9 +29,10 @@ def main(argv: list[str]) -> None:
     args, flags = parser.parse_known_args(argv)
     prepared = stages.prepare(load_run(args.run, flags), read_only=True)
     state, frozen, step = stages.newest_state(prepared)
-    tasks = stages.choose_tasks(prepared, stages.warm_start(prepared))
-    policy = stages.merge(frozen, state.params)
-    figures = stages.Evaluations(prepared=prepared, source=tasks.heldout).evaluate(policy, thinking=True, final=True)
+    heldout = stages.heldout_tasks(prepared, stages.warm_start(prepared))
+    policy = stages.join(frozen, state.params)
+    evaluations = stages.Evaluations(prepared=prepared, source=heldout)
+    figures = evaluations.evaluate(policy, thinking=True, final=True)["splits"]
     print(f"step {step}: value ± standard error")
     if prepared.config.questions.path:
         print(table(figures))

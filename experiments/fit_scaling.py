@@ -34,7 +34,8 @@ def main(argv: list[str]) -> None:
         low, high = fit.band([points[-1][0] * 2])
         print(
             f"{split:<18} A={fit.A:.4g}  alpha={fit.alpha:.3f}  P*={fit.p_star:.3f}  R2={fit.r2:.3f}  "
-            f"at twice the compute {float(fit.predict(points[-1][0] * 2)):.3f} (90%: {low[0]:.3f} to {high[0]:.3f})"
+            f"at twice the compute {float(fit.predict(points[-1][0] * 2)):.3f} "
+            f"(bootstrap, 90% in name: {low[0]:.3f} to {high[0]:.3f})"
         )
 
 

@@ -54,12 +54,16 @@ TINY_TEXT = Config(
     eval=EvalConfig(every_steps=10, num_positions=100, final_num_positions=300, batch_trunks=32),
 )
 
+# Gentle steps of supervised training, for a model that was trained before.
+_FINE_TUNING = OptimizerConfig(learning_rate=1e-5, max_grad_norm=1.0, warmup_steps=10)
+
 # Text for a policy that --policy.path names, on one accelerator: prompts in the chat template's turns, no warm start.
 TEXT = Config(
     run=RunConfig(num_steps=200),
     data=DataConfig(chat=True, trunk_length=1024, window_stride=512),
     positions=PositionsConfig(entropy_threshold=1.0),
     model=DecoderConfig(),
+    supervised=SupervisedConfig(optimizer=_FINE_TUNING, control_optimizer=_FINE_TUNING),
     rollout=RolloutConfig(
         num_trunks=16, prompts_per_trunk=4, group_size=8, max_completion_tokens=1024, temperature=0.8
     ),
@@ -77,6 +81,7 @@ QUESTIONS = Config(
     rollout=RolloutConfig(
         num_trunks=16, prompts_per_trunk=1, group_size=8, max_completion_tokens=1024, temperature=1.0
     ),
+    supervised=SupervisedConfig(optimizer=_FINE_TUNING, control_optimizer=_FINE_TUNING),
     reward=RewardConfig(name="math"),
     loss=LossConfig(microbatch_trunks=4),
     optimizer=OptimizerConfig(warmup_steps=10),
@@ -99,7 +104,7 @@ def _rpt(model: DecoderConfig, mesh: MeshConfig, **rollout) -> Config:
         data=DataConfig(chat=True, trunk_length=4096, window_stride=2048, continuation_tokens=16),
         positions=PositionsConfig(entropy_threshold=1.0),
         model=replace(model, activation_dtype="bfloat16"),
-        supervised=SupervisedConfig(batch_size=256),
+        supervised=SupervisedConfig(batch_size=256, optimizer=_FINE_TUNING, control_optimizer=_FINE_TUNING),
         rollout=RolloutConfig(**rollout),
         loss=LossConfig(microbatch_trunks=mesh.trunk_shards, dynamic_sampling_from_step=500),
         mesh=mesh,

@@ -37,13 +37,19 @@ def main(argv: list[str]) -> None:
     tasks = stages.choose_tasks(prepared, params)
     trainer, _ = stages.make_trainer(prepared, params, tasks.training)
     if prepared.checkpoints("rpt", read_only=True).latest_step is not None:
-        state, trainer_frozen, _ = stages.newest_state(prepared)
-        params = stages.merge(trainer_frozen, state.params)
+        state, frozen, _ = stages.newest_state(prepared)
+        params = stages.join(frozen, state.params)
     rollout = config.rollout
     shape = dict(num_trunks=rollout.num_trunks, prompts_per_trunk=rollout.prompts_per_trunk)
     # A seed of its own: the prompts are not those that training starts with.
     iterator = TrainIterator(
-        tasks.training, tasks.ids, group_size=rollout.group_size, seed=config.run.seed + 1, **shape
+        tasks.training,
+        tasks.ids,
+        group_size=rollout.group_size,
+        seed=config.run.seed + 1,
+        corpora=tasks.corpora,
+        weights=prepared.corpus_weights,
+        **shape,
     )
     rows = []
     with progress_bar("rollouts", args.batches) as progress:

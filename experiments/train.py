@@ -28,7 +28,7 @@ def run(config: Config) -> None:
         tasks = stages.choose_tasks(prepared, params)
         console.print(f"{len(tasks.ids):,} tasks")
         evaluations = stages.Evaluations(prepared=prepared, source=tasks.heldout)
-        _, flops = stages.run_rl(prepared, params, tasks, evaluations)
+        flops = stages.run_rl(prepared, params, tasks, evaluations)
         if config.run.control and not config.questions.path:
             stages.run_control(prepared, params, flops, evaluations)
         prepared.run.close()

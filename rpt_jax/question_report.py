@@ -30,7 +30,7 @@ def write_report(directory: Path) -> Path:
         "flops": [r["flops"] for r in evaluations],
         "before": evaluations[0]["splits"],
         "after": evaluations[-1]["splits"],
-        "curve": [r["splits"] for r in evaluations],
+        "curve": [r.get("curve", r["splits"]) for r in evaluations],  # the same questions at every step
     }
     write_atomically(directory / "results.json", json.dumps(results, indent=2))
     plots = directory / "plots"
@@ -52,10 +52,10 @@ def _plot_learning(results: dict):
     for metric, style in (("sampled", "-o"), ("greedy", "--s"), ("direct", ":"), ("no_prediction", "-.")):
         value, error = series(results["curve"], "all", metric)
         if len(value):
-            axis.errorbar(results["steps"], value, 2 * error, fmt=style, capsize=2, label=metric, ms=4)
+            axis.errorbar(results["steps"][-len(value) :], value, 2 * error, fmt=style, capsize=2, label=metric, ms=4)
     axis.set_xlabel("RL step")
     axis.set_ylim(0, 1.02)
-    axis.set_title(f"Held-out questions (n={results['after']['all']['sampled']['n']}; bars: two standard errors)")
+    axis.set_title(f"Held-out questions (n={results['curve'][-1]['all']['sampled']['n']}; bars: two standard errors)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure

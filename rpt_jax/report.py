@@ -48,14 +48,15 @@ def collect_results(directory: Path) -> dict:
         "flops": [r["flops"] for r in evaluations],
         "before": evaluations[0]["splits"],
         "after": evaluations[-1]["splits"],
-        "curve": [r["splits"] for r in evaluations],
+        "curve": [r.get("curve", r["splits"]) for r in evaluations],  # the same positions at every step
         "control": control[-1]["splits"] if control and control[-1].get("final") else None,
         "control_flops": [r["flops"] for r in control],
-        "control_curve": [r["splits"] for r in control],
+        "control_curve": [r.get("curve", r["splits"]) for r in control],
         "scaling": {},
     }
     for split in results["after"]:
-        points = [(r["flops"], r["splits"][split]["sampled_prefix"]["value"]) for r in evaluations if r["flops"] > 0]
+        evaluated = zip(results["flops"], results["curve"], strict=True)
+        points = [(flops, c[split]["sampled_prefix"]["value"]) for flops, c in evaluated if flops > 0]
         try:
             fit = fit_power_law(*zip(*points, strict=True)) if points else None
         except DataError as error:
@@ -128,9 +129,9 @@ def _plot_learning(results: dict):
             value, error = series(results["curve"], split, metric)
             axis.errorbar(results["steps"][: len(value)], value, 2 * error, fmt=style, capsize=2, label=label, ms=4)
         if results["control"]:
-            value = results["control"][split]["direct_prefix"]["value"]
+            value = results["control_curve"][-1][split]["direct_prefix"]["value"]
             axis.axhline(value, color=_COLORS["control"], lw=1.5, label="control, direct (end)")
-        axis.set_title(f"{split} (n={results['after'][split]['sampled_prefix']['n']})", fontsize=10)
+        axis.set_title(f"{split} (n={results['curve'][-1][split]['sampled_prefix']['n']})", fontsize=10)
         axis.set_ylim(0, 1.02)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(splits) :]:
@@ -166,7 +167,7 @@ def _plot_scaling(results: dict):
     axis.set_xscale("log")
     axis.set_xlabel("RPT compute, FLOPs (tokens actually run)")
     axis.set_ylabel("accuracy, thinking (sampled)")
-    axis.set_title("P(C) = A / C^α + P*, with 90% bootstrap bands")
+    axis.set_title("P(C) = A / C^α + P*, with bootstrap bands (90% in name; of few points narrower)")
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -261,12 +262,24 @@ def _table(results: dict) -> str:
     return f"<table><tr><th>split</th><th>n</th>{head}</tr>{''.join(rows)}</table>"
 
 
+def _control_text(results: dict) -> str:
+    if not results["control"]:
+        return "This run has no control."
+    return (
+        f"The control starts from the same warm model and spends {results['control_flops'][-1]:.3g} FLOPs, beside "
+        f"{results['flops'][-1]:.3g} of RPT, on ordinary next-token training on the same documents. It is judged by "
+        "direct prediction, which is what that training improves."
+    )
+
+
 def _verdict(results: dict) -> str:
     split = headline_split(results)
     before, after = (results[k][split]["sampled_prefix"] for k in ("before", "after"))
     gain = after["value"] - before["value"]
     error = (before["standard_error"] ** 2 + after["standard_error"] ** 2) ** 0.5
     word = "rose" if gain > 2 * error else "fell" if gain < -2 * error else "did not change beyond noise"
+    if after["n"] < 2:
+        word = "is of a single position, which tells nothing"
     text = (
         f"On <b>{split}</b> positions of held-out documents (n={after['n']}), the accuracy of a sampled thought's "
         f"prediction {word}: <b>{before['value']:.3f} → {after['value']:.3f}</b> (change {gain:+.3f} ± {error:.3f})."
@@ -384,9 +397,7 @@ Everything below is measured on {corpus["held-out"]["documents"]:,} documents th
 {config["eval"]["num_samples"]}) or of the greedy one. <b>direct</b>: the most likely next token without thinking.</p>
 <dl>{explained}</dl><p>Entropy thresholds, nats: easy {thresholds[0]}, medium {thresholds[1]}, hard {thresholds[2]}.</p>
 {picture("labels")}
-<h2>The control</h2><p>The control starts from the same warm model and spends the same compute
-({results["flops"][-1]:.3g} FLOPs) on ordinary next-token training on the same documents.
-It is judged by direct prediction, which is what that training improves.</p>
+<h2>The control</h2><p>{_control_text(results)}</p>
 <h2>Compute and accuracy</h2>{picture("scaling")}{_scaling_text(results)}
 <h2>How training went</h2>{picture("training")}{picture("thought_length")}
 <h2>Thoughts from the last logged batch</h2>{completion_examples(directory)}

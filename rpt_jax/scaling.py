@@ -51,7 +51,9 @@ def fit_power_law(compute, accuracy, *, num_bootstrap: int = 200, seed: int = 0)
 
     Args:
         compute: FLOPs, positive, at least 4 points. accuracy: same length.
-        num_bootstrap: refits to resampled residuals, for `PowerLawFit.band`.
+        num_bootstrap: refits to resampled residuals, for `PowerLawFit.band`. Three constants were fitted, so residuals
+            are smaller than the noise, and are widened by sqrt(n / (n - 3)). Of few points the band is still too
+            narrow: of 6 an interval of 90% holds the curve in about 80 to 85 of 100 simulated cases.
     Raises:
         DataError: fewer than 4 points, lengths that differ, non-positive or non-finite numbers, or a constant series
             (its R^2 and alpha are undefined).
@@ -75,7 +77,8 @@ def fit_power_law(compute, accuracy, *, num_bootstrap: int = 200, seed: int = 0)
     fitted = A * C**-alpha + p_star
     residuals = P - fitted
     rng = np.random.default_rng(seed)
-    refits = [_fit(C, fitted + rng.choice(residuals, len(P))) for _ in range(num_bootstrap)]
+    widened = residuals * np.sqrt(len(P) / (len(P) - 3))
+    refits = [_fit(C, fitted + rng.choice(widened, len(P))) for _ in range(num_bootstrap)]
     return PowerLawFit(
         A=A,
         alpha=alpha,

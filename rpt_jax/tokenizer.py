@@ -191,14 +191,21 @@ class Tokenizer:
         ids = self.encode(_PROBE)
         if self.unk_id is not None and self.unk_id in ids:
             return  # a vocabulary without byte fallback; documents that it cannot spell are refused one by one
-        normalizer = self._backend.backend_tokenizer.normalizer
-        expected = _PROBE if normalizer is None else normalizer.normalize_str(_PROBE).replace("\u2581", " ")
-        spelled = self._join(ids)
-        if spelled.removeprefix(b" ") != expected.encode().removeprefix(b" "):
+        if (spelled := self.misspelled(_PROBE, ids)) is not None:
             raise DataError(
                 f"tokenizer {self._where} spells {_PROBE!r} with tokens of bytes {spelled!r}; the bytes of tokens must "
                 "join to the text. Byte-level BPE, SentencePiece and tiktoken vocabularies do; use one of these."
             )
+
+    def misspelled(self, text: str, ids: list[int]) -> bytes | None:
+        """The bytes of `ids` where they are not those of `text` after the tokenizer's own normalisation, else None.
+
+        A space before the text does not count.
+        """
+        normalizer = self._backend.backend_tokenizer.normalizer
+        expected = text if normalizer is None else normalizer.normalize_str(text).replace("\u2581", " ")
+        spelled = self._join(ids)
+        return None if spelled.removeprefix(b" ") == expected.encode().removeprefix(b" ") else spelled
 
     def save(self, directory: str | Path) -> None:
         self._backend.save_pretrained(str(directory))

@@ -156,6 +156,24 @@ def test_candidates_by_definition():
     assert checked > 500
 
 
+def test_targets_that_no_box_can_hold_are_no_positions():
+    pieces = [b"", b"x", b"}", b"{", b"{}", b"a}{", b"{a}}", b"{{}"]
+    tokens = np.arange(1, 8)
+    asked = {"min_context_tokens": 0, "num_tokens": 4}
+    # A box ends where its braces balance: what closes one that it has not opened cannot stand in it.
+    assert candidate_mask(tokens, token_facts(pieces), **asked).tolist() == [
+        True,
+        False,
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+    tail = token_facts(pieces, boxed_mode="balanced_then_tail")
+    assert candidate_mask(tokens, tail, **asked).all()
+
+
 def test_windows_give_a_position_most_context():
     for index in range(60):
         start = window_start(index, window=16, stride=5)

@@ -43,9 +43,29 @@ def test_math_answers(prediction, answers, expected):
     assert math_judge.math(b"", encoded, {"answers": answers}) == expected
 
 
+def test_words_are_no_letters():
+    for text, letter in (
+        ("A decrease in temperature", None), ("I think C", None), ("I'd say B", None), ("A", "A"), ("A.", "A"),
+        ("(A) a decrease", "A"), ("A: a decrease", "A"), ("C copper", "C"),
+    ):  # fmt: skip
+        assert judges.named_letter(text) == letter, text
+
+
 @pytest.mark.parametrize(
     ("prediction", "expected"),
-    [("B", 1), (" b", 1), ("(B)", 1), ("B.", 1), ("B. Paris", 1), ("\\text{B}", 1), ("A", 0), ("Because", 0), ("", 0)],
+    [
+        ("B", 1),
+        (" b", 1),
+        ("(B)", 1),
+        ("B.", 1),
+        ("B. Paris", 1),
+        ("\\text{B}", 1),
+        ("A", 0),
+        ("Because", 0),
+        ("", 0),
+        ("\\mathrm{B}", 1),
+        ("B Paris", 1),
+    ],
 )
 def test_letters(prediction, expected):
     assert judges.choice(b"", prediction.encode(), {"answers": ("B",)}) == expected

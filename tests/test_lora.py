@@ -14,6 +14,7 @@ from rpt_jax.config import LoraConfig, MeshConfig, OptimizerConfig
 from rpt_jax.errors import ConfigError
 from rpt_jax.models import decoder, lora
 from rpt_jax.models.families import LAYER_TENSORS
+from rpt_jax.models.hf import save_hf
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.rl.update import init_state, make_optimizer, update
 
@@ -85,6 +86,19 @@ def test_merging_keeps_what_bfloat16_cannot_hold(tiny_params, adapted):
         np.testing.assert_allclose(np.asarray(merged["layers"][name]) - weight, delta, atol=1e-7)
         rounded = np.asarray(jnp.asarray(weight + delta).astype(jnp.bfloat16), np.float64) - weight
         assert np.abs(rounded - delta).mean() > 0.5 * np.abs(delta).mean()
+
+
+def test_an_export_names_a_type_that_holds_every_weight(tmp_path, tiny_config, tiny_params, adapted):
+    frozen, adapters = adapted
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_params)
+    config = dataclasses.replace(tiny_config, family="qwen2", qk_norm=False)
+    if "q_norm" in base["layers"]:
+        base["layers"] = {k: v for k, v in base["layers"].items() if k not in ("q_norm", "k_norm")}
+    save_hf(tmp_path / "plain", config, base)
+    save_hf(tmp_path / "merged", config, lora.merge(dataclasses.replace(frozen, params=base), adapters))
+    for name, kind in (("plain", "bfloat16"), ("merged", "float32")):
+        described = json.loads((tmp_path / name / "config.json").read_text())
+        assert described.get("dtype", described.get("torch_dtype")) == kind
 
 
 def log_likelihood(config, params, tokens):

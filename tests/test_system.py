@@ -134,6 +134,9 @@ def test_a_run_leaves_everything_behind(finished):
 
 def test_results_carry_n_and_errors(finished):
     results = json.loads((finished / "results.json").read_text())
+    # The curve is of the same positions at every step, the tables of more.
+    assert {c["all"]["sampled_prefix"]["n"] for c in results["curve"]} == {10}
+    assert results["after"]["all"]["sampled_prefix"]["n"] == 12
     for figures in (results["before"], results["after"], results["control"]):
         for split, metrics in figures.items():
             for metric, f in metrics.items():

@@ -191,6 +191,11 @@ def _checked(text: Text, ids: list[int], tokenizer: Tokenizer) -> list[int]:
             f"document {text.id} holds {piece!r}, which the tokenizer can only read as a control token or a byte. "
             "Remove it from the text, or use another tokenizer."
         )
+    if (spelled := tokenizer.misspelled(text.text, ids)) is not None:
+        raise DataError(
+            f"document {text.id} becomes tokens of the bytes {spelled[:200]!r}...; they must join to its text. Use a "
+            "byte-level BPE, SentencePiece or tiktoken vocabulary."
+        )
     return ids
 
 

@@ -33,7 +33,7 @@ from rpt_jax.parallel.interruption import check
 from rpt_jax.parallel.mesh import on_mesh_of, shard_batch
 
 NUM_TOP_TOKENS = 16
-_VERSION = 1
+_VERSION = 2
 _PART_TOKENS = 2**21
 # Selectors that need no entropy of the training documents.
 UNSCORED_SELECTORS = ("random", "pass_rate_band")
@@ -100,7 +100,8 @@ def _direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize:
 
     def column(inputs):
         hidden_UD, target_U = inputs
-        logits_UV = jnp.einsum("ud,vd->uv", hidden_UD, head_VD.astype(hidden_UD.dtype)).astype(jnp.float32)
+        head = head_VD.astype(hidden_UD.dtype)
+        logits_UV = jnp.einsum("ud,vd->uv", hidden_UD, head, preferred_element_type=jnp.float32)
         total_U = jax.nn.logsumexp(logits_UV, axis=-1)
         top, ids = _top_k(logits_UV, num_top)
         log_p = top - total_U[:, None]
@@ -308,13 +309,14 @@ class ScoredCorpus:
         return list(zip(firsts.tolist(), [*firsts[1:].tolist(), len(number)], strict=True))
 
 
-def parts_key(corpus: str, tokenizer: str, proxy: str, windows: Windows, *, renormalize: bool) -> str:
+def parts_key(corpus: str, tokenizer: str, proxy: str, windows: Windows, settings: tuple) -> str:
     """Name of the directory of scored parts: all that they depend on.
 
     Args:
         corpus, tokenizer, proxy: fingerprints.
+        settings: JSON-able; how positions are chosen and scored.
     """
-    what = json.dumps([_VERSION, corpus, tokenizer, proxy, vars(windows), renormalize, _PART_TOKENS], sort_keys=True)
+    what = json.dumps([_VERSION, corpus, tokenizer, proxy, vars(windows), settings, _PART_TOKENS], sort_keys=True)
     return f"positions-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
 
 

@@ -127,10 +127,19 @@ class TokenFacts:
     """i64 [V], bytes."""
     starts_inside: np.ndarray
     """bool [V], the first byte continues a UTF-8 character."""
+    leaves_box: np.ndarray
+    """bool [V], closes a brace that it has not opened: no prediction that begins with it stays inside its box."""
 
 
-def token_facts(token_bytes: list[bytes]) -> TokenFacts:
+def token_facts(token_bytes: list[bytes], *, boxed_mode: str = "balanced") -> TokenFacts:
+    """boxed_mode: `RewardConfig.boxed_mode`; where the last brace ends a box, it holds any."""
+
+    def closes_first(token: bytes) -> bool:
+        depths = np.cumsum([(byte == ord("{")) - (byte == ord("}")) for byte in token])
+        return bool(len(depths)) and depths.min() < 0
+
     return TokenFacts(
+        leaves_box=np.array([boxed_mode == "balanced" and b"}" in b and closes_first(b) for b in token_bytes], bool),
         lengths=np.array([len(b) for b in token_bytes]),
         starts_inside=np.array([bool(b) and (b[0] & 0xC0) == 0x80 for b in token_bytes]),
     )
@@ -140,7 +149,7 @@ def candidate_mask(tokens: np.ndarray, facts: TokenFacts, *, min_context_tokens:
     """bool [length]: positions that can be asked for and answered.
 
     Left out: too little context; a context that ends, or a target whose every boundary within `num_tokens` lies,
-    inside a UTF-8 character; targets without bytes (special tokens).
+    inside a UTF-8 character; targets without bytes (special tokens); targets that no box can hold.
     """
     length, numbers = len(tokens), np.arange(len(tokens))
     has_bytes = facts.lengths[tokens] > 0
@@ -150,7 +159,8 @@ def candidate_mask(tokens: np.ndarray, facts: TokenFacts, *, min_context_tokens:
     is_whole = ~inside[next_with_bytes]
     next_whole_end = _next_true(is_whole[1:], default=length + num_tokens)[:length]
     reachable = next_whole_end - numbers < num_tokens
-    return (numbers >= min_context_tokens) & is_whole[:length] & has_bytes & reachable
+    can_be_boxed = ~facts.leaves_box[tokens]
+    return (numbers >= min_context_tokens) & is_whole[:length] & has_bytes & reachable & can_be_boxed
 
 
 def _next_true(flags: np.ndarray, *, default: int) -> np.ndarray:

@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import Config
 from rpt_jax.data.documents import Document
 from rpt_jax.data.pipeline import TaskSource
-from rpt_jax.data.positions import PositionTable, Proxy, Windows, score_documents
-from rpt_jax.data.prompts import token_facts
+from rpt_jax.data.positions import PositionTable, Proxy, Windows, add_scores
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rewards.prefix import prefix_match_reward
@@ -98,7 +97,6 @@ class Evaluator:
 
     def _direct(self, params, ids) -> dict[str, np.ndarray]:
         source, settings = self.source, self.config
-        needed = np.unique(source.table.document[ids])
         proxy = Proxy(
             config=settings.model,
             params=params,
@@ -113,12 +111,9 @@ class Evaluator:
             continuation_tokens=source.continuation_tokens,
             min_context_tokens=settings.positions.min_context_tokens,
         )
-        facts = token_facts(source.token_bytes)
-        table = score_documents([source.documents[d] for d in needed], facts, proxy, windows)
-        rows = {(int(needed[d]), int(i)): r for r, (d, i) in enumerate(zip(table.document, table.index, strict=True))}
-        take = [rows[int(source.table.document[i]), int(source.table.index[i])] for i in ids]
-        targets = np.array([source.documents[source.table.document[i]].tokens[source.table.index[i]] for i in ids])
-        predicted = table.direct_token[take]
+        table = add_scores(source.table.take(ids), source.documents, proxy, windows)
+        targets = np.array([source.documents[d].tokens[i] for d, i in zip(table.document, table.index, strict=True)])
+        predicted = table.direct_token
         batch = source.make([[int(i)] for i in ids], prompts_per_trunk=1, group_size=1)
         table_bytes, lengths = self.tokenizer.byte_table()
         known = predicted < self.tokenizer.vocab_size
@@ -129,7 +124,7 @@ class Evaluator:
         return {
             "direct_prefix": np.asarray(prefix) * known,
             "direct_first": (predicted == targets).astype(np.float32),
-            "direct_logprob": table.direct_logprob[take],
+            "direct_logprob": table.direct_logprob,
         }
 
     def _thinking(self, params, ids) -> dict[str, np.ndarray]:

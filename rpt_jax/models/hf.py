@@ -265,7 +265,8 @@ def save_hf(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} is not an empty directory; an export would mix with it. Choose another.")
     names = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
-    kind = str(np.dtype(dtype)) if dtype else str(params["embedding"].dtype)
+    # The widest: whoever loads the model in the type that config.json names must lose nothing.
+    kind = str(np.dtype(dtype) if dtype else jnp.result_type(*jax.tree.leaves(params)))
     description = config_json(config, kind, names)
     directory.mkdir(parents=True, exist_ok=True)
     shards, weight_map, shard, size, total = 0, {}, {}, 0, 0

@@ -24,6 +24,7 @@ import numpy as np
 from rpt_jax.config import RewardConfig
 from rpt_jax.errors import ConfigError, RewardError
 from rpt_jax.parallel.distributed import gathered, to_host
+from rpt_jax.parallel.interruption import beat
 from rpt_jax.parallel.mesh import beside
 from rpt_jax.types import Rollouts, TaskBatch
 
@@ -134,6 +135,7 @@ class JudgePool:
                 except Exception as error:  # a thread must not die with its completions unjudged
                     worker.stop()
                     results[number] = f"could not be called ({type(error).__name__}: {error})"
+                beat()  # many slow completions are no standstill
 
         threads = [
             threading.Thread(target=work, args=(w,), daemon=True) for w in self._workers[: max(1, len(requests))]

@@ -13,9 +13,14 @@ def choice(completion: bytes, prediction: bytes | None, columns: dict) -> float:
 
 
 def named_letter(text: str) -> str | None:
-    """The letter that an answer names, upper case; None where it begins with none."""
-    found = re.match(r"\s*(?:\\text(?:bf)?\{)?\s*\(?([A-Za-z])\)?(?![A-Za-z])", text)
-    return found[1].upper() if found else None
+    """The letter that an answer names, upper case; None where it begins with none.
+
+    A and I are words too: they are letters only before a mark or the end.
+    """
+    found = re.match(r"\s*(?:\\(?:text|math)(?:bf|rm|sf)?\{)?\s*(\(?)([A-Za-z])\)?(?![A-Za-z'])(\s+\w)?", text)
+    if not found or (found[3] and not found[1] and found[2] in "AaI"):
+        return None
+    return found[2].upper()
 
 
 def exact(completion: bytes, prediction: bytes | None, columns: dict) -> float:

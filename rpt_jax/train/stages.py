@@ -412,24 +412,37 @@ def choose_tasks(p: Prepared, params) -> Tasks:
     proxy, identity = load_proxy(p, params)
     corpus = training_positions(p, proxy, identity)
     selected = select_from_corpus(corpus, p.config.positions, seed=p.config.run.seed).table
-    heldout = PositionTable.concatenate(list(scored_corpus(p, p.heldout_documents, proxy, identity, always=True)))
-    source, heldout_source = (
-        make_source(
-            documents,
-            table,
-            p.template,
-            p.token_bytes,
-            trunk_length=p.config.data.trunk_length,
-            stride=p.config.data.window_stride,
-            continuation_tokens=p.config.data.continuation_tokens,
-        )
-        for documents, table in ((corpus.documents, selected), (p.heldout_documents, heldout))
-    )
+    source = _source(p, corpus.documents, selected)
     ids, corpora = np.arange(len(selected)), None
     if len(p.corpus_weights) > 1:
         trunks = source.group(ids, p.config.rollout.prompts_per_trunk)
         corpora = corpus.documents.corpora[selected.document[trunks.ids[trunks.ends - 1]]]
-    return Tasks(training=source, ids=ids, heldout=heldout_source, corpora=corpora)
+    return Tasks(training=source, ids=ids, heldout=_heldout(p, proxy, identity), corpora=corpora)
+
+
+def heldout_tasks(p: Prepared, params) -> Source:
+    """What a policy is judged on; `params` is the policy that RL started from."""
+    if p.heldout_questions is not None:
+        return p.heldout_questions
+    return _heldout(p, *load_proxy(p, params))
+
+
+def _heldout(p: Prepared, proxy: Proxy, identity: str) -> Source:
+    parts = list(scored_corpus(p, p.heldout_documents, proxy, identity, always=True))
+    return _source(p, p.heldout_documents, PositionTable.concatenate(parts))
+
+
+def _source(p: Prepared, documents: Sequence[Document], table: PositionTable) -> Source:
+    data = p.config.data
+    return make_source(
+        documents,
+        table,
+        p.template,
+        p.token_bytes,
+        trunk_length=data.trunk_length,
+        stride=data.window_stride,
+        continuation_tokens=data.continuation_tokens,
+    )
 
 
 def training_positions(p: Prepared, proxy: Proxy, identity: str) -> ScoredCorpus:
@@ -455,18 +468,20 @@ def load_proxy(p: Prepared, params) -> tuple[Proxy, str]:
         batch_trunks=p.config.eval.batch_trunks,
         renormalize=p.config.positions.renormalize,
     )
-    return proxy, f"{model}{fingerprint(params)}"
+    # Not how it is computed, which another machine may do in another way.
+    return proxy, f"{replace(model, remat=True, platform='')}{fingerprint(params)}"
 
 
 def scored_corpus(p: Prepared, documents, proxy: Proxy, identity: str, *, always: bool = False) -> ScoredCorpus:
     """Positions of the documents; without scores where the selector needs none, unless `always`."""
     name = documents_lib.view_fingerprint(documents)
-    key = parts_key(name, p.tokenizer.fingerprint, identity, p.windows, renormalize=p.config.positions.renormalize)
+    settings = p.config.positions.renormalize, p.config.reward.boxed_mode
+    key = parts_key(name, p.tokenizer.fingerprint, identity, p.windows, settings)
     is_scored = always or p.config.positions.selector not in UNSCORED_SELECTORS
     return ScoredCorpus(
         documents=documents,
         lengths=documents_lib.lengths_of(documents),
-        facts=token_facts(p.token_bytes),
+        facts=token_facts(p.token_bytes, boxed_mode=p.config.reward.boxed_mode),
         windows=p.windows,
         proxy=proxy if is_scored else None,
         directory=p.cache / key,
@@ -501,15 +516,22 @@ class Evaluations:
 
     def __call__(self, step: int, params, flops: float) -> None:
         is_end = step in (0, self.prepared.config.run.num_steps)
-        figures = self.evaluate(params, thinking=True, final=is_end)
-        self.prepared.run.log("evaluation", step, {"flops": flops, "splits": figures})
+        self.prepared.run.log("evaluation", step, {"flops": flops} | self.evaluate(params, thinking=True, final=is_end))
 
-    def evaluate(self, params, *, thinking: bool, final: bool) -> dict:
-        """Figures per split; final: on eval.final_num_positions tasks of each instead of num_positions."""
-        p = self.prepared
-        limit = p.config.eval.final_num_positions if final else p.config.eval.num_positions
+    def evaluate(self, params, *, thinking: bool, final: bool) -> dict[str, dict]:
+        """{"splits": figures per split, on eval.num_positions tasks of each}.
+
+        Args:
+            final: "splits" are on eval.final_num_positions; the others, of which a curve over steps is made, are
+                beside them as "curve".
+        """
+        p, settings = self.prepared, self.prepared.config.eval
+        limits = {"splits": settings.num_positions}
+        if final:
+            limits = {"splits": settings.final_num_positions, "curve": settings.num_positions}
+        chosen = {which: self._splits(limit) for which, limit in limits.items()}
+        splits = {(which, name): ids for which, of in chosen.items() for name, ids in of.items()}
         if isinstance(self.source, QuestionSource):
-            splits = category_splits(self.source.questions, limit, seed=p.config.run.seed)
             evaluator = QuestionEvaluator(
                 config=p.config,
                 mesh=p.mesh,
@@ -519,10 +541,6 @@ class Evaluations:
                 reward=self._rewards[p.config.reward.name],
             )
         else:
-            thresholds = p.config.positions.difficulty_thresholds
-            splits = difficulty_splits(
-                self.source.table, p.heldout_documents, thresholds, limit, seed=p.config.run.seed
-            )
             evaluator = Evaluator(
                 config=p.config,
                 mesh=p.mesh,
@@ -531,7 +549,16 @@ class Evaluations:
                 splits=splits,
                 rewards=self._rewards,
             )
-        return evaluator.evaluate(params, thinking=thinking)
+        figures = evaluator.evaluate(params, thinking=thinking)
+        return {which: {name: cells for (w, name), cells in figures.items() if w == which} for which in limits}
+
+    def _splits(self, limit: int) -> dict[str, np.ndarray]:
+        """Name -> tasks, at most `limit` of each; a smaller limit's are among a larger one's."""
+        p, seed = self.prepared, self.prepared.config.run.seed
+        if isinstance(self.source, QuestionSource):
+            return category_splits(self.source.questions, limit, seed=seed)
+        thresholds = p.config.positions.difficulty_thresholds
+        return difficulty_splits(self.source.table, p.heldout_documents, thresholds, limit, seed=seed)
 
     @cached_property
     def _rewards(self) -> dict[str, Reward]:
@@ -544,8 +571,8 @@ class Evaluations:
         }
 
 
-def run_rl(p: Prepared, params, tasks: Tasks, evaluations, *, stop_at_step=None) -> tuple[Any, float]:
-    """Reinforcement learning from `params` on the chosen tasks; (parameters, FLOPs)."""
+def run_rl(p: Prepared, params, tasks: Tasks, evaluations, *, stop_at_step=None) -> float:
+    """Reinforcement learning from `params` on the chosen tasks; its FLOPs. The result is the run's checkpoints."""
     config = p.config
     is_banded = config.positions.selector == "pass_rate_band" and not config.questions.path
     iterator = TrainIterator(
@@ -563,8 +590,8 @@ def run_rl(p: Prepared, params, tasks: Tasks, evaluations, *, stop_at_step=None)
     trainer, state = make_trainer(p, params, tasks.training)
     checkpoints = p.checkpoints("rpt")
     with checkpoints:
-        state, flops = train(trainer, state, iterator, p.run, checkpoints, evaluations, stop_at_step=stop_at_step)
-    return merge(trainer.frozen, state.params), flops
+        _, flops = train(trainer, state, iterator, p.run, checkpoints, evaluations, stop_at_step=stop_at_step)
+    return flops
 
 
 def make_trainer(p: Prepared, params, source: Source) -> tuple[Trainer, TrainState]:
@@ -633,7 +660,7 @@ def continue_supervised(
         checkpoints=checkpoints,
         on_step=lambda step, state, flops: on_step(step, join(frozen, state.params), flops),
     )
-    return merge(frozen, state.params)
+    return join(frozen, state.params)
 
 
 def run_control(p: Prepared, params, max_flops: float, evaluations: Evaluations, *, num_evaluations: int = 5) -> None:
@@ -657,7 +684,7 @@ def run_control(p: Prepared, params, max_flops: float, evaluations: Evaluations,
         if (marks <= flops).sum() > num_passed:
             num_passed = (marks <= flops).sum()
             figures = evaluations.evaluate(params, thinking=False, final=False)
-            p.run.log("control_evaluation", step, {"flops": flops, "splits": figures})
+            p.run.log("control_evaluation", step, {"flops": flops} | figures)
 
     with checkpoints:
         trained = continue_supervised(
@@ -671,4 +698,4 @@ def run_control(p: Prepared, params, max_flops: float, evaluations: Evaluations,
             on_step=on_step,
         )
     figures = evaluations.evaluate(trained, thinking=True, final=True)
-    p.run.log("control_evaluation", last[0], {"flops": last[1], "splits": figures, "final": True})
+    p.run.log("control_evaluation", last[0], {"flops": last[1], "final": True} | figures)
