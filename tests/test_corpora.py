@@ -407,7 +407,7 @@ def test_bad_bands_are_refused(band):
 
 
 def test_a_tokenizer_that_drops_bytes_of_a_document_is_refused():
-    """Words split at white space, which is lost: the probe has words that are not in the vocabulary, the document none."""
+    """Words split at white space, which is lost: the probe holds words that the vocabulary lacks, the document none."""
     words = ["<eos>", "<unk>", "<think>", "</think>", "the", "cat", "sat"]
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
