@@ -149,8 +149,14 @@ def abstract_microbatch(config: Config, tasks: TaskBatch) -> TrainBatch:
 def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, Frozen | None]:
     """Shapes of the train state, and of what its adapters sit on."""
     params = decoder.abstract_params(config.model, mesh)
-    kind = np.dtype(config.policy.param_dtype)
-    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, kind, sharding=p.sharding), params)
+    # A warm start's adapters are merged in float32.
+    merged = config.lora.targets if config.lora.rank and config.supervised.num_steps else ()
+
+    def held(path, p):
+        kind = np.float32 if path[-1].key in merged else np.dtype(config.policy.param_dtype)
+        return jax.ShapeDtypeStruct(p.shape, kind, sharding=p.sharding)
+
+    params = jax.tree_util.tree_map_with_path(held, params)
     trained, frozen = params, None
     if config.lora.rank:
         trained = lora.abstract_adapters(config.model, config.lora, mesh)

@@ -91,6 +91,12 @@ def trained(home):
     return home / "run", first, again
 
 
+def test_windows_leave_every_position_its_context(home, tmp_path):
+    flags = text_flags(home, tmp_path / "run", "--data.window-stride", "48", "--positions.min-context-tokens", "8")
+    with pytest.raises(ConfigError, match="as few as .* tokens of context in its window"):
+        train.main([*flags, "--data.template", "minimal"])
+
+
 def test_filtering_is_cached_and_drawn(home, trained):
     _, first, again = trained
     assert first["scored_now"] and not again["scored_now"]

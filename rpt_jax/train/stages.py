@@ -285,6 +285,12 @@ def _prepare_documents(config: Config, tokenizer: Tokenizer) -> dict:
         )
     _check_proxy(config, tokenizer)
     template = make_template(tokenizer, config.data)
+    least = config.data.trunk_length - len(template.header) - config.data.window_stride + 1
+    if least < config.positions.min_context_tokens:
+        raise ConfigError(
+            f"data.window_stride={config.data.window_stride} leaves a position as few as {least} tokens of context in "
+            f"its window; positions.min_context_tokens={config.positions.min_context_tokens}. Lower the stride."
+        )
     corpora = training_corpora(config.data)
     open_documents = partial(
         documents_lib.open_documents,
