@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.ticker import EngFormatter
 
 from experiments.benchmarks.common import MODEL_S, keep, make_tasks, parser
 from rpt_jax.config import Config, DecoderConfig, LossConfig, OptimizerConfig, RolloutConfig
@@ -148,6 +149,10 @@ def draw(results, *panels) -> None:
         axes.plot(values, [scale * r["count"] for r in rows], "--", label="trunk and branches, counted")
         axes.plot(values, [scale * r["repeated_count"] for r in rows], ":", label="repeated prompts, counted")
         axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds a step")
+        axes.set_xticks(values, [EngFormatter(places=0, sep="")(v) for v in values], minor=False)
+        axes.set_yticks([t for t in (1, 2, 5, 10, 20, 50, 100) if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     panels[0].legend(fontsize=8)
 
 
