@@ -20,8 +20,9 @@ from rpt_jax.data.positions import (
     Proxy,
     ScoredCorpus,
     Windows,
+    add_scores,
+    candidate_positions,
     parts_key,
-    score_documents,
     select_from_corpus,
     top_fraction_threshold,
 )
@@ -223,7 +224,9 @@ def corpus(tmp_path, monkeypatch, tiny_config, tiny_params, mesh):
 
 
 def test_parts_equal_the_whole_and_are_scored_once(corpus, monkeypatch):
-    whole = score_documents(corpus.documents, corpus.facts, corpus.proxy, corpus.windows)
+    every = range(len(corpus.documents))
+    table = candidate_positions(corpus.documents, every, corpus.facts, corpus.windows)
+    whole = add_scores(table, corpus.documents, corpus.proxy, corpus.windows)
     assert corpus.num_parts > 3 and not corpus.is_scored
     parts = list(corpus)
     joined = positions_lib.PositionTable.concatenate(parts)

@@ -22,9 +22,12 @@ from rpt_jax.data.pipeline import TrainIterator, make_source
 from rpt_jax.data.positions import (
     PositionTable,
     Proxy,
+    ScoredCorpus,
     Windows,
+    add_scores,
+    candidate_positions,
     direct_statistics,
-    score_documents,
+    select_from_corpus,
     select_positions,
     window_start,
 )
@@ -297,13 +300,15 @@ def test_direct_statistics_by_definition(tiny_config, tiny_params, renormalize):
             np.testing.assert_allclose(logprob[u, t], np.log(law[u, t - 1, tokens[u, t]]), rtol=1e-4, atol=1e-5)
 
 
-def test_positions_of_long_documents_are_scored_in_their_own_window(tiny_config, tiny_params, mesh):
+def test_positions_of_long_documents_are_scored_in_their_own_window(tiny_config, tiny_params, mesh, tmp_path):
     rng = np.random.default_rng(1)
     pieces = [b"a"] * tiny_config.vocab_size
     documents = [Document(id="d", tokens=rng.integers(0, tiny_config.vocab_size, n).astype(np.int32)) for n in (30, 5)]
     proxy = Proxy(config=tiny_config, params=tiny_params, mesh=mesh, bos_id=2, batch_trunks=3, renormalize=False)
     windows = Windows(window=12, stride=6, continuation_tokens=2, min_context_tokens=4)
-    table = score_documents(documents, token_facts(pieces), proxy, windows)
+    table = add_scores(
+        candidate_positions(documents, range(2), token_facts(pieces), windows), documents, proxy, windows
+    )
     assert len(table) == 26 + 1
     for document, index in ((0, 4), (0, 12), (0, 13), (0, 29), (1, 4)):
         row = np.flatnonzero((table.document == document) & (table.index == index))[0]
@@ -311,8 +316,12 @@ def test_positions_of_long_documents_are_scored_in_their_own_window(tiny_config,
         context = np.array([[2, *documents[document].tokens[start:index]]])
         law = np.asarray(jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, context)))[0, -1]
         np.testing.assert_allclose(table.direct_logprob[row], law[documents[document].tokens[index]], atol=1e-4)
+    short = ScoredCorpus(
+        documents=documents[1:], lengths=np.array([5]), facts=token_facts(pieces), proxy=proxy, directory=tmp_path,
+        windows=replace(windows, min_context_tokens=5), progress=lambda description, items: items,
+    )  # fmt: skip
     with pytest.raises(DataError, match="none of the 1 documents"):
-        score_documents(documents[1:], token_facts(pieces), proxy, replace(windows, min_context_tokens=5))
+        select_from_corpus(short, PositionsConfig(), seed=0)
 
 
 def test_selection():

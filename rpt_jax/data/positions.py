@@ -219,27 +219,6 @@ def add_scores(
     return replace(table, entropy=np.maximum(results[0], 0.0), direct_token=results[1], direct_logprob=results[2])
 
 
-def score_documents(
-    documents: Sequence[Document], facts: TokenFacts, proxy: Proxy, windows: Windows, progress=iter
-) -> PositionTable:
-    """Candidate positions of all documents with their scores.
-
-    Raises:
-        DataError: no document has a candidate position.
-    """
-    table = candidate_positions(documents, range(len(documents)), facts, windows)
-    _check_any(len(table), documents, windows)
-    return add_scores(table, documents, proxy, windows, progress)
-
-
-def _check_any(num_positions: int, documents, windows: Windows) -> None:
-    if not num_positions:
-        raise DataError(
-            f"none of the {len(documents)} documents has a position with {windows.min_context_tokens} tokens before "
-            "it and a target that can be written. Give longer documents or lower --positions.min-context-tokens."
-        )
-
-
 # --- A corpus in parts ----------------------------------------------------------------------------------------------
 
 
@@ -358,7 +337,12 @@ def select_from_corpus(corpus: ScoredCorpus, settings: PositionsConfig, *, seed:
             highest = max(highest, table.entropy.max(initial=-np.inf))
         rows = select_positions(table, settings, threshold=threshold, stride=corpus.windows.stride, seed=(seed, number))
         kept.append(table.take(rows))
-    _check_any(num_candidates, corpus.documents, corpus.windows)
+    if not num_candidates:
+        raise DataError(
+            f"none of the {len(corpus.documents)} documents has a position with {corpus.windows.min_context_tokens} "
+            "tokens before it and a target that can be written. Give longer documents or lower "
+            "--positions.min-context-tokens."
+        )
     selected = PositionTable.concatenate(kept)
     if not len(selected):
         raise DataError(
