@@ -15,6 +15,7 @@ from rich.markup import escape
 from experiments.presets import PRESETS
 from rpt_jax.config import Config
 from rpt_jax.errors import CheckpointError, ConfigError, DataError, Interrupted, RewardError
+from rpt_jax.parallel.distributed import split_cpu
 from rpt_jax.parallel.interruption import RESUMABLE
 from rpt_jax.train.metrics import console, read_json
 
@@ -44,8 +45,7 @@ def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple
     config = _with_flags(PRESETS.get(preset, Config()), flags)
     if not config.run.directory:
         config = replace(config, run=replace(config.run, directory=f"runs/{preset}"))
-    config.validate()
-    return config, dry_run
+    return _ready(config), dry_run
 
 
 def _with_flags(config: Config, flags: list[str]) -> Config:
@@ -54,6 +54,12 @@ def _with_flags(config: Config, flags: list[str]) -> Config:
         raise ConfigError(
             f"unknown argument(s) {' '.join(unknown)}; flags are --section.field VALUE. See --help for all of them."
         )
+    return config
+
+
+def _ready(config: Config) -> Config:
+    config.validate()
+    split_cpu(config.mesh, config.distributed)
     return config
 
 
@@ -71,8 +77,7 @@ def load_run(directory: Path, flags: list[str]) -> Config:
         raise CheckpointError(
             f"--run {directory} holds no config.json; it must be the directory of a run. Check the path."
         )
-    config = _with_flags(Config.from_json(json.dumps(read_json(path))), flags)
-    config.validate()
+    config = _ready(_with_flags(Config.from_json(json.dumps(read_json(path))), flags))
     return replace(config, run=replace(config.run, directory=str(directory)))
 
 

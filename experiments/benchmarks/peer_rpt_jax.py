@@ -11,17 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.common import MODEL_S, make_tasks
-from experiments.benchmarks.peers import GROUP_SIZE, LEARNING_RATE, STOP_ID, VOCABULARY, PeerError, Shape, as_worker
-from rpt_jax.config import Config, LossConfig, OptimizerConfig, RolloutConfig
+from experiments.benchmarks.peers import (
+    GROUP_SIZE,
+    LEARNING_RATE,
+    NUM_CORES,
+    STOP_ID,
+    VOCABULARY,
+    PeerError,
+    Shape,
+    as_worker,
+)
+from rpt_jax.config import Config, LossConfig, MeshConfig, OptimizerConfig, RolloutConfig
 from rpt_jax.models.decoder import init_params
+from rpt_jax.parallel.distributed import split_cpu
 from rpt_jax.parallel.mesh import make_mesh, shard_batch
 from rpt_jax.rewards.reward import Reward
 from rpt_jax.rl.update import init_state, make_optimizer
 from rpt_jax.train.trainer import Trainer
 from rpt_jax.types import TaskBatch
 
-# Documents of one forward-backward pass.
-MICROBATCH_TRUNKS = 2
+# Documents of one forward-backward pass, on all devices.
+MICROBATCH_TRUNKS = 4
 
 
 def make_config(shape: Shape) -> Config:
@@ -35,6 +45,7 @@ def make_config(shape: Shape) -> Config:
             temperature=1.0,
         ),
         loss=LossConfig(microbatch_trunks=MICROBATCH_TRUNKS),
+        mesh=MeshConfig(data=NUM_CORES),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, max_grad_norm=1.0),
     )
 
@@ -56,6 +67,7 @@ def main() -> None:
     shape, turns, _ = as_worker()
     config = make_config(shape)
     config.validate()
+    split_cpu(config.mesh, config.distributed)
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.num_updates)
     trainer = Trainer(

@@ -14,8 +14,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rpt_jax.config import DistributedConfig
+from rpt_jax.config import DistributedConfig, MeshConfig
 from rpt_jax.errors import ConfigError
+
+
+def split_cpu(mesh: MeshConfig, config: DistributedConfig) -> None:
+    """Have this host's CPU, if that is what JAX will run on, be as many devices as the mesh asks for: a core each.
+
+    Before JAX's backend starts. Nothing is done where cores are fewer, processes several, or XLA_FLAGS has a number.
+    """
+    is_alone = not (config.coordinator or config.join or _num_launched() > 1)
+    is_told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if is_alone and not is_told and 1 < mesh.num_devices <= (os.cpu_count() or 1):
+        jax.config.update("jax_num_cpu_devices", mesh.num_devices)
 
 
 def start(config: DistributedConfig) -> None:
