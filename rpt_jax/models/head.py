@@ -118,7 +118,8 @@ def _token_loss_fwd(config, term_fn, temperature, head_VD, hidden_UND, targets_U
     def by_shard(x_Und):
         return x_Und.reshape(shards, -1, x_Und.shape[-1])
 
-    def one(head_gradient_SVD, chunk):
+    # With the width first: the narrower matrix on the left, as in the decoder's products.
+    def one(head_gradient_SDV, chunk):
         hidden, targets, inputs = chunk
         logprobs, entropy, law_UnV = _chunk_logprobs(head_VD, hidden, targets, temperature)
         terms, pull = jax.vjp(lambda x: term_fn(x, inputs), logprobs)
@@ -127,16 +128,16 @@ def _token_loss_fwd(config, term_fn, temperature, head_VD, hidden_UND, targets_U
         gradient_UnV = (slope_Un / temperature)[..., None] * (is_target - law_UnV)
         gradient_UnV = gradient_UnV.astype(hidden.dtype)
         hidden_gradient = jnp.einsum("unv,vd->und", gradient_UnV, head_VD, preferred_element_type=jnp.float32)
-        head_gradient_SVD += jnp.einsum(
-            "snv,snd->svd", by_shard(gradient_UnV), by_shard(hidden), preferred_element_type=jnp.float32
+        head_gradient_SDV += jnp.einsum(
+            "snd,snv->sdv", by_shard(hidden), by_shard(gradient_UnV), preferred_element_type=jnp.float32
         )
-        head_gradient_SVD = constrain(head_gradient_SVD, TRUNK_AXES, "tensor")
-        return head_gradient_SVD, (terms.sum(), logprobs, entropy, hidden_gradient.astype(hidden.dtype))
+        head_gradient_SDV = constrain(head_gradient_SDV, TRUNK_AXES, None, "tensor")
+        return head_gradient_SDV, (terms.sum(), logprobs, entropy, hidden_gradient.astype(hidden.dtype))
 
-    zero = constrain(jnp.zeros((shards, *head_VD.shape), jnp.float32), TRUNK_AXES, "tensor")
-    head_gradient_SVD, (losses, *rest, hidden_gradient) = jax.lax.scan(one, zero, chunks)
+    zero = constrain(jnp.zeros((shards, *head_VD.shape[::-1]), jnp.float32), TRUNK_AXES, None, "tensor")
+    head_gradient_SDV, (losses, *rest, hidden_gradient) = jax.lax.scan(one, zero, chunks)
     primal = losses.sum(), _joined(tuple(rest), n)
-    return primal, (head_gradient_SVD.sum(0).astype(head_VD.dtype), _joined(hidden_gradient, n))
+    return primal, (head_gradient_SDV.sum(0).T.astype(head_VD.dtype), _joined(hidden_gradient, n))
 
 
 def _token_loss_bwd(config, term_fn, temperature, gradients, cotangent):
