@@ -222,8 +222,9 @@ def run_segment(config: DecoderConfig, law: Law, weights, stems: _Stems, flight:
 
     def is_running(carry):
         flight, _, steps = carry
-        num_live, is_waiting = jnp.sum(flight.row < _EMPTY), _is_waiting(stems, flight)
-        is_running = (steps < W) & jnp.where(is_waiting, True, num_live > floor)
+        # One sum of both: on a mesh the devices meet once a token for it.
+        num_live, num_waiting = jnp.sum(jnp.stack([_num_live(flight), _num_waiting(stems, flight)]), axis=1)
+        is_running = (steps < W) & ((num_waiting > 0) | (num_live > floor))
         return is_running & (flight.clock < W) if may_widen else is_running
 
     def feed_and_draw(carry):
@@ -245,8 +246,9 @@ def run_segment(config: DecoderConfig, law: Law, weights, stems: _Stems, flight:
         rejected=jnp.zeros(shape, bool),
     )
     flight, tape, _ = jax.lax.while_loop(is_running, feed_and_draw, (flight, blank, jnp.int32(0)))
-    live_U = jnp.zeros(U, jnp.int32).at[flight.trunk].add(jnp.sum(flight.row < _EMPTY, axis=1))
-    return flight, _write(written, flight.trunk, tape), (live_U, flight.clock, _is_waiting(stems, flight))
+    live_U = jnp.zeros(U, jnp.int32).at[flight.trunk].add(_num_live(flight))
+    is_waiting = jnp.any(_num_waiting(stems, flight) > 0)
+    return flight, _write(written, flight.trunk, tape), (live_U, flight.clock, is_waiting)
 
 
 @record
@@ -285,8 +287,14 @@ def _rollouts(law: Law, written: _Written) -> Rollouts:
 # --- One step -----------------------------------------------------------------------------------------------------
 
 
-def _is_waiting(stems: _Stems, flight: _Flight):
-    return jnp.any(flight.num_started < stems.num_queued)
+def _num_live(flight: _Flight):
+    """i32 [U], rows in each group's slots."""
+    return jnp.sum(flight.row < _EMPTY, axis=1, dtype=jnp.int32)
+
+
+def _num_waiting(stems: _Stems, flight: _Flight):
+    """i32 [U], rows of each group's queue that have had no slot."""
+    return stems.num_queued - flight.num_started
 
 
 def _start_waiting_rows(stems: _Stems, flight: _Flight) -> _Flight:
