@@ -1,15 +1,19 @@
 """Tunix's worker of `experiments.benchmarks.peers`: a GRPOLearner fed one batch a turn.
 
-Actor and rollout share one mesh of one device, so they share weights. Rollouts are its vanilla engine on the whole
-batch, the update's passes as many prompts as run fastest. One update per batch and no KL term: it runs no other passes.
+Actor and rollout share one mesh, so they share weights: of one device, or of several that share each matrix. Rollouts
+are its vanilla engine on the whole batch, the update's passes as many prompts as run fastest. One update per batch and
+no KL term: it runs no other passes.
 """
+
+import argparse
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from tunix.models.qwen3.model import ModelConfig, Qwen3
 from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
@@ -59,8 +63,8 @@ def rewards(prompts, completions, **columns) -> list[float]:
     return [reward(Tokenizer().encode(text)) for text in completions]
 
 
-def make_model() -> Qwen3:
-    """Random weights; Tunix's own initial MLPs are zero."""
+def make_model(mesh: Mesh) -> Qwen3:
+    """Random weights, on the mesh as Tunix's own annotations say; its initial MLPs are zero."""
     config = ModelConfig(
         num_layers=8,
         vocab_size=VOCABULARY,
@@ -81,16 +85,18 @@ def make_model() -> Qwen3:
     def randomise(weights):
         return weights if weights.ndim == 1 else jnp.asarray(0.02 * rng.standard_normal(weights.shape, np.float32))
 
-    nnx.update(model, jax.tree.map(randomise, nnx.state(model)))
+    state = jax.tree.map(randomise, nnx.state(model))
+    shardings = jax.tree.map(partial(NamedSharding, mesh), nnx.get_partition_spec(state))
+    nnx.update(model, jax.device_put(state, shardings))
     return model
 
 
 def make_cluster(shape: Shape) -> RLCluster:
-    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    mesh = Mesh(np.asarray(jax.devices()).reshape(1, -1), ("fsdp", "tp"))
     longest = max(map(len, shape.prompts()))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.01))
     return RLCluster(
-        actor=make_model(),
+        actor=make_model(mesh),
         tokenizer=Tokenizer(),
         cluster_config=ClusterConfig(
             role_to_mesh={Role.ACTOR: mesh, Role.ROLLOUT: mesh},
@@ -115,7 +121,10 @@ def make_cluster(shape: Shape) -> RLCluster:
 
 
 def main() -> None:
-    shape, turns, _ = as_worker()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share each matrix")
+    shape, turns, args = as_worker(parser)
+    jax.config.update("jax_num_cpu_devices", args.tensor)
     cluster = make_cluster(shape)
     config = GRPOConfig(num_generations=GROUP_SIZE, num_iterations=1, beta=0.0)
     learner = TimedLearner(rl_cluster=cluster, algo_config=config, reward_fns=rewards)

@@ -1,7 +1,7 @@
 """One GRPO step of this package, of TRL and of Tunix, alternated in one run on two CPU cores.
 
 python -m experiments.benchmarks.peers --shape rpt|questions [--alternations 3] [--json FILE]
-    [--implementations rpt_jax trl trl_one_pass tunix]
+    [--implementations rpt_jax trl trl_one_pass tunix tunix_tensor]
 
 A step is a rollout (prompts in, completions and their rewards out) and one AdamW update from it: no KL term, group
 size 8, temperature 1, float32. All take the same token ids, sample exactly as many tokens and score them by the same
@@ -12,7 +12,9 @@ and waits without work while others have their turn. Its first step compiles and
 memory is the process's highest resident set, its libraries and compilation included. A speed-up is against the peer
 that is faster in that same quantity. Writes JSON, a chart beside it and the workers' logs beside both.
 
-trl runs 8 rows a pass of its update, which is fastest for it here; trl_one_pass, on request, all rows in one.
+This package runs on two devices of a core each, a share of the trunks on both. tunix runs on one device with two
+threads, which samples fastest for it here, tunix_tensor on two that share each matrix, which updates fastest. trl runs
+8 rows a pass of its update, which is fastest for it; trl_one_pass, on request, all rows in one.
 """
 
 import argparse
@@ -45,7 +47,9 @@ IMPLEMENTATIONS = {
     "trl": ("trl",),
     "trl_one_pass": ("trl", "--one-pass"),
     "tunix": ("tunix",),
+    "tunix_tensor": ("tunix", "--tensor", str(NUM_CORES)),
 }
+DEFAULT = ("rpt_jax", "trl", "tunix", "tunix_tensor")
 
 
 class PeerError(RuntimeError):
@@ -289,7 +293,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--alternations", type=int, default=3, help="counted steps of each implementation")
     parser.add_argument("--json", type=Path, help="default: runs/benchmarks/peers_<shape>.json")
-    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=("rpt_jax", "trl", "tunix"))
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=DEFAULT)
     args = parser.parse_args(argv)
     args.json = args.json or Path(f"runs/benchmarks/peers_{args.shape}.json")
     args.json.parent.mkdir(parents=True, exist_ok=True)
