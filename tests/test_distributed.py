@@ -105,6 +105,25 @@ def test_alone_nothing_is_waited_for():
         pass
 
 
+@pytest.mark.skipif(os.cpu_count() < 2, reason="a device is a core, and there is one")
+def test_a_cpu_is_as_many_devices_as_the_mesh_asks_for():
+    code = """
+from rpt_jax.config import DistributedConfig, MeshConfig
+from rpt_jax.parallel.distributed import split_cpu
+split_cpu(MeshConfig(data=10**6), DistributedConfig())  # more than there are cores
+split_cpu(MeshConfig(data=2), DistributedConfig(coordinator="a:1", num_processes=2))
+import jax
+assert jax.config.jax_num_cpu_devices == -1
+split_cpu(MeshConfig(data=2), DistributedConfig())
+assert jax.device_count() == 2
+split_cpu(MeshConfig(), DistributedConfig())
+split_cpu(MeshConfig(data=2), DistributedConfig())  # the backend has started
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(ROOT)), "XLA_FLAGS": ""}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_processes_that_cannot_join_are_named():
     with pytest.raises(ConfigError, match="distributed.process_id=2 of distributed.num_processes=2"):
         Config(distributed=DistributedConfig(coordinator="a:1", num_processes=2, process_id=2)).validate()

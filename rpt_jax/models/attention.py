@@ -31,13 +31,15 @@ class Kernels:
     pass."""
     max_logits: int
     """Logits (numbers) made at once on a device; but always those of 64 tokens."""
+    narrow_left: bool
+    """Weight gradients are products with the narrower matrix on the left, which is the one that is transposed."""
 
 
 # CPU: measured, experiments/benchmarks/rollout.py and update.py. The others follow the kernels' own layouts.
 KERNELS = {
-    "cpu": Kernels(keys_transposed=True, flash_attention=False, max_scores=2**28, max_logits=2**21),
-    "gpu": Kernels(keys_transposed=False, flash_attention=True, max_scores=2**29, max_logits=2**28),
-    "tpu": Kernels(keys_transposed=False, flash_attention=False, max_scores=2**29, max_logits=2**28),
+    "cpu": Kernels(keys_transposed=True, flash_attention=False, max_scores=2**28, max_logits=2**21, narrow_left=True),
+    "gpu": Kernels(keys_transposed=False, flash_attention=True, max_scores=2**29, max_logits=2**28, narrow_left=False),
+    "tpu": Kernels(keys_transposed=False, flash_attention=False, max_scores=2**29, max_logits=2**28, narrow_left=False),
 }
 
 

@@ -118,8 +118,18 @@ def _token_loss_fwd(config, term_fn, temperature, head_VD, hidden_UND, targets_U
     def by_shard(x_Und):
         return x_Und.reshape(shards, -1, x_Und.shape[-1])
 
-    # With the width first: the narrower matrix on the left, as in the decoder's products.
-    def one(head_gradient_SDV, chunk):
+    narrow_left = kernels_of(config).narrow_left
+
+    def head_gradient_of(gradient_SnV, hidden_SnD):
+        """[S, D, V] with the narrower matrix on the left, else [S, V, D]."""
+        if narrow_left:
+            return jnp.einsum("snd,snv->sdv", hidden_SnD, gradient_SnV, preferred_element_type=jnp.float32)
+        return jnp.einsum("snv,snd->svd", gradient_SnV, hidden_SnD, preferred_element_type=jnp.float32)
+
+    def laid_out(head_gradient):
+        return constrain(head_gradient, TRUNK_AXES, *((None, "tensor") if narrow_left else ("tensor",)))
+
+    def one(head_gradient, chunk):
         hidden, targets, inputs = chunk
         logprobs, entropy, law_UnV = _chunk_logprobs(head_VD, hidden, targets, temperature)
         terms, pull = jax.vjp(lambda x: term_fn(x, inputs), logprobs)
@@ -128,16 +138,16 @@ def _token_loss_fwd(config, term_fn, temperature, head_VD, hidden_UND, targets_U
         gradient_UnV = (slope_Un / temperature)[..., None] * (is_target - law_UnV)
         gradient_UnV = gradient_UnV.astype(hidden.dtype)
         hidden_gradient = jnp.einsum("unv,vd->und", gradient_UnV, head_VD, preferred_element_type=jnp.float32)
-        head_gradient_SDV += jnp.einsum(
-            "snd,snv->sdv", by_shard(hidden), by_shard(gradient_UnV), preferred_element_type=jnp.float32
-        )
-        head_gradient_SDV = constrain(head_gradient_SDV, TRUNK_AXES, None, "tensor")
-        return head_gradient_SDV, (terms.sum(), logprobs, entropy, hidden_gradient.astype(hidden.dtype))
+        head_gradient = laid_out(head_gradient + head_gradient_of(by_shard(gradient_UnV), by_shard(hidden)))
+        return head_gradient, (terms.sum(), logprobs, entropy, hidden_gradient.astype(hidden.dtype))
 
-    zero = constrain(jnp.zeros((shards, *head_VD.shape[::-1]), jnp.float32), TRUNK_AXES, None, "tensor")
-    head_gradient_SDV, (losses, *rest, hidden_gradient) = jax.lax.scan(one, zero, chunks)
+    shape = head_VD.shape[::-1] if narrow_left else head_VD.shape
+    zero = laid_out(jnp.zeros((shards, *shape), jnp.float32))
+    head_gradient, (losses, *rest, hidden_gradient) = jax.lax.scan(one, zero, chunks)
     primal = losses.sum(), _joined(tuple(rest), n)
-    return primal, (head_gradient_SDV.sum(0).T.astype(head_VD.dtype), _joined(hidden_gradient, n))
+    head_gradient = head_gradient.sum(0)
+    head_gradient_VD = head_gradient.T if narrow_left else head_gradient
+    return primal, (head_gradient_VD.astype(head_VD.dtype), _joined(hidden_gradient, n))
 
 
 def _token_loss_bwd(config, term_fn, temperature, gradients, cotangent):

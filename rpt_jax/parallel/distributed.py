@@ -7,7 +7,7 @@ file system that all share.
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -21,12 +21,14 @@ from rpt_jax.errors import ConfigError
 def split_cpu(mesh: MeshConfig, config: DistributedConfig) -> None:
     """Have this host's CPU, if that is what JAX will run on, be as many devices as the mesh asks for: a core each.
 
-    Before JAX's backend starts. Nothing is done where cores are fewer, processes several, or XLA_FLAGS has a number.
+    Nothing is done where JAX's backend has started, cores are fewer, processes are several, or XLA_FLAGS has a number.
     """
     is_alone = not (config.coordinator or config.join or _num_launched() > 1)
     is_told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if is_alone and not is_told and 1 < mesh.num_devices <= (os.cpu_count() or 1):
-        jax.config.update("jax_num_cpu_devices", mesh.num_devices)
+        # Raised where the backend has started; `make_mesh` then says what is missing.
+        with suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", mesh.num_devices)
 
 
 def start(config: DistributedConfig) -> None:
