@@ -82,10 +82,14 @@ def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, dict]:
 
 
 def machine() -> dict:
-    """What the figures were taken on."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    """What the figures were taken on. On Linux with how wide its vectors are, which ratios between programs depend on."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo)
+    family = re.search(r"cpu family\s*: (.*)", cpuinfo)
     return {
         "cpu": cpu[1] if cpu else platform.processor(),
+        "family": int(family[1]) if family else None,
+        "avx512": bool(re.search(r"\bavx512f\b", cpuinfo)),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": jax.devices()[0].device_kind,
         "jax": metadata.version("jax"),
