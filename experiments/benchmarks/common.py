@@ -82,7 +82,7 @@ def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, dict]:
 
 
 def machine() -> dict:
-    """What the figures were taken on. On Linux with how wide its vectors are, which ratios between programs depend on."""
+    """What the figures were taken on. Ratios between programs depend on how wide its vectors are (known on Linux)."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     cpu = re.search(r"model name\s*: (.*)", cpuinfo)
     family = re.search(r"cpu family\s*: (.*)", cpuinfo)
