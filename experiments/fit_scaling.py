@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
         print(
             f"{split:<18} A={fit.A:.4g}  alpha={fit.alpha:.3f}  P*={fit.p_star:.3f}  R2={fit.r2:.3f}  "
             f"at twice the compute {float(fit.predict(points[-1][0] * 2)):.3f} "
-            f"(bootstrap, 90% in name: {low[0]:.3f} to {high[0]:.3f})"
+            f"(bootstrap, 90% in name: {low[0]:.3f} to {high[0]:.3f})" + (f"; {fit.doubt}" if fit.doubt else "")
         )
 
 

@@ -65,7 +65,7 @@ def collect_results(directory: Path) -> dict:
         if fit:
             results["scaling"][split] = {
                 "A": fit.A, "alpha": fit.alpha, "p_star": fit.p_star, "r2": fit.r2, "num_points": len(points),
-                "alpha_is_determined": fit.is_determined,
+                "doubt": fit.doubt,
             }  # fmt: skip
     return results
 
@@ -157,12 +157,8 @@ def _plot_scaling(results: dict):
         grid = np.geomspace(C.min(), C.max() * 1.5, 100)
         color = f"C{number}"
         axis.errorbar(C, P, 2 * error, fmt="o", color=color, capsize=2, ms=4)
-        axis.plot(
-            grid,
-            fit.predict(grid),
-            color=color,
-            label=f"{split}: α={fit.alpha:.2f}, P*={fit.p_star:.2f}, R²={fit.r2:.3f}",
-        )
+        constants = "α, P* not determined" if fit.doubt else f"α={fit.alpha:.2f}, P*={fit.p_star:.2f}"
+        axis.plot(grid, fit.predict(grid), color=color, label=f"{split}: {constants}, R²={fit.r2:.3f}")
         axis.fill_between(grid, *fit.band(grid), color=color, alpha=0.15)
     axis.set_xscale("log")
     axis.set_xlabel("RPT compute, FLOPs (tokens actually run)")
@@ -339,7 +335,7 @@ def _scaling_text(results: dict) -> str:
         if "refused" in fit:
             items.append(f"<li>{html.escape(split)}: no fit ({html.escape(fit['refused'])})</li>")
         else:
-            doubt = "" if fit["alpha_is_determined"] else "; α at the edge of the searched range: not determined"
+            doubt = f"; {fit['doubt']}" if fit["doubt"] else ""
             items.append(
                 f"<li>{html.escape(split)}: A={fit['A']:.3g}, α={fit['alpha']:.3f}, P*={fit['p_star']:.3f}, "
                 f"R²={fit['r2']:.3f} over {fit['num_points']} evaluations{doubt}</li>"

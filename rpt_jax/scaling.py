@@ -30,9 +30,14 @@ class PowerLawFit:
     bootstrap: np.ndarray
 
     @property
-    def is_determined(self) -> bool:
-        """False where alpha lies at an edge of its searched range: the points do not determine it."""
-        return bool(1.01 * _ALPHAS[0] < self.alpha < 0.99 * _ALPHAS[-1])
+    def doubt(self) -> str:
+        """Why the points do not determine the constants; empty where nothing says so."""
+        if not 1.01 * _ALPHAS[0] < self.alpha < 0.99 * _ALPHAS[-1]:
+            return "α at the edge of the searched range: not determined"
+        are_shares = ((self.accuracy >= 0) & (self.accuracy <= 1)).all()
+        if are_shares and not 0 <= self.p_star <= 1:
+            return "P* is no accuracy: not determined"
+        return ""
 
     def predict(self, compute):
         """Fitted accuracy at `compute` (FLOPs)."""

@@ -29,10 +29,14 @@ def test_band_covers_the_truth_and_widens_with_noise():
     np.testing.assert_allclose(wide.r2, 1 - residual / ((wide.accuracy - wide.accuracy.mean()) ** 2).sum())
 
 
-def test_an_exponent_at_the_edge_is_called_undetermined():
-    assert fit_power_law([1, 2, 4, 8], [0.1, 0.3, 0.4, 0.45]).is_determined
+def test_constants_that_the_points_do_not_determine_are_doubted():
+    assert fit_power_law([1, 2, 4, 8], [0.1, 0.3, 0.4, 0.45]).doubt == ""
     # A single jump, flat on both sides of it, is steeper than any power law searched.
-    assert not fit_power_law([1, 2, 4, 8, 16], [0.1, 0.5, 0.5, 0.5, 0.5]).is_determined
+    assert "α at the edge" in fit_power_law([1, 2, 4, 8, 16], [0.1, 0.5, 0.5, 0.5, 0.5]).doubt
+    # 1.2 - C^-0.5 is an accuracy as far as it is seen, and none where it ends; as no accuracy it may end there.
+    C = np.array([1.0, 2, 4, 8, 16])
+    assert "P* is no accuracy" in fit_power_law(C, 1.2 - C**-0.5).doubt
+    assert fit_power_law(C, 2.2 - C**-0.5).doubt == ""
 
 
 @pytest.mark.parametrize(
