@@ -20,8 +20,8 @@ test: $(VENV)/.installed
 trials: $(VENV)/.installed
 	$(RUN) -m pytest -m slow
 
-# The claims of the README's performance tables, on a CPU: about forty minutes on a quiet machine of two fast cores, more
-# on first use, when TRL and Tunix are installed in .venv-peers.
+# The claims of the README's performance tables, on a CPU: most of an hour on a quiet machine of two cores, up to two where
+# they are older, and more on first use, when TRL and Tunix are installed in .venv-peers.
 benchmark: $(VENV)/.installed
 	$(RUN) -m experiments.benchmarks.sampling
 	$(RUN) -m experiments.benchmarks.reward

@@ -82,14 +82,14 @@ def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, dict]:
 
 
 def machine() -> dict:
-    """What the figures were taken on. Ratios between programs depend on how wide its vectors are (known on Linux)."""
+    """What the figures were taken on. Ratios between programs depend on its family and vectors (Linux; else None)."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     cpu = re.search(r"model name\s*: (.*)", cpuinfo)
     family = re.search(r"cpu family\s*: (.*)", cpuinfo)
     return {
         "cpu": cpu[1] if cpu else platform.processor(),
         "family": int(family[1]) if family else None,
-        "avx512": bool(re.search(r"\bavx512f\b", cpuinfo)),
+        "avx512": bool(re.search(r"\bavx512f\b", cpuinfo)) if cpuinfo else None,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": jax.devices()[0].device_kind,
         "jax": metadata.version("jax"),
