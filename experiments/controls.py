@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.cli import load_run, run_script
+from rpt_jax.analysis.reports.run import collect_results, headline_split
 from rpt_jax.errors import ConfigError
-from rpt_jax.report import collect_results, headline_split
 from rpt_jax.train import stages
 from rpt_jax.train.supervised import document_examples
 

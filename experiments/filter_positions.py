@@ -15,7 +15,7 @@ from pathlib import Path
 
 from experiments.benchmarks.memory import peak_bytes
 from experiments.cli import describe, parse_config, run_script
-from rpt_jax import position_report
+from rpt_jax.analysis.reports import positions as position_report
 from rpt_jax.config import Config
 from rpt_jax.data.positions import UNSCORED_SELECTORS, select_from_corpus
 from rpt_jax.errors import ConfigError

@@ -7,9 +7,9 @@ import argparse
 from pathlib import Path
 
 from experiments.cli import run_script
+from rpt_jax.analysis.reports.run import collect_results
+from rpt_jax.analysis.scaling import fit_power_law
 from rpt_jax.errors import DataError
-from rpt_jax.report import collect_results
-from rpt_jax.scaling import fit_power_law
 
 
 def main(argv: list[str]) -> None:

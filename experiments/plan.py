@@ -17,10 +17,10 @@ from pathlib import Path
 import jax
 
 from experiments.cli import parse_config, run_script
-from rpt_jax import plan as plan_lib
 from rpt_jax.config import Config
 from rpt_jax.errors import ConfigError
-from rpt_jax.plan import Plan
+from rpt_jax.planning import plan as plan_lib
+from rpt_jax.planning.plan import Plan
 from rpt_jax.train.metrics import console
 
 

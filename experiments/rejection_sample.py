@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from experiments.cli import describe, parse_config, run_script
-from rpt_jax.data.pipeline import TrainIterator
+from rpt_jax.data.batches import TrainIterator
 from rpt_jax.errors import DataError
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.train import stages

@@ -6,7 +6,8 @@ python -m experiments.train --preset questions --questions.path train.jsonl --po
 """
 
 from experiments.cli import describe, parse_config, run_script
-from rpt_jax import question_report, report
+from rpt_jax.analysis.reports import questions as question_report
+from rpt_jax.analysis.reports import run as report
 from rpt_jax.config import Config
 from rpt_jax.parallel import distributed
 from rpt_jax.parallel.interruption import watching

@@ -14,8 +14,8 @@ from rpt_jax.config import Config, DataConfig, PositionsConfig
 from rpt_jax.data import documents as documents_lib
 from rpt_jax.data import positions as positions_lib
 from rpt_jax.data import readers
+from rpt_jax.data.batches import TrainIterator, make_source
 from rpt_jax.data.documents import Document, open_documents, read_store, split_heldout, write_store
-from rpt_jax.data.pipeline import TrainIterator, make_source
 from rpt_jax.data.positions import (
     Proxy,
     ScoredCorpus,
@@ -26,8 +26,8 @@ from rpt_jax.data.positions import (
     select_from_corpus,
     top_fraction_threshold,
 )
-from rpt_jax.data.prompts import Template, token_facts
 from rpt_jax.data.readers import Corpus, Text, read_records, read_texts, training_corpora
+from rpt_jax.data.templates import Template, token_facts
 from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
 

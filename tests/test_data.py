@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from rpt_jax.config import DataConfig, PositionsConfig
+from rpt_jax.data.batches import TrainIterator, make_source
 from rpt_jax.data.documents import (
     Document,
     check_lengths,
@@ -18,7 +19,6 @@ from rpt_jax.data.documents import (
     view_fingerprint,
     write_store,
 )
-from rpt_jax.data.pipeline import TrainIterator, make_source
 from rpt_jax.data.positions import (
     PositionTable,
     Proxy,
@@ -31,8 +31,8 @@ from rpt_jax.data.positions import (
     select_positions,
     window_start,
 )
-from rpt_jax.data.prompts import Template, candidate_mask, continuation, make_template, token_facts
 from rpt_jax.data.readers import Text, read_texts
+from rpt_jax.data.templates import Template, candidate_mask, continuation, make_template, token_facts
 from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.models import decoder
 from rpt_jax.tokenizer import train_byte_level

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from rpt_jax.config import DecoderConfig, MeshConfig
 from rpt_jax.models import attention, decoder
-from rpt_jax.models.head import token_logprobs, token_loss
+from rpt_jax.models.vocabulary_head import token_logprobs, token_loss
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.rl.scoring import predictors, score
 from rpt_jax.types import Sequences

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from rpt_jax.config import Config, DataConfig, DecoderConfig, EvalConfig, PositionsConfig, RewardConfig, RolloutConfig
+from rpt_jax.data.batches import make_source
 from rpt_jax.data.documents import Document
-from rpt_jax.data.pipeline import make_source
 from rpt_jax.data.positions import PositionTable, Proxy, Windows, add_scores, candidate_positions
-from rpt_jax.data.prompts import make_template, token_facts
+from rpt_jax.data.templates import make_template, token_facts
 from rpt_jax.evals.next_token import Evaluator, _append_target, _majority, difficulty_splits, mean_with_error
 from rpt_jax.models import decoder
 from rpt_jax.rewards.reward import make_reward

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rpt_jax.config import RewardConfig
-from rpt_jax.data.pipeline import empty_tasks
+from rpt_jax.data.batches import empty_tasks
 from rpt_jax.errors import ConfigError, RewardError
 from rpt_jax.rewards import judges, math_judge
 from rpt_jax.rewards.host import JudgePool

@@ -16,9 +16,7 @@ LAYERS = [
     ["rpt_jax.rollout", "rpt_jax.rl.update", "rpt_jax.rl.packing"],
     ["rpt_jax.evals"],
     ["rpt_jax.train"],
-    ["rpt_jax.scaling", "rpt_jax.traffic", "rpt_jax.plan"],
-    ["rpt_jax.report"],
-    ["rpt_jax.question_report", "rpt_jax.position_report"],
+    ["rpt_jax.analysis", "rpt_jax.planning", "rpt_jax.scaling"],
     ["experiments"],
 ]
 
@@ -56,7 +54,7 @@ def test_imports_go_one_way():
 
 def test_importing_starts_no_backend():
     code = (
-        "import rpt_jax, rpt_jax.train.stages, rpt_jax.report, jax._src.xla_bridge as bridge; "
+        "import rpt_jax, rpt_jax.train.stages, rpt_jax.analysis.reports.run, jax._src.xla_bridge as bridge; "
         "assert not bridge._backends, bridge._backends"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from rpt_jax.analysis.scaling import fit_power_law
 from rpt_jax.errors import DataError
-from rpt_jax.scaling import fit_power_law
 
 
 @pytest.mark.parametrize(("A", "alpha", "p_star"), [(-3e6, 0.35, 0.52), (-1.0e4, 0.2, 0.9), (-4.0e20, 1.0, 0.4)])

@@ -13,7 +13,7 @@ import pytest
 
 from rpt_jax.config import Config, DataConfig, LossConfig, RolloutConfig, SupervisedConfig
 from rpt_jax.data.documents import Document
-from rpt_jax.data.prompts import make_template
+from rpt_jax.data.templates import make_template
 from rpt_jax.errors import CheckpointError, DataError
 from rpt_jax.models import decoder
 from rpt_jax.rl.update import init_state, make_optimizer, supervised_loss

@@ -15,11 +15,11 @@ import pytest
 
 from experiments import quickstart, train
 from experiments.presets import TINY_WORKED
+from rpt_jax.analysis.reports.run import collect_results
 from rpt_jax.config import LoraConfig, LossConfig
 from rpt_jax.data import synthetic
 from rpt_jax.data.documents import Document
 from rpt_jax.errors import CheckpointError, DataError
-from rpt_jax.report import collect_results
 from rpt_jax.train import stages
 from rpt_jax.train.supervised import document_examples, make_batch, read_examples
 

@@ -8,7 +8,6 @@ import pytest
 from jax.experimental import topologies
 
 from experiments import plan as plan_script
-from rpt_jax import plan
 from rpt_jax.config import (
     Config,
     DataConfig,
@@ -22,6 +21,7 @@ from rpt_jax.config import (
 )
 from rpt_jax.errors import ConfigError
 from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.planning import plan
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed: pip install -e '.[tpu]'")
 

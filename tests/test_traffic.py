@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rpt_jax.config import MeshConfig
 from rpt_jax.parallel.mesh import make_mesh
-from rpt_jax.traffic import read_traffic
+from rpt_jax.planning.traffic import read_traffic
 
 
 def traffic_of(function, mesh, *shapes_and_specs, trips=1.0):

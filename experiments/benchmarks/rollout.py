@@ -24,7 +24,7 @@ import numpy as np
 from experiments.benchmarks.common import MODEL_S, alternate, keep, make_tasks, parser
 from rpt_jax.config import MeshConfig
 from rpt_jax.models.decoder import forward, init_params
-from rpt_jax.models.head import next_logits
+from rpt_jax.models.vocabulary_head import next_logits
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.rollout.engine import STATIC, generate, rollout_key, to_sequences
 from rpt_jax.rollout.sampling import row_keys, uniform

@@ -20,7 +20,7 @@ import optax
 from experiments.benchmarks.common import MODEL_S, alternate, keep, make_tasks, parser
 from rpt_jax.config import Config, DecoderConfig, LossConfig, MeshConfig, OptimizerConfig, RolloutConfig
 from rpt_jax.models.decoder import forward, init_params, trunks_alone
-from rpt_jax.models.head import next_logits, token_loss
+from rpt_jax.models.vocabulary_head import next_logits, token_loss
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.rl.update import init_state, make_optimizer
 from rpt_jax.train.trainer import Trainer

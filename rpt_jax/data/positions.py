@@ -24,10 +24,10 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import DecoderConfig, PositionsConfig
 from rpt_jax.data.documents import Document
-from rpt_jax.data.prompts import TokenFacts, candidate_mask
+from rpt_jax.data.templates import TokenFacts, candidate_mask
 from rpt_jax.errors import DataError
 from rpt_jax.models import decoder
-from rpt_jax.models.head import output_head
+from rpt_jax.models.vocabulary_head import output_head
 from rpt_jax.parallel.distributed import from_main, is_main, to_host
 from rpt_jax.parallel.interruption import check
 from rpt_jax.parallel.mesh import on_mesh_of, shard_batch

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from rpt_jax.config import DataConfig, QuestionsConfig
-from rpt_jax.data.pipeline import Trunks, empty_tasks, row_ids
-from rpt_jax.data.prompts import Template, check_marks, open_thought
+from rpt_jax.data.batches import Trunks, empty_tasks, row_ids
 from rpt_jax.data.readers import read_records
+from rpt_jax.data.templates import Template, check_marks, open_thought
 from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.tokenizer import THINK_OPEN, Tokenizer
 from rpt_jax.types import TaskBatch
@@ -206,7 +206,7 @@ def make_question_template(tokenizer: Tokenizer, questions: QuestionsConfig, dat
     """What stands before a question's own text (BOS) and after every prompt (the assistant's turn, <think>).
 
     Raises:
-        ConfigError, DataError: see `prompts.make_template`.
+        ConfigError, DataError: see `templates.make_template`.
     """
     tail = tokenizer.chat_parts()[1] if data.chat else "\n"
     check_marks(tokenizer)

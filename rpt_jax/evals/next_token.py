@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Config
+from rpt_jax.data.batches import TaskSource
 from rpt_jax.data.documents import Document
-from rpt_jax.data.pipeline import TaskSource
 from rpt_jax.data.positions import PositionTable, Proxy, Windows, add_scores
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import shard_batch

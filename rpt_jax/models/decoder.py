@@ -27,7 +27,7 @@ from rpt_jax.models.attention import (
     kernels_of,
     merged_attention,
 )
-from rpt_jax.models.head import next_logits, output_head
+from rpt_jax.models.vocabulary_head import next_logits, output_head
 from rpt_jax.parallel import mesh as mesh_lib
 from rpt_jax.parallel.mesh import TRUNK_AXES, constrain, num_shards, on_mesh_of, spec_without
 from rpt_jax.types import Sequences, record

@@ -49,7 +49,7 @@ def make_reward(config: RewardConfig, tokenizer, columns: Callable[[int], dict] 
     """The reward called `config.name`.
 
     Args:
-        columns: of a task id, for rewards that run on the host (`pipeline.Source.columns`).
+        columns: of a task id, for rewards that run on the host (`batches.Source.columns`).
     Raises:
         ConfigError: unknown name, or a function that cannot be imported.
     """

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from rpt_jax.config import DecoderConfig
 from rpt_jax.models import decoder
-from rpt_jax.models.head import next_logits, token_logprobs
+from rpt_jax.models.vocabulary_head import next_logits, token_logprobs
 from rpt_jax.parallel.mesh import on_mesh_of
 from rpt_jax.types import Sequences, TaskBatch
 

@@ -14,8 +14,8 @@ import optax
 from jax.sharding import Mesh
 
 from rpt_jax.config import DecoderConfig, LossConfig, OptimizerConfig
-from rpt_jax.models.head import token_loss
 from rpt_jax.models.lora import Frozen, join
+from rpt_jax.models.vocabulary_head import token_loss
 from rpt_jax.parallel.mesh import on_mesh_of, replicated
 from rpt_jax.rl.advantages import compute_advantages
 from rpt_jax.rl.losses import aggregation_weights, clipped_surrogate, kl_term
@@ -130,7 +130,7 @@ def _trunk_loss(config: DecoderConfig, params, batch: TrainBatch, trunk_ULD):
 
 
 def _branch_loss(config: DecoderConfig, term_fn, params, batch: TrainBatch, hidden_URTD, inputs, temperature: float):
-    """(loss, logprobs [U, R, T], entropy [U, R, T]) of branch tokens; see `head.token_loss`."""
+    """(loss, logprobs [U, R, T], entropy [U, R, T]) of branch tokens; see `vocabulary_head.token_loss`."""
     shape = hidden_URTD.shape[:3]
 
     def flat(x_URT):

@@ -18,7 +18,7 @@ import numpy as np
 from rpt_jax.config import DecoderConfig
 from rpt_jax.models import decoder
 from rpt_jax.models.attention import Reach, kernels_of, sees_stem
-from rpt_jax.models.head import next_logits
+from rpt_jax.models.vocabulary_head import next_logits
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.interruption import check
 from rpt_jax.parallel.mesh import on_mesh_of

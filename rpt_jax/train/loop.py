@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from rpt_jax.data.pipeline import TrainIterator
+from rpt_jax.data.batches import TrainIterator
 from rpt_jax.errors import CheckpointError, DataError, Interrupted, RewardError
 from rpt_jax.parallel.distributed import from_main
 from rpt_jax.parallel.mesh import shard_batch

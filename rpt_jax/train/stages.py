@@ -16,8 +16,8 @@ import numpy as np
 
 from rpt_jax.config import Config, OptimizerConfig
 from rpt_jax.data import documents as documents_lib
+from rpt_jax.data.batches import Source, TrainIterator, make_source
 from rpt_jax.data.documents import Document
-from rpt_jax.data.pipeline import Source, TrainIterator, make_source
 from rpt_jax.data.positions import (
     UNSCORED_SELECTORS,
     PositionTable,
@@ -27,7 +27,6 @@ from rpt_jax.data.positions import (
     parts_key,
     select_from_corpus,
 )
-from rpt_jax.data.prompts import Template, make_template, token_facts
 from rpt_jax.data.questions import (
     Question,
     QuestionSource,
@@ -36,6 +35,7 @@ from rpt_jax.data.questions import (
     read_questions,
 )
 from rpt_jax.data.readers import Corpus, read_texts, training_corpora
+from rpt_jax.data.templates import Template, make_template, token_facts
 from rpt_jax.errors import CheckpointError, ConfigError
 from rpt_jax.evals.next_token import Evaluator, difficulty_splits
 from rpt_jax.evals.questions import QuestionEvaluator, category_splits

@@ -13,8 +13,8 @@ import numpy as np
 
 from rpt_jax.config import Config
 from rpt_jax.data.documents import Document, lengths_of
-from rpt_jax.data.prompts import Template
 from rpt_jax.data.readers import read_records
+from rpt_jax.data.templates import Template
 from rpt_jax.errors import CheckpointError, DataError, Interrupted
 from rpt_jax.models import decoder
 from rpt_jax.models.lora import Frozen, join

@@ -24,7 +24,7 @@ class Trainer:
     """What a step needs beside the state.
 
     Attributes:
-        columns: what is known of a task, by its id (`pipeline.Source.columns`).
+        columns: what is known of a task, by its id (`batches.Source.columns`).
         frozen: what the trained adapters sit on; None: the state holds the whole policy.
         reference: the policy that RL started from; None without a KL term.
     """

@@ -25,9 +25,9 @@ from rpt_jax.errors import ConfigError
 from rpt_jax.models import decoder, lora
 from rpt_jax.models.lora import Frozen
 from rpt_jax.parallel.mesh import make_mesh, on_mesh_of, replicated, spec_without, trunk_sharding
+from rpt_jax.planning.traffic import Traffic, read_traffic
 from rpt_jax.rl import update
 from rpt_jax.rollout import engine
-from rpt_jax.traffic import Traffic, read_traffic
 from rpt_jax.types import TaskBatch, TrainBatch, TrainState
 
 

@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet
 
+from rpt_jax.analysis.scaling import fit_power_law
 from rpt_jax.errors import CheckpointError, DataError
-from rpt_jax.scaling import fit_power_law
 from rpt_jax.train.metrics import read_records
 
 _EXPLAIN = {

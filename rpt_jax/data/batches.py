@@ -14,7 +14,7 @@ import numpy as np
 
 from rpt_jax.data.documents import Document
 from rpt_jax.data.positions import PositionTable, window_start
-from rpt_jax.data.prompts import Template, continuation
+from rpt_jax.data.templates import Template, continuation
 from rpt_jax.errors import DataError
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.types import TaskBatch

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from rpt_jax.analysis.reports.run import PAGE_STYLE, completion_examples, plot_training, series
 from rpt_jax.errors import CheckpointError
-from rpt_jax.report import PAGE_STYLE, completion_examples, plot_training, series
 from rpt_jax.train.metrics import read_records, write_atomically
 
 
