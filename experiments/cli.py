@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +15,13 @@ from rich.markup import escape
 
 from experiments.presets import PRESETS
 from rpt_jax.config import Config
+from rpt_jax.config.schema import MOVES, help_texts, walk
 from rpt_jax.errors import CheckpointError, ConfigError, DataError, Interrupted, RewardError
 from rpt_jax.parallel.distributed import split_cpu
 from rpt_jax.parallel.interruption import RESUMABLE
-from rpt_jax.train.metrics import console, read_json
+from rpt_jax.rewards.catalog import check_rewards
+from rpt_jax.train.progress import console
+from rpt_jax.train.run_directory import read_config
 
 
 def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple[Config, bool]:
@@ -37,9 +41,8 @@ def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple
             preset = words[1] if len(words) == 2 else None
             del flags[i : i + (2 if flag == "--preset" else 1)]
             break
-    if {"-h", "--help"} & set(flags):
-        print(sys.modules["__main__"].__doc__)
-        print(f"--preset: one of {', '.join(PRESETS)}\n--dry-run: the resolved run, nothing done\n")
+    if {"-h", "--help", "--help-all"} & set(flags):
+        print_help(flags, PRESETS.get(preset, Config()))
     elif preset not in PRESETS:
         raise ConfigError(f"--preset {preset}; it must be one of {', '.join(PRESETS)}. Choose one.")
     config = _with_flags(PRESETS.get(preset, Config()), flags)
@@ -51,14 +54,40 @@ def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple
 def _with_flags(config: Config, flags: list[str]) -> Config:
     config, unknown = tyro.cli(Config, default=config, args=flags, return_unknown_args=True, prog="experiment")
     if unknown:
+        moved = [f" {_flag(m.old)} is {_flag(m.new)} now." for m in MOVES if _flag(m.old) in unknown]
         raise ConfigError(
-            f"unknown argument(s) {' '.join(unknown)}; flags are --section.field VALUE. See --help for all of them."
+            f"unknown argument(s) {' '.join(unknown)}; flags are --section.field VALUE. See --help-all for all of them."
+            + "".join(moved)
         )
     return config
 
 
+def _flag(path: str) -> str:
+    return "--" + path.replace("_", "-")
+
+
+def print_help(flags: list[str], config: Config) -> None:
+    """The script's own text and the settings that people vary, in the order of a run; with --help-all every setting.
+
+    Raises:
+        SystemExit: always.
+    """
+    print(sys.modules["__main__"].__doc__)
+    print(f"--preset: one of {', '.join(PRESETS)}\n--dry-run: the resolved run, nothing done\n")
+    if "--help-all" in flags:
+        tyro.cli(Config, default=config, args=["--help"], prog="experiment")
+    texts = help_texts(config)
+    for path, f, value in walk(config):
+        if f.metadata.get("shown"):
+            print(f"{_flag(path)} {json.dumps(value)}")
+            print(textwrap.fill(texts[path], 110, initial_indent="    ", subsequent_indent="    "))
+    print("\n--help-all: every setting")
+    sys.exit(0)
+
+
 def _ready(config: Config) -> Config:
     config.validate()
+    check_rewards(config)
     split_cpu(config.mesh, config.distributed)
     return config
 
@@ -77,7 +106,7 @@ def load_run(directory: Path, flags: list[str]) -> Config:
         raise CheckpointError(
             f"--run {directory} holds no config.json; it must be the directory of a run. Check the path."
         )
-    config = _ready(_with_flags(Config.from_json(json.dumps(read_json(path))), flags))
+    config = _ready(_with_flags(read_config(directory), flags))
     return replace(config, run=replace(config.run, directory=str(directory)))
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from experiments.cli import load_run, run_script
 from rpt_jax.analysis.reports.run import collect_results, headline_split
 from rpt_jax.errors import ConfigError
-from rpt_jax.train import stages
-from rpt_jax.train.supervised import document_examples
+from rpt_jax.train.evaluation import Evaluations
+from rpt_jax.train.run import prepare
+from rpt_jax.train.stages.control import continue_supervised
+from rpt_jax.train.stages.warm_start import warm_start
 
 METRICS = ("direct_prefix", "sampled_prefix", "greedy_prefix")
 
@@ -27,29 +29,30 @@ def main(argv: list[str]) -> None:
     args, flags = parser.parse_known_args(argv)
     results = collect_results(args.run)
     config = load_run(args.run, flags)
-    if config.questions.path:
+    run = prepare(config, read_only=True)
+    documents = run.domain.control_examples(run)
+    if documents is None:
         raise ConfigError(
-            f"--run {args.run} is a run on questions; controls are trained on documents. Give such a run."
+            f"--run {args.run} is a run on {run.domain.name}; controls are trained on documents. Give such a run."
         )
-    prepared = stages.prepare(config, read_only=True)
-    params = stages.warm_start(prepared)
-    evaluations = stages.Evaluations(prepared=prepared, source=stages.heldout_tasks(prepared, params))
-    sources = {"documents": document_examples(prepared.train_documents, prepared.tokenizer, config.data.trunk_length)}
-    if prepared.warm_examples:
+    params = warm_start(run)
+    evaluations = Evaluations(run=run, source=run.domain.heldout(run, params), start=params)
+    sources = {"documents": documents}
+    if run.warm_examples:
         # A warm-start file is in training order: its second half is what training ended on.
-        half = len(prepared.warm_examples) // 2 if config.supervised.path else 0
-        sources["cold_start"] = [prepared.warm_examples[i] for i in range(half, len(prepared.warm_examples))]
+        half = len(run.warm_examples) // 2 if config.supervised.path else 0
+        sources["cold_start"] = [run.warm_examples[i] for i in range(half, len(run.warm_examples))]
     split, rows = headline_split(results), []
     for name, sequences in sources.items():
         for rate in args.learning_rates:
             optimizer = replace(config.supervised.control_optimizer, learning_rate=rate)
-            trained = stages.continue_supervised(prepared, params, sequences, optimizer, results["flops"][-1])
+            trained, _, _ = continue_supervised(run, params, sequences, optimizer, results["flops"][-1])
             figures = evaluations.evaluate(trained, thinking=True, final=True)["splits"]
             rows.append({"control": name, "learning_rate": rate, "splits": figures})
             cells = "  ".join(f"{m} {figures[split][m]['value']:.3f}" for m in METRICS)
             print(f"{name:<10}  lr {rate:g}  {split}: {cells}  (n={figures[split][METRICS[0]]['n']})", flush=True)
             (args.run / "controls.json").write_text(json.dumps(rows, indent=2))
-    prepared.run.close()
+    run.directory.close()
 
 
 if __name__ == "__main__":

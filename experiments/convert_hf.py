@@ -12,8 +12,9 @@ from pathlib import Path
 from experiments.cli import load_run, run_script
 from rpt_jax.errors import ConfigError
 from rpt_jax.models.hf import save_hf
-from rpt_jax.models.lora import save_adapters
-from rpt_jax.train import stages
+from rpt_jax.models.lora import merge, save_adapters
+from rpt_jax.train.run import newest_state, prepare
+from rpt_jax.train.stages.warm_start import warm_start
 
 
 def main(argv: list[str]) -> None:
@@ -25,8 +26,8 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--adapters", action="store_true", help="only the adapters of the RL stage, not merged")
     args, flags = parser.parse_known_args(argv)
-    prepared = stages.prepare(load_run(args.run, flags), read_only=True)
-    config = prepared.config
+    run = prepare(load_run(args.run, flags), read_only=True)
+    config = run.config
     if args.adapters and not config.lora.rank:
         raise ConfigError(f"--adapters of {args.run}, which trained every parameter. Leave --adapters out.")
     if args.adapters and config.supervised.num_steps:
@@ -34,15 +35,14 @@ def main(argv: list[str]) -> None:
             f"--adapters of {args.run}, whose adapters sit on a warm-started policy that is no checkpoint. "
             "Leave --adapters out to export the merged policy."
         )
-    state, frozen, step = stages.newest_state(prepared)
+    state, frozen, step = newest_state(run, warm_start(run))
     if args.adapters:
         save_adapters(args.out, config.lora, state.params, base=config.policy.path)
     else:
-        save_hf(
-            args.out, config.model, stages.merge(frozen, state.params), dtype=args.dtype, tokenizer=prepared.tokenizer
-        )
+        policy = merge(frozen, state.params)
+        save_hf(args.out, config.model, policy, dtype=args.dtype, tokenizer=run.tokenizer)
     print(f"step {step} of {args.run} -> {args.out}")
-    prepared.run.close()
+    run.directory.close()
 
 
 if __name__ == "__main__":

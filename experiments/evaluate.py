@@ -10,7 +10,10 @@ from pathlib import Path
 
 from experiments.cli import load_run, run_script
 from experiments.zero_shot import table
-from rpt_jax.train import stages
+from rpt_jax.models.lora import join
+from rpt_jax.train.evaluation import Evaluations
+from rpt_jax.train.run import newest_state, prepare
+from rpt_jax.train.stages.warm_start import warm_start
 
 METRICS = (
     "sampled_prefix",
@@ -27,21 +30,20 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run directory with an RPT checkpoint")
     args, flags = parser.parse_known_args(argv)
-    prepared = stages.prepare(load_run(args.run, flags), read_only=True)
-    state, frozen, step = stages.newest_state(prepared)
-    heldout = stages.heldout_tasks(prepared, stages.warm_start(prepared))
-    policy = stages.join(frozen, state.params)
-    evaluations = stages.Evaluations(prepared=prepared, source=heldout)
-    figures = evaluations.evaluate(policy, thinking=True, final=True)["splits"]
+    run = prepare(load_run(args.run, flags), read_only=True)
+    start = warm_start(run)
+    state, frozen, step = newest_state(run, start)
+    evaluations = Evaluations(run=run, source=run.domain.heldout(run, start), start=start)
+    figures = evaluations.evaluate(join(frozen, state.params), thinking=True, final=True)["splits"]
     print(f"step {step}: value ± standard error")
-    if prepared.config.questions.path:
+    if run.domain.name == "questions":
         print(table(figures))
         return
     print(f"{'split':<18}{'n':>6}" + "".join(f"{m:>22}" for m in METRICS))
     for split, cells in figures.items():
         values = "".join(f"{cells[m]['value']:>13.3f} ± {cells[m]['standard_error']:.3f} " for m in METRICS)
         print(f"{split:<18}{cells[METRICS[0]]['n']:>6}{values}")
-    prepared.run.close()
+    run.directory.close()
 
 
 if __name__ == "__main__":

@@ -19,11 +19,13 @@ from rpt_jax.analysis.reports import positions as position_report
 from rpt_jax.config import Config
 from rpt_jax.data.positions import UNSCORED_SELECTORS, select_from_corpus
 from rpt_jax.errors import ConfigError
-from rpt_jax.train import stages
-from rpt_jax.train.metrics import console
+from rpt_jax.train.domains import load_proxy
+from rpt_jax.train.progress import console
+from rpt_jax.train.run import prepare
+from rpt_jax.train.stages.warm_start import warm_start
 
 
-def run(config: Config) -> dict:
+def score(config: Config) -> dict:
     """Score, select, draw; the figures."""
     if config.positions.selector in UNSCORED_SELECTORS:
         raise ConfigError(
@@ -31,11 +33,11 @@ def run(config: Config) -> dict:
             "entropy_threshold or entropy_top_fraction."
         )
     started = time.perf_counter()
-    prepared = stages.prepare(config)
+    run = prepare(config)
     read = time.perf_counter()
-    params = None if config.proxy.path else stages.warm_start(prepared)
+    params = None if config.proxy.path else warm_start(run)
     warm = time.perf_counter()
-    corpus = stages.training_positions(prepared, *stages.load_proxy(prepared, params))
+    corpus = run.domain.training_positions(run, *load_proxy(run, params))
     is_new = not corpus.is_scored
     selection = select_from_corpus(corpus, config.positions, seed=config.run.seed)
     seconds = time.perf_counter() - warm
@@ -58,9 +60,9 @@ def run(config: Config) -> dict:
     (directory / "positions.json").write_text(json.dumps(figures, indent=2))
     position_report.write_picture(directory / "positions.png", counts, selection.threshold)
     position_report.write_sample(
-        directory / "positions.html", corpus.part(0), selection, corpus.documents, prepared.tokenizer
+        directory / "positions.html", corpus.part(0), selection, corpus.documents, run.tokenizer
     )
-    prepared.run.close()
+    run.directory.close()
     return figures
 
 
@@ -69,7 +71,7 @@ def main(argv: list[str]) -> None:
     if dry_run:
         print(describe(config))
         return
-    print(json.dumps(run(config), indent=2))
+    print(json.dumps(score(config), indent=2))
     console.print(f"pictures: [bold]{config.run.directory}/positions.png[/], positions.html")
 
 

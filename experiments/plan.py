@@ -21,7 +21,7 @@ from rpt_jax.config import Config
 from rpt_jax.errors import ConfigError
 from rpt_jax.planning import plan as plan_lib
 from rpt_jax.planning.plan import Plan
-from rpt_jax.train.metrics import console
+from rpt_jax.train.progress import console
 
 
 def main(argv: list[str]) -> None:

@@ -8,7 +8,6 @@ from rpt_jax.config import (
     DataConfig,
     DecoderConfig,
     EvalConfig,
-    LossConfig,
     MeshConfig,
     OptimizerConfig,
     PositionsConfig,
@@ -28,16 +27,15 @@ TINY_WORKED = Config(
         # The first free digit lies at token 15 at the latest: nothing determines it, so it is no task.
         min_context_tokens=17,
         unfiltered_fraction=0.3,
-        difficulty_thresholds=(0.5, 1.0, 2.0),
     ),
     model=DecoderConfig(num_layers=4, width=128, mlp_width=384, num_heads=4, num_kv_heads=4, head_size=32),
     supervised=SupervisedConfig(num_steps=380, batch_size=40),
     rollout=RolloutConfig(num_trunks=48, prompts_per_trunk=1, group_size=8, max_completion_tokens=32, temperature=1.0),
     # Six trunks at a time: the activations of a pass then stay in the cache of a small CPU.
-    loss=LossConfig(microbatch_trunks=6),
+    mesh=MeshConfig(microbatch_trunks=6),
     optimizer=OptimizerConfig(learning_rate=4e-4, max_grad_norm=1.0, weight_decay=0.0),
     checkpoint=CheckpointConfig(every_steps=40),
-    eval=EvalConfig(every_steps=20, num_positions=100),
+    eval=EvalConfig(every_steps=20, num_positions=100, difficulty_thresholds=(0.5, 1.0, 2.0)),
 )
 
 # Anybody's text on the same machine: a trained tokenizer, a cold start from drafts of the text itself.
@@ -48,7 +46,7 @@ TINY_TEXT = Config(
     model=DecoderConfig(num_layers=4, width=128, mlp_width=384, num_heads=4, num_kv_heads=4, head_size=32),
     supervised=SupervisedConfig(num_steps=300, batch_size=32, draft_fraction=0.7),
     rollout=RolloutConfig(num_trunks=12, prompts_per_trunk=4, group_size=8, max_completion_tokens=16, temperature=1.0),
-    loss=LossConfig(microbatch_trunks=2),
+    mesh=MeshConfig(microbatch_trunks=2),
     optimizer=OptimizerConfig(learning_rate=4e-4, max_grad_norm=1.0, weight_decay=0.0),
     checkpoint=CheckpointConfig(every_steps=30),
     eval=EvalConfig(every_steps=10, num_positions=100, final_num_positions=300, batch_trunks=32),
@@ -67,7 +65,7 @@ TEXT = Config(
     rollout=RolloutConfig(
         num_trunks=16, prompts_per_trunk=4, group_size=8, max_completion_tokens=1024, temperature=0.8
     ),
-    loss=LossConfig(microbatch_trunks=2),
+    mesh=MeshConfig(microbatch_trunks=2),
     optimizer=OptimizerConfig(warmup_steps=10),
     checkpoint=CheckpointConfig(every_steps=20),
     eval=EvalConfig(every_steps=50, num_positions=100, final_num_positions=400, num_samples=4, batch_trunks=16),
@@ -82,8 +80,8 @@ QUESTIONS = Config(
         num_trunks=16, prompts_per_trunk=1, group_size=8, max_completion_tokens=1024, temperature=1.0
     ),
     supervised=SupervisedConfig(optimizer=_FINE_TUNING, control_optimizer=_FINE_TUNING),
-    reward=RewardConfig(name="math"),
-    loss=LossConfig(microbatch_trunks=4),
+    reward=RewardConfig(terms=("math",)),
+    mesh=MeshConfig(microbatch_trunks=4),
     optimizer=OptimizerConfig(warmup_steps=10),
     checkpoint=CheckpointConfig(every_steps=20),
     eval=EvalConfig(every_steps=20, num_positions=100, final_num_positions=500, num_samples=4, batch_trunks=16),
@@ -105,9 +103,8 @@ def _rpt(model: DecoderConfig, mesh: MeshConfig, **rollout) -> Config:
         positions=PositionsConfig(entropy_threshold=1.0),
         model=replace(model, activation_dtype="bfloat16"),
         supervised=SupervisedConfig(batch_size=256, optimizer=_FINE_TUNING, control_optimizer=_FINE_TUNING),
-        rollout=RolloutConfig(**rollout),
-        loss=LossConfig(microbatch_trunks=mesh.trunk_shards, dynamic_sampling_from_step=500),
-        mesh=mesh,
+        rollout=RolloutConfig(**rollout, dynamic_sampling_from_step=500),
+        mesh=replace(mesh, microbatch_trunks=mesh.trunk_shards),
         checkpoint=CheckpointConfig(every_steps=20),
         # An evaluation's rollouts then take no more memory than a step's.
         eval=EvalConfig(every_steps=100, num_samples=4, batch_trunks=rollout["num_trunks"]),

@@ -15,10 +15,12 @@ from experiments.cli import describe, parse_config, run_script
 from rpt_jax.data.batches import TrainIterator
 from rpt_jax.errors import DataError
 from rpt_jax.parallel.mesh import shard_batch
-from rpt_jax.train import stages
-from rpt_jax.train.metrics import progress_bar
-from rpt_jax.train.records import completion_columns
+from rpt_jax.train.progress import progress_bar
+from rpt_jax.train.recorder import completion_columns
 from rpt_jax.train.rejection import accepted_rows, write_examples
+from rpt_jax.train.run import newest_state, prepare
+from rpt_jax.train.stages.rl import NAME, make_trainer
+from rpt_jax.train.stages.warm_start import warm_start
 
 
 def main(argv: list[str]) -> None:
@@ -32,31 +34,32 @@ def main(argv: list[str]) -> None:
     if dry_run:
         print(describe(config))
         return
-    prepared = stages.prepare(config)
-    params = stages.warm_start(prepared)
-    tasks = stages.choose_tasks(prepared, params)
-    trainer, _ = stages.make_trainer(prepared, params, tasks.training)
-    if prepared.checkpoints("rpt", read_only=True).latest_step is not None:
-        state, frozen, _ = stages.newest_state(prepared)
-        params = stages.join(frozen, state.params)
+    run = prepare(config)
+    params = warm_start(run)
+    tasks = run.domain.training_tasks(run, params)
+    trainer, state = make_trainer(run, params, tasks)
+    if run.checkpoints(NAME, read_only=True).latest_step is not None:
+        state, _, _ = newest_state(run, params)
+    policies = trainer.policies(state)
     rollout = config.rollout
     shape = dict(num_trunks=rollout.num_trunks, prompts_per_trunk=rollout.prompts_per_trunk)
     # A seed of its own: the prompts are not those that training starts with.
     iterator = TrainIterator(
-        tasks.training,
+        tasks.source,
         tasks.ids,
         group_size=rollout.group_size,
         seed=config.run.seed + 1,
         corpora=tasks.corpora,
-        weights=prepared.corpus_weights,
+        weights=tasks.weights,
         **shape,
     )
     rows = []
     with progress_bar("rollouts", args.batches) as progress:
         for number in range(args.batches):
-            batch = shard_batch(prepared.mesh, next(iterator))
+            batch = shard_batch(run.mesh, next(iterator))
             # Training's steps are counted from 0 up: these keys are its only in runs of more than 2^30 steps.
-            columns = completion_columns(trainer.roll_out(params, 2**30 + number, batch, 0), trainer)
+            experience = trainer.roll_out(policies, 2**30 + number, batch, 0)
+            columns = completion_columns(experience, run.tokenizer, tasks.source.columns)
             rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             progress(number + 1)
     kept, counts = accepted_rows(rows, min_reward=args.min_reward, per_prompt=args.per_prompt)
@@ -66,8 +69,8 @@ def main(argv: list[str]) -> None:
             f"none of {len(rows)} rollouts earned {args.min_reward} and ended; a cold start needs some. Sample more "
             "(--batches), from a better policy, or lower --min-reward."
         )
-    write_examples(args.out, kept, tokenizer=prepared.tokenizer.fingerprint, template=prepared.template.fingerprint)
-    prepared.run.close()
+    write_examples(args.out, kept, tokenizer=run.tokenizer.fingerprint, template=run.template.fingerprint)
+    run.directory.close()
 
 
 if __name__ == "__main__":

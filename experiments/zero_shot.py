@@ -13,11 +13,12 @@ from pathlib import Path
 
 from experiments.cli import describe, parse_config, run_script
 from experiments.presets import PRESETS
-from rpt_jax.data.questions import read_questions
+from rpt_jax.data.questions import make_question_template, read_questions
 from rpt_jax.errors import ConfigError
 from rpt_jax.evals.questions import QuestionEvaluator, category_splits
-from rpt_jax.rewards.reward import make_reward
-from rpt_jax.train import stages
+from rpt_jax.rewards.catalog import make_reward
+from rpt_jax.train.domains import question_source
+from rpt_jax.train.run import load_policy
 
 
 def main(argv: list[str]) -> None:
@@ -29,12 +30,12 @@ def main(argv: list[str]) -> None:
         raise ConfigError("zero_shot judges a model on questions. Set --policy.path and --questions.path.")
     is_default = config.reward == PRESETS["questions"].reward
     if is_default and all(q.choices for q in read_questions(config.questions.path)):
-        config = replace(config, reward=replace(config.reward, name="choice"))
+        config = replace(config, reward=replace(config.reward, terms=("choice",)))
     if dry_run:
         print(describe(config))
         return
-    model = stages.load_policy(config)
-    source = stages.open_questions(config.questions.path, "evaluation", config, model.tokenizer)
+    model = load_policy(config, lambda t: make_question_template(t, config.questions, config.data))
+    source = question_source(config.questions.path, "evaluation", config, model.tokenizer)
     evaluator = QuestionEvaluator(
         config=model.config,
         mesh=model.mesh,

@@ -55,6 +55,11 @@ class Tokenizer:
         first = backend("", add_special_tokens=True)["input_ids"][:1]
         self.bos_id = int(first[0]) if first and first[0] != self.eos_id else None
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion."""
+        return (self.eos_id,)
+
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Ids of `text`, no special tokens added.
 

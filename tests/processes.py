@@ -27,7 +27,7 @@ def flags(corpus: Path, run: Path, *extra: str) -> list[str]:
         "--model.width": 32, "--model.mlp-width": 48, "--model.num-heads": 2, "--model.num-kv-heads": 2,
         "--model.head-size": 16, "--supervised.path": corpus / "warm_start.jsonl", "--supervised.num-steps": 4,
         "--supervised.batch-size": 20, "--rollout.num-trunks": 8, "--rollout.group-size": 4,
-        "--rollout.max-completion-tokens": 30, "--loss.microbatch-trunks": 4, "--checkpoint.every-steps": 2,
+        "--rollout.max-completion-tokens": 30, "--mesh.microbatch-trunks": 4, "--checkpoint.every-steps": 2,
         "--eval.every-steps": 2, "--eval.num-positions": 10, "--eval.final-num-positions": 12, "--eval.num-samples": 2,
         "--eval.batch-trunks": 16,
     }  # fmt: skip

@@ -19,7 +19,9 @@ def state_of(number: float, sharding=None) -> TrainState:
     params = {"w": jnp.arange(64, dtype=jnp.float32).reshape(8, 8) + number, "b": jnp.full(8, number, jnp.bfloat16)}
     if sharding is not None:
         params = jax.device_put(params, sharding)
-    return TrainState(step=jnp.int32(number), params=params, opt_state=(jnp.float32(number),), skipped=jnp.int32(0))
+    return TrainState(
+        step=jnp.int32(number), params=params, opt_state=(jnp.float32(number),), skipped=jnp.int32(0), companions={}
+    )
 
 
 def same(a: TrainState, b: TrainState) -> bool:

@@ -37,7 +37,7 @@ def test_presets_are_valid_and_survive_json(preset):
         ("mesh", {"tensor": 4}, "model.num_kv_heads=2 is not divisible by mesh.tensor=4"),
         ("mesh", {"fsdp": 3}, "not divisible"),
         ("loss", {"num_minibatches": 5}, "rollout.num_trunks=32 is not divisible by loss.num_minibatches=5"),
-        ("loss", {"microbatch_trunks": 5}, "loss.microbatch_trunks=5"),
+        ("loss", {"microbatch_trunks": 5}, "mesh.microbatch_trunks=5"),
         ("eval", {"num_positions": 1}, "eval.num_positions=1"),
         ("checkpoint", {"keep": 0}, "checkpoint.keep=0"),
     ],

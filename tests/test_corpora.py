@@ -312,7 +312,7 @@ def test_a_band_that_few_trunks_meet_is_not_empty():
     iterator, _ = iterate(source_of(100), 100, 0, num_trunks=48, band=(0.4, 0.6))
     for i in range(100):
         iterator._rates._seen[i] = (0.5 if i < 15 else 0.0, 1)
-    assert (next(iterator).position_ids < 15).all()
+    assert (next(iterator).references.task_ids < 15).all()
 
 
 def test_a_threshold_above_everything_names_the_highest_entropy(corpus):
@@ -354,9 +354,9 @@ def test_shares_of_processes_make_the_global_batch():
     _, whole = iterate(source, 10, 5)
     shares = [iterate(source, 10, 5, rows=range(2 * p, 2 * p + 2))[1] for p in (0, 1)]
     for batch, first, second in zip(whole, *shares, strict=True):
-        for name in ("row_ids", "trunk_tokens", "position_ids"):
-            joined = np.concatenate([getattr(first, name), getattr(second, name)])
-            np.testing.assert_array_equal(joined, getattr(batch, name))
+        for name in ("row_ids", "trunk_tokens", "cuts"):
+            joined = np.concatenate([getattr(first.prompts, name), getattr(second.prompts, name)])
+            np.testing.assert_array_equal(joined, getattr(batch.prompts, name))
 
 
 def test_a_run_of_two_processes_goes_on_with_one():
@@ -365,14 +365,14 @@ def test_a_run_of_two_processes_goes_on_with_one():
     one, _ = iterate(source, 10, 0)
     one.set_state(json.loads(json.dumps(two.get_state())))
     _, straight = iterate(source, 10, 5)
-    np.testing.assert_array_equal(next(one).position_ids, straight[3].position_ids)
+    np.testing.assert_array_equal(next(one).references.task_ids, straight[3].references.task_ids)
 
 
 def test_mixtures_are_drawn_by_weight():
     source = source_of(30)
     corpora = np.array([0] * 10 + [1] * 20)
     _, batches = iterate(source, 30, 60, corpora=corpora, weights=(3.0, 1.0))
-    ids = np.concatenate([b.position_ids.ravel() for b in batches])
+    ids = np.concatenate([b.references.task_ids.ravel() for b in batches])
     assert (ids < 10).mean() == pytest.approx(0.75, abs=0.01)
     # Each part goes through epochs of its own: after 180 draws all ten were seen 18 times.
     assert (np.bincount(ids[ids < 10]) == 18).all()
@@ -386,9 +386,9 @@ def test_pass_rates_outside_the_band_are_passed_over_and_survive_a_resume():
 
     def step(iterator):
         batch = next(iterator)
-        rewards = np.array([[[rates[int(i)] > 0.6, rates[int(i)] > 0.1]] for i in batch.position_ids[:, 0]])
-        iterator.observe(batch, rewards.astype(np.float32))
-        return batch.position_ids.ravel().tolist()
+        rewards = np.array([[[rates[int(i)] > 0.6, rates[int(i)] > 0.1]] for i in batch.references.task_ids[:, 0]])
+        iterator.observe(batch.references, rewards.astype(np.float32))
+        return batch.references.task_ids.ravel().tolist()
 
     iterator, _ = iterate(source, 6, 0, **options)
     drawn = [i for _ in range(12) for i in step(iterator)]

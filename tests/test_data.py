@@ -242,16 +242,16 @@ def test_tasks_by_hand():
     assert list(source.group(range(4), 2)) == [[0, 1], [2], [3]]
     assert list(source.group(range(4), 1)) == [[0], [1], [2], [3]]
     batch = source.make([[0, 1], [2], []], prompts_per_trunk=2, group_size=3)
-    np.testing.assert_array_equal(batch.trunk_tokens[0], [7, 5, 1, 2, 5, 1])
-    np.testing.assert_array_equal(batch.trunk_tokens[1], [7, 5, 1, 2, 5, 0])
-    assert batch.cuts.tolist() == [[4, 6], [4, 1], [1, 1]]
-    assert batch.trunk_lengths.tolist() == [6, 5, 1]
-    assert batch.position_mask.tolist() == [[True, True], [True, False], [False, False]]
-    assert batch.target_tokens[0].tolist() == [5, 2]
-    assert batch.continuation_bytes[0, 1, :5].tobytes() == b" cats"
-    assert np.flatnonzero(batch.boundary_mask[0, 1]).tolist() == [3, 4]
-    assert batch.row_ids[0].tolist() == [[0, 1, 2], [3, 4, 5]]
-    np.testing.assert_array_equal(batch.tail_tokens[0, 0], [6, 4])
+    np.testing.assert_array_equal(batch.prompts.trunk_tokens[0], [7, 5, 1, 2, 5, 1])
+    np.testing.assert_array_equal(batch.prompts.trunk_tokens[1], [7, 5, 1, 2, 5, 0])
+    assert batch.prompts.cuts.tolist() == [[4, 6], [4, 1], [1, 1]]
+    assert batch.prompts.trunk_lengths.tolist() == [6, 5, 1]
+    assert batch.prompts.prompt_mask.tolist() == [[True, True], [True, False], [False, False]]
+    assert batch.references.tokens[0, :, 0].tolist() == [5, 2]
+    assert batch.references.bytes[0, 1, :5].tobytes() == b" cats"
+    assert np.flatnonzero(batch.references.boundary_mask[0, 1]).tolist() == [3, 4]
+    assert batch.prompts.row_ids[0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    np.testing.assert_array_equal(batch.prompts.tail_tokens[0, 0], [6, 4])
     assert source.num_bytes == 8
 
 
@@ -263,9 +263,9 @@ def test_a_stride_that_leaves_gaps_is_refused(letters):
 def test_a_trunk_twice_in_a_batch_has_noise_of_its_own():
     source = small_source()
     batch = source.make([[0, 1], [2], [0, 1]], prompts_per_trunk=2, group_size=3)
-    real = batch.row_ids[batch.position_mask]
+    real = batch.prompts.row_ids[batch.prompts.prompt_mask]
     assert len(np.unique(real)) == real.size
-    np.testing.assert_array_equal(batch.position_ids[0], batch.position_ids[2])
+    np.testing.assert_array_equal(batch.references.task_ids[0], batch.references.task_ids[2])
 
 
 def test_iterator_resumes_exactly_and_reshuffles(monkeypatch):
@@ -275,11 +275,11 @@ def test_iterator_resumes_exactly_and_reshuffles(monkeypatch):
         return TrainIterator(source, range(4), num_trunks=2, prompts_per_trunk=1, group_size=2, seed=3)
 
     straight, first = make(), make()
-    batches = [next(straight).position_ids.tolist() for _ in range(7)]
-    assert [next(first).position_ids.tolist() for _ in range(3)] == batches[:3]
+    batches = [next(straight).references.task_ids.tolist() for _ in range(7)]
+    assert [next(first).references.task_ids.tolist() for _ in range(3)] == batches[:3]
     resumed = make()
     resumed.set_state(json.loads(json.dumps(first.get_state())))
-    assert [next(resumed).position_ids.tolist() for _ in range(4)] == batches[3:]
+    assert [next(resumed).references.task_ids.tolist() for _ in range(4)] == batches[3:]
     epochs = [sorted(i for b in batches[e : e + 2] for (i,) in b) for e in (0, 2, 4)]
     assert epochs == [[0, 1, 2, 3]] * 3
     assert batches[0:2] != batches[2:4] or batches[2:4] != batches[4:6]

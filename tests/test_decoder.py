@@ -13,7 +13,7 @@ from rpt_jax.config import DecoderConfig, MeshConfig
 from rpt_jax.models import attention, decoder
 from rpt_jax.models.vocabulary_head import token_logprobs, token_loss
 from rpt_jax.parallel.mesh import make_mesh
-from rpt_jax.rl.scoring import predictors, score
+from rpt_jax.scoring.logprobs import predicting_states, score
 from rpt_jax.types import Sequences
 
 VARIANTS = {
@@ -106,7 +106,7 @@ def logprob_gradient(config, params, sequences, weights, temperature=1.0):
     """Gradient of a weighted sum of log-probabilities, through the loss that training uses."""
 
     def loss(params):
-        hidden, _ = predictors(config, params, sequences)
+        hidden, _ = predicting_states(config, params, sequences)
         U, R, T, D = hidden.shape
         return token_loss(
             config, lambda logprobs, w: w * logprobs, params, hidden.reshape(U, R * T, D),

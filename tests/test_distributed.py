@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from rpt_jax.rewards.reward import Reward
 
 from rpt_jax.config import Config, DistributedConfig, LossConfig, MeshConfig, RolloutConfig
 from rpt_jax.errors import ConfigError
@@ -18,11 +19,10 @@ from rpt_jax.parallel import distributed
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import local_trunks, make_mesh, shard_batch
 from rpt_jax.rewards.answer import Predictions
-from rpt_jax.rewards.reward import Reward
+from rpt_jax.rl.trainer import Trainer
 from rpt_jax.rl.update import init_state, make_optimizer
 from rpt_jax.train.checkpoint import Checkpoints
-from rpt_jax.train.metrics import to_floats
-from rpt_jax.train.trainer import Trainer
+from rpt_jax.train.recorder import to_floats
 from tests.processes import ROOT, finish
 from tests.test_rollout import make_tasks
 
@@ -38,27 +38,31 @@ def first_step():
         vocab_size=64, num_layers=2, width=32, mlp_width=48, num_heads=4, num_kv_heads=2, head_size=8
     )
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    rollout = RolloutConfig(num_trunks=4, prompts_per_trunk=2, group_size=4, max_completion_tokens=12)
+    rollout = RolloutConfig(num_trunks=4, prompts_per_trunk=2, group_size=4, max_completion_tokens=12, stop_ids=(1,))
     settings = Config(model=config, rollout=rollout, loss=LossConfig(), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     whole = make_tasks(config, U=4)
     mine = local_trunks(mesh, 4)
     tasks = shard_batch(mesh, jax.tree.map(lambda x: np.asarray(x)[mine], whole), num_trunks=4)
 
-    def odd_tokens(rollouts, tasks, _):
-        rewards = (rollouts.tokens[..., 0] % 2).reshape(tasks.row_ids.shape).astype(np.float32)
+    def odd_tokens(evidence):
+        shape = evidence.tasks.prompts.row_ids.shape
+        rewards = (evidence.rollouts.tokens[..., 0] % 2).reshape(shape).astype(np.float32)
+        return Earned(rewards=rewards, faults=rewards < 0, metrics={})
+
+    def read(rollouts, width):
         shape = rollouts.mask.shape[:2]
         nothing = np.zeros(shape, np.int32)
-        predictions = Predictions(bytes=np.zeros((*shape, 1), np.uint8), lengths=nothing, found=nothing > 0,
-                                  think_end_tokens=nothing)  # fmt: skip
-        return rewards, predictions, rewards < 0
+        return Predictions(
+            bytes=np.zeros((*shape, 1), np.uint8), lengths=nothing, found=nothing > 0, think_end_tokens=nothing
+        ), None
 
     optimizer = make_optimizer(settings.optimizer, 10)
     trainer = Trainer(
-        config=settings, mesh=mesh, tokenizer=SimpleNamespace(eos_id=1, bos_id=None, vocab_size=61), header_length=0,
-        reward=Reward((), odd_tokens), optimizer=optimizer, columns=None,
+        config=settings, mesh=mesh, tokenizer=SimpleNamespace(eos_id=1, stop_ids=(1,), bos_id=None, vocab_size=61), header_length=0,
+        reward=Reward(odd_tokens, read=read), optimizer=optimizer, columns=None,
     )  # fmt: skip
     state = init_state(decoder.init_params(config, mesh, jax.random.key(3)), optimizer, mesh)
-    experience = trainer.roll_out(state.params, 0, tasks, 0)
+    experience = trainer.roll_out(trainer.policies(state), 0, tasks, 0)
     state, [metrics] = trainer.learn(state, experience)
     return state, to_host(experience.rollouts.tokens), to_floats(metrics), mesh
 

@@ -12,9 +12,11 @@ from rpt_jax.data.batches import make_source
 from rpt_jax.data.documents import Document
 from rpt_jax.data.positions import PositionTable, Proxy, Windows, add_scores, candidate_positions
 from rpt_jax.data.templates import make_template, token_facts
-from rpt_jax.evals.next_token import Evaluator, _append_target, _majority, difficulty_splits, mean_with_error
+from rpt_jax.evals.next_token import Evaluator, _majority, difficulty_splits, mean_with_error
 from rpt_jax.models import decoder
-from rpt_jax.rewards.reward import make_reward
+from rpt_jax.rewards.catalog import make_reward
+from rpt_jax.scoring.requests import Scorer
+from rpt_jax.sequences import append_targets
 
 
 def test_splits_are_nested_uniform_samples_with_labels():
@@ -57,10 +59,9 @@ def test_forced_answers_by_hand():
     tokens = jnp.asarray([[[11, 12, 13, 14], [21, 22, 23, 24]]])
     stubs, sizes = jnp.asarray([[1, 2, 3], [2, 3, 0]]), jnp.asarray([3, 2])
     # The first thought closed within two tokens, the second never did.
-    got, mask, last = _append_target(
-        tokens, jnp.asarray([[2, 4]]), jnp.asarray([[True, False]]), stubs, sizes, jnp.asarray([[7, 9]])
-    )
-    assert got[0][mask[0]].tolist() == [11, 12, 2, 3, 7, 21, 22, 23, 24, 1, 2, 3, 9]
+    which, targets, lengths = jnp.asarray([[1, 0]]), jnp.asarray([[[7, 8], [9, 0]]]), jnp.asarray([[2, 1]])
+    got, mask, last = append_targets(tokens, jnp.asarray([[2, 4]]), stubs, sizes, which, targets, lengths)
+    assert got[0][mask[0]].tolist() == [11, 12, 2, 3, 7, 8, 21, 22, 23, 24, 1, 2, 3, 9]
     assert last.tolist() == [[4, 7]]
 
 
@@ -74,7 +75,9 @@ def evaluation(letters, mesh):
             vocab_size=letters.vocab_size, num_layers=2, width=32, mlp_width=48, num_heads=2, num_kv_heads=2,
             head_size=16,
         ),
-        rollout=RolloutConfig(prompts_per_trunk=3, max_completion_tokens=10, temperature=1.3),
+        rollout=RolloutConfig(
+            prompts_per_trunk=3, max_completion_tokens=10, temperature=1.3, stop_ids=letters.stop_ids
+        ),
         reward=RewardConfig(require_think_end=False),
         eval=EvalConfig(num_samples=3, batch_trunks=4),
     )  # fmt: skip
@@ -92,9 +95,7 @@ def evaluation(letters, mesh):
     ids = np.arange(len(table))
     evaluator = Evaluator(
         config=config, mesh=mesh, tokenizer=letters, source=source, splits={"one": ids[:1], "all": ids},
-        rewards={
-            n: make_reward(dataclasses.replace(config.reward, name=n), letters) for n in ("prefix", "first_token")
-        },
+        reward=make_reward(config.reward, letters, source.columns, Scorer(config.model, letters, 0)),
     )  # fmt: skip
     return evaluator, params
 
@@ -145,13 +146,13 @@ def test_reasoned_logprob_by_recomputation(evaluation):
     ids = [0, 1, 2]
     batch = source.make([ids], prompts_per_trunk=3, group_size=3)
     rollouts = generate(
-        config.model, params, batch, rollout_key(config.run.seed, 2**31 - 1), eos_id=tokenizer.eos_id,
+        config.model, params, batch.prompts, rollout_key(config.run.seed, 2**31 - 1),
         vocab_size=tokenizer.vocab_size, **config.rollout.sampling,
     )  # fmt: skip
     mark, box = tokenizer.encode("</think>"), tokenizer.encode("\\boxed{")
     expected = []
     for m in range(3):
-        prompt = [*batch.trunk_tokens[0, : batch.cuts[0, m]], *source.template.tail]
+        prompt = [*batch.prompts.trunk_tokens[0, : batch.prompts.cuts[0, m]], *source.template.tail]
         logs = []
         for g in range(3):
             row = np.asarray(rollouts.tokens)[0, m * 3 + g][np.asarray(rollouts.mask)[0, m * 3 + g]].tolist()
@@ -160,7 +161,7 @@ def test_reasoned_logprob_by_recomputation(evaluation):
             else:
                 thought = [t for t in row if t != tokenizer.eos_id] + mark + box
             law = jax.nn.log_softmax(decoder.logits(config.model, params, np.array([prompt + thought])))[0, -1]
-            logs.append(float(law[batch.target_tokens[0, m]]))
+            logs.append(float(law[batch.references.tokens[0, m, 0]]))
         expected.append(np.log(np.mean(np.exp(logs))))
     only = dataclasses.replace(evaluator, splits={str(i): np.array([i]) for i in ids})
     figures = only.evaluate(params)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from rpt_jax.config import RewardConfig
-from rpt_jax.data.batches import empty_tasks
 from rpt_jax.errors import ConfigError, RewardError
 from rpt_jax.rewards import judges, math_judge
+from rpt_jax.rewards.base import earn
+from rpt_jax.rewards.catalog import make_reward
 from rpt_jax.rewards.host import JudgePool
-from rpt_jax.rewards.reward import make_reward
-from rpt_jax.types import Rollouts, TaskBatch
+from rpt_jax.sequences import Task, build_tasks
+from rpt_jax.types import Rollouts
 
 MODULE = "tests.judges_for_tests"
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,9 +131,10 @@ def test_a_call_that_cannot_be_made_is_a_fault_too():
 def test_a_slow_expression_of_the_policy_does_not_stop_a_run(letters):
     """math-verify hangs on towers of powers: the worker's limit ends it, the completion earns 0 and is counted."""
     rollouts, tasks = judged_batch(letters)
-    config = RewardConfig(name="math", on_fault="fail", time_limit_seconds=2.0)
+    config = RewardConfig(terms=("math",), on_fault="fail", time_limit_seconds=2.0)
     reward = make_reward(config, letters, lambda _: {"answers": ("9^{9^{9^{9}}}", "10^{9^{9^{9}}}")})
-    rewards, _, faults = reward.fn(rollouts, tasks, {})
+    _, earned, _ = earn(reward, {}, tasks, rollouts)
+    rewards, faults = earned.rewards, earned.faults
     assert not np.asarray(rewards).any()
     # Of the first prediction math-verify tries to evaluate the answers; the others need no arithmetic, or are none.
     assert np.asarray(faults)[:, 0].tolist() == [[True, False], [False, False], [False, False]]
@@ -157,10 +159,8 @@ def judged_batch(letters):
         for g in range(2):
             ids = letters.encode(texts[u][g])
             tokens[u, g, : len(ids)], mask[u, g, : len(ids)] = ids, True
-    fields = empty_tasks(3, 1, 4, [1], 8)
-    fields["position_ids"][:, 0] = [0, 1, -1]
-    fields["position_mask"][:2] = True
-    tasks = TaskBatch(**fields, row_ids=np.zeros((3, 1, 2), np.int32))
+    trunks = [(np.zeros(4, np.int32), [Task(id=i, cut=4)]) for i in range(2)] + [(np.zeros(0), [])]
+    tasks = build_tasks(trunks, tail=[1], row_ids=np.zeros((3, 1, 2), np.int32), trunk_length=4)
     rollouts = Rollouts(
         tokens=jnp.asarray(tokens), mask=jnp.asarray(mask), sampler_logprobs=None, truncated=None, num_rejected=None
     )
@@ -169,8 +169,10 @@ def judged_batch(letters):
 
 def test_rewards_of_questions_by_hand(letters):
     columns = {0: {"answers": ("ab",)}, 1: {"answers": ("c",)}}
-    reward = make_reward(RewardConfig(name="exact"), letters, columns.__getitem__)
-    rewards, predictions, faults = reward.fn(*judged_batch(letters), {})
+    reward = make_reward(RewardConfig(terms=("exact",)), letters, columns.__getitem__)
+    rollouts, tasks = judged_batch(letters)
+    evidence, earned, _ = earn(reward, {}, tasks, rollouts)
+    rewards, predictions, faults = earned.rewards, evidence.predictions, earned.faults
     assert np.asarray(rewards)[:, 0].tolist() == [[1, 0], [0, 0], [0, 0]]
     assert not np.asarray(faults).any()
     assert np.asarray(predictions.found).tolist() == [[True, True], [False, False], [False, False]]
@@ -178,10 +180,12 @@ def test_rewards_of_questions_by_hand(letters):
 
 def test_faults_follow_the_policy(letters):
     columns = {0: {"do": "one"}, 1: {"do": "raise"}}
-    config = RewardConfig(name="custom", function=f"{MODULE}:by_column", on_fault="zero")
-    rewards, _, faults = make_reward(config, letters, columns.__getitem__).fn(*judged_batch(letters), {})
+    config = RewardConfig(terms=("custom",), function=f"{MODULE}:by_column", on_fault="zero")
+    rollouts, tasks = judged_batch(letters)
+    _, earned, _ = earn(make_reward(config, letters, columns.__getitem__), {}, tasks, rollouts)
+    rewards, faults = earned.rewards, earned.faults
     assert np.asarray(rewards)[:, 0].tolist() == [[1, 1], [0, 0], [0, 0]]
     assert np.asarray(faults)[:, 0].tolist() == [[False, False], [True, True], [False, False]]
     strict = make_reward(dataclasses.replace(config, on_fault="fail"), letters, columns.__getitem__)
     with pytest.raises(RewardError, match="ValueError: on purpose on task 1 .*boxed"):
-        strict.fn(*judged_batch(letters), {})
+        earn(strict, {}, tasks, rollouts)

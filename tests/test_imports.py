@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["rpt_jax", "rpt_jax.config", "rpt_jax.types", "rpt_jax.errors"],
     ["rpt_jax.tokenizer", "rpt_jax.tokenizer_formats", "rpt_jax.parallel"],
-    ["rpt_jax.models"],
-    ["rpt_jax.data", "rpt_jax.rewards", "rpt_jax.rl.advantages", "rpt_jax.rl.losses", "rpt_jax.rl.scoring"],
+    ["rpt_jax.sequences", "rpt_jax.models"],
+    ["rpt_jax.data", "rpt_jax.rewards", "rpt_jax.rl.advantages", "rpt_jax.rl.surrogates", "rpt_jax.scoring.logprobs"],
     ["rpt_jax.rollout", "rpt_jax.rl.update", "rpt_jax.rl.packing"],
     ["rpt_jax.evals"],
     ["rpt_jax.train"],

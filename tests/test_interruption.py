@@ -11,9 +11,13 @@ from test_system import corpus, evaluated_at_the_ends, run_hashes, tiny_run  # n
 from rpt_jax.config import LoraConfig, LossConfig
 from rpt_jax.errors import CheckpointError, Interrupted, RewardError
 from rpt_jax.parallel.interruption import STALLED, check, watching
+from rpt_jax.rl import trainer
 from rpt_jax.rollout import engine
-from rpt_jax.train import stages, supervised, trainer
 from rpt_jax.train.checkpoint import Checkpoints
+from rpt_jax.train.pipeline import run_stages
+from rpt_jax.train.run import newest_state, prepare
+from rpt_jax.train.stages import supervised
+from rpt_jax.train.stages.warm_start import warm_start
 
 LOSS = LossConfig(num_minibatches=2)
 
@@ -21,12 +25,8 @@ LOSS = LossConfig(num_minibatches=2)
 def run(config):
     """All that a resumed run must repeat exactly: the warm start too."""
     with watching(0):
-        prepared = stages.prepare(config)
-        params = stages.warm_start(prepared)
-        tasks = stages.choose_tasks(prepared, params)
-        evaluations = stages.Evaluations(prepared=prepared, source=tasks.heldout)
-        stages.run_rl(prepared, params, tasks, evaluations)
-    return run_hashes(prepared, stages.newest_state(prepared)[0])
+        done = run_stages(dataclasses.replace(config, run=dataclasses.replace(config.run, control=False)))
+    return run_hashes(done, newest_state(done, warm_start(done))[0])
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +127,14 @@ def test_a_copy_goes_on_as_its_source_did_and_may_change(corpus, straight, tmp_p
 
 def test_a_copy_with_adapters_needs_the_weights_under_them(corpus, tmp_path):  # noqa: F811
     config = tiny_run(corpus, tmp_path / "run", lora=LoraConfig(rank=2))
-    stages.prepare(config)
+    prepare(config)
     fork = dataclasses.replace(config.run, directory=str(tmp_path / "fork"), resume=f"{tmp_path / 'run'}@2")
     for change, name in (
         ({"lora": LoraConfig(rank=2, alpha=99.0)}, "lora"),
         ({"supervised": dataclasses.replace(config.supervised, num_steps=0)}, "supervised"),
     ):
         with pytest.raises(CheckpointError, match=f"adapters made with {name}="):
-            stages.prepare(dataclasses.replace(config, run=fork, **change))
+            prepare(dataclasses.replace(config, run=fork, **change))
 
 
 def test_a_failing_reward_function_loses_no_step(corpus, straight, tmp_path, monkeypatch):  # noqa: F811

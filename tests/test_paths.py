@@ -22,7 +22,7 @@ from rpt_jax.tokenizer import load_tokenizer, train_byte_level
 SENTENCES = ("the cat sat on the mat. ", "one and one is two. ", "a dog ran to the house. ")
 TINY = {
     "--run.num-steps": 2, "--run.completions-every-steps": 1, "--rollout.num-trunks": 4, "--rollout.group-size": 2,
-    "--rollout.max-completion-tokens": 10, "--loss.microbatch-trunks": 2, "--checkpoint.every-steps": 1,
+    "--rollout.max-completion-tokens": 10, "--mesh.microbatch-trunks": 2, "--checkpoint.every-steps": 1,
     "--eval.every-steps": 2, "--eval.num-positions": 6, "--eval.final-num-positions": 6, "--eval.num-samples": 2,
     "--eval.batch-trunks": 4,
 }  # fmt: skip
@@ -211,7 +211,7 @@ def question_flags(home, run, *extra):
 def test_fine_tuning_on_questions(home, tmp_path, capsys):
     """A judge that pays for length: the reward is real, and every rollout is kept with the truth beside it."""
     run = tmp_path / "run"
-    custom = ("--reward.name", "custom", "--reward.function", "tests.judges_for_tests:length")
+    custom = ("--reward.terms", "custom", "--reward.function", "tests.judges_for_tests:length")
     train.main(question_flags(home, run, *custom))
     rows = pyarrow.parquet.read_table(run / "completions" / "step_000001.parquet").to_pylist()
     assert len(rows) == 8
@@ -234,7 +234,7 @@ def test_fine_tuning_on_questions(home, tmp_path, capsys):
 
 
 def test_a_failing_judge_stops_the_run(home, tmp_path):
-    custom = ("--reward.name", "custom", "--reward.function", "tests.judges_for_tests:by_column")
+    custom = ("--reward.terms", "custom", "--reward.function", "tests.judges_for_tests:by_column")
     with pytest.raises(RewardError, match="KeyError: 'do' on task"):
         train.main(question_flags(home, tmp_path / "run", *custom))
 
@@ -242,8 +242,8 @@ def test_a_failing_judge_stops_the_run(home, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--reward.name", "prefix"], "reads a text's continuation"),
-        (["--reward.name", "custom"], "custom needs a function"),
+        (["--reward.terms", "prefix"], "reads a text's continuation"),
+        (["--reward.terms", "custom"], "custom needs a function"),
         (["--reward.function", "a:b"], "no other reward takes one"),
         (["--rollout.prompts-per-trunk", "2"], "a question is a trunk of its own"),
         (["--rollout.max-completion-tokens", "400"], "the model has 512"),
@@ -254,7 +254,7 @@ def test_a_failing_judge_stops_the_run(home, tmp_path):
         (["--data.chat"], "no chat template"),
         (["--model.activation-dtype", "bfloat16"], "Use float32 there"),
         (["--policy.param-dtype", "bfloat16"], "without adapters"),
-        (["--reward.name", "custom", "--reward.function", "no.module:f"], "cannot be used"),
+        (["--reward.terms", "custom", "--reward.function", "no.module:f"], "cannot be used"),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_compiles(home, tmp_path, flags, message):
@@ -278,6 +278,6 @@ def test_other_tokenizers_do_not_pass(home, tmp_path):
     with pytest.raises(ConfigError, match="nothing to score"):
         filter_positions.main(text_flags(home, tmp_path / "c", "--positions.selector", "random"))
     with pytest.raises(ConfigError, match="needs questions"):
-        train.main(text_flags(home, tmp_path / "d", "--reward.name", "math"))
+        train.main(text_flags(home, tmp_path / "d", "--reward.terms", "math"))
     with pytest.raises(ConfigError, match="Set --policy.path and --questions.path"):
         zero_shot.main(["--questions.path", str(home / "choices.jsonl")])

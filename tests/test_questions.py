@@ -13,7 +13,7 @@ from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.evals.questions import QuestionEvaluator, _majority, category_splits, pass_at_k
 from rpt_jax.models import decoder
 from rpt_jax.rewards.answer import Predictions
-from rpt_jax.rewards.reward import Reward
+from rpt_jax.rewards.base import Reward
 from rpt_jax.tokenizer import load_tokenizer, train_byte_level
 
 VERL = {
@@ -130,11 +130,11 @@ def test_prompts_and_tasks():
     assert tokenizer.decode(source.direct_prompts[1]) == "Pick"
     assert tokenizer.decode(source.tail) == "\n<think>\n" and tokenizer.decode(source.direct_tail) == "\nAnswer:"
     batch = source.make([[1], [], [0]], prompts_per_trunk=1, group_size=2)
-    assert batch.position_mask[:, 0].tolist() == [True, False, True]
+    assert batch.prompts.prompt_mask[:, 0].tolist() == [True, False, True]
     length = len(source.prompts[1])
-    assert batch.cuts[0, 0] == batch.trunk_lengths[0] == length and source.trunk_length % 16 == 0
-    np.testing.assert_array_equal(batch.trunk_tokens[0, :length], source.prompts[1])
-    assert batch.row_ids[0].tolist() == [[2, 3]]
+    assert batch.prompts.cuts[0, 0] == batch.prompts.trunk_lengths[0] == length and source.trunk_length % 16 == 0
+    np.testing.assert_array_equal(batch.prompts.trunk_tokens[0, :length], source.prompts[1])
+    assert batch.prompts.row_ids[0].tolist() == [[2, 3]]
     assert source.columns(1)["answers"] == ("B",)
     with pytest.raises(ConfigError, match="prompts of the others are longer"):
         make_question_source(questions[1:2], tokenizer, QuestionsConfig(), data)
@@ -200,25 +200,27 @@ def test_figures_against_plain_recomputation(mesh):
     data = DataConfig(trunk_length=128)
     source, _ = make_question_source(questions, tokenizer, QuestionsConfig(), data)
     config = Config(
-        data=data, model=model, rollout=RolloutConfig(max_completion_tokens=6, temperature=1.0),
-        reward=RewardConfig(name="choice"), eval=EvalConfig(num_samples=4, batch_trunks=2),
+        data=data, model=model, rollout=RolloutConfig(max_completion_tokens=6, temperature=1.0, stop_ids=tokenizer.stop_ids),
+        reward=RewardConfig(terms=("choice",)), eval=EvalConfig(num_samples=4, batch_trunks=2),
     )  # fmt: skip
     rewards = {i: [i % 2, 1, 0, 0] for i in range(5)}
 
-    def judge(rollouts, tasks, requested):
-        ids = np.asarray(tasks.position_ids)[:, 0]
-        G = tasks.row_ids.shape[-1]
+    def judge(evidence):
+        ids = np.asarray(evidence.tasks.references.task_ids)[:, 0]
+        G = evidence.tasks.prompts.row_ids.shape[-1]
         values = np.array([[rewards.get(int(i), [0] * 4)[:G]] for i in ids], np.float32)
-        shape = (len(ids), G)
-        predictions = Predictions(
+        return Earned(rewards=values, faults=np.zeros(values.shape, bool), metrics={})
+
+    def read(rollouts, width):
+        shape = rollouts.tokens.shape[:2]
+        return Predictions(
             bytes=np.full((*shape, 1), ord("q"), np.uint8), lengths=np.ones(shape, int), found=np.ones(shape, bool),
             think_end_tokens=np.zeros(shape, int),
-        )  # fmt: skip
-        return values, predictions, np.zeros(values.shape, bool)
+        ), None  # fmt: skip
 
     evaluator = QuestionEvaluator(
         config=config, mesh=mesh, tokenizer=tokenizer, source=source, splits={"all": np.arange(5)},
-        reward=Reward((), judge),
+        reward=Reward(judge, read=read),
     )  # fmt: skip
     figures = {name: cell["value"] for name, cell in evaluator.evaluate(params)["all"].items()}
     right = 0

@@ -1,5 +1,7 @@
 """Answer extraction and rewards against their plain-Python oracles, and on worked vectors."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +15,13 @@ from rpt_jax.config import RewardConfig
 from rpt_jax.errors import ConfigError
 from rpt_jax.models import decoder
 from rpt_jax.rewards.answer import answer_tables, extract_predictions
-from rpt_jax.rewards.prefix import first_token_reward, prefix_match_reward
-from rpt_jax.rewards.reward import make_reward
-from rpt_jax.rewards.vocabulary import longest_prefix_tokens, vocabulary_index
-from rpt_jax.rl.scoring import direct_logprobs
-from rpt_jax.types import Rollouts, TaskBatch
+from rpt_jax.rewards.base import earn
+from rpt_jax.rewards.catalog import make_reward
+from rpt_jax.rewards.prefix import DIRECT_PREDICTION, first_token_reward, prefix_match_reward
+from rpt_jax.scoring.requests import Request, Scorer, Scores
+from rpt_jax.scoring.vocabulary import longest_prefix_tokens, vocabulary_index
+from rpt_jax.sequences import Task, build_tasks
+from rpt_jax.types import Rollouts
 
 MODES = ("balanced", "tail", "balanced_then_tail")
 
@@ -287,24 +291,23 @@ def test_longest_vocabulary_prefix(real_tokenizer):
     np.testing.assert_array_equal(got, expected)
 
 
-def judged(letters, texts, truth, config, requested=None):
+def judged(letters, texts, truth, config, scores=None):
     """Rewards [1, 1, G] of completions given as text, for one position whose continuation is `truth` (letters)."""
     G, C = len(texts), 24
     tokens, mask = np.zeros((1, G, C), np.int32), np.zeros((1, G, C), bool)
     for g, text in enumerate(texts):
         ids = letters.encode(text)
         tokens[0, g, : len(ids)], mask[0, g, : len(ids)] = ids, True
-    data, boundary = pack_truth([[c.encode() for c in truth]], 8)
-    tasks = TaskBatch(
-        trunk_tokens=None, trunk_lengths=None, cuts=None, position_mask=np.ones((1, 1), bool), tail_tokens=None,
-        tail_lengths=None, continuation_bytes=data[None], boundary_mask=boundary[None], target_tokens=None,
-        row_ids=np.arange(G)[None, None], position_ids=None,
-    )  # fmt: skip
+    task = Task(id=0, cut=1, text=truth.encode(), boundaries=range(1, len(truth) + 1), tokens=letters.encode(truth))
+    row_ids = np.arange(G)[None, None]
+    tasks = build_tasks([(np.zeros(1), [task])], tail=[1], row_ids=row_ids, trunk_length=1, num_tokens=len(truth))
     rollouts = Rollouts(
         tokens=tokens, mask=mask, sampler_logprobs=None, truncated=np.zeros((1, G), bool), num_rejected=None
     )
-    rewards, predictions, _ = make_reward(config, letters).fn(rollouts, tasks, requested or {})
-    return np.asarray(rewards)[0, 0], predictions
+    scorer = SimpleNamespace(score=lambda request, *_: scores[request.name])
+    reward = make_reward(config, letters, scorer=scorer)
+    evidence, earned, _ = earn(reward, {"current": None}, tasks, rollouts)
+    return np.asarray(earned.rewards)[0, 0], evidence.predictions
 
 
 def answer(text):
@@ -316,38 +319,97 @@ def test_reward_variants_by_hand(letters):
     prefix, predictions = judged(letters, texts, "cde", RewardConfig())
     assert prefix.tolist() == [1, 1, 0, 0, 0, 0]
     assert np.asarray(predictions.found)[0].tolist() == [True] * 5 + [False]
-    first, _ = judged(letters, texts, "cde", RewardConfig(name="first_token"))
+    first, _ = judged(letters, texts, "cde", RewardConfig(terms=("first_token",)))
     assert first.tolist() == [1, 1, 1, 0, 0, 0]
+
     # dense: a wrong first token earns the policy's direct probability of it, no prediction earns nothing.
-    law = np.full((1, 1, letters.vocab_size), 1e-6, np.float32)
-    law[0, 0, letters.encode("x")[0]] = 0.25
-    requested = {"direct_logprobs": np.log(law)}
-    dense, _ = judged(letters, texts, "cde", RewardConfig(name="dense"), requested)
+    def scores(texts):
+        chosen = np.array([[text.endswith("boxed{x}") for text in texts]])
+        values = jnp.log(jnp.where(chosen, 0.25, 1e-6))[..., None]
+        has_token = jnp.asarray([["boxed{}" not in text and "boxed" in text for text in texts]])[..., None]
+        return {"direct_prediction": Scores(values=values, mask=has_token, tokens_run=jnp.zeros(1, jnp.int32))}
+
+    dense, _ = judged(letters, texts, "cde", RewardConfig(terms=("dense",)), scores(texts))
     np.testing.assert_allclose(dense, [1, 1, 1, 0.25, 0, 0], atol=1e-6)
     # conditional: the same in a group with a correct rollout, nothing in a group without.
-    conditional = RewardConfig(name="conditional_dense")
-    np.testing.assert_allclose(judged(letters, texts, "cde", conditional, requested)[0], dense, atol=1e-6)
-    np.testing.assert_array_equal(judged(letters, texts[3:], "cde", conditional, requested)[0], 0)
+    conditional = RewardConfig(terms=("conditional_dense",))
+    np.testing.assert_allclose(judged(letters, texts, "cde", conditional, scores(texts))[0], dense, atol=1e-6)
+    np.testing.assert_array_equal(judged(letters, texts[3:], "cde", conditional, scores(texts[3:]))[0], 0)
 
 
 def test_rewards_name_the_passes_they_need(letters):
     assert make_reward(RewardConfig(), letters).requests == ()
-    assert make_reward(RewardConfig(name="dense"), letters).requests == ("direct_logprobs",)
-    with pytest.raises(ConfigError, match=r"reward\.name='best'"):
-        make_reward(RewardConfig(name="best"), letters)
+    assert make_reward(RewardConfig(terms=("dense",)), letters).requests == (DIRECT_PREDICTION,)
+    with pytest.raises(ConfigError, match=r"reward\.terms names 'best'; there are prefix"):
+        make_reward(RewardConfig(terms=("best",)), letters)
 
 
-def test_direct_logprobs_see_document_tokens_only(tiny_config, tiny_params):
-    """Against whole logits of BOS + document, for a trunk with a header of three tokens."""
+def scored_tasks(config, M=2, G=2, A=3):
+    """Two trunks with a header of three, two cuts each, references of up to three tokens, and random rollouts."""
     rng = np.random.default_rng(0)
-    trunk = rng.integers(0, tiny_config.vocab_size, (2, 12)).astype(np.int32)
+    trunk = rng.integers(4, config.vocab_size, (2, 12)).astype(np.int32)
     cuts = np.array([[4, 12], [7, 9]], np.int32)
-    tasks = TaskBatch(
-        trunk_tokens=trunk, trunk_lengths=None, cuts=cuts, position_mask=None, tail_tokens=None, tail_lengths=None,
-        continuation_bytes=None, boundary_mask=None, target_tokens=None, row_ids=None, position_ids=None,
+    lengths = [[3, 1], [2, 3]]
+    tasks = [
+        [Task(id=2 * u + m, cut=int(cuts[u, m]), tokens=rng.integers(4, 60, lengths[u][m])) for m in range(M)]
+        for u in range(2)
+    ]
+    row_ids = np.arange(2 * M * G, dtype=np.int32).reshape(2, M, G)
+    trunks = list(zip(trunk, tasks, strict=True))
+    batch = build_tasks(trunks, tail=[1, 2], row_ids=row_ids, trunk_length=12, num_tokens=A)
+    tokens = rng.integers(4, config.vocab_size, (2, M * G, 6)).astype(np.int32)
+    sizes = rng.integers(1, 7, (2, M * G))
+    rollouts = Rollouts(
+        tokens=jnp.asarray(tokens), mask=jnp.arange(6) < sizes[..., None], sampler_logprobs=None,
+        truncated=jnp.asarray(rng.random((2, M * G)) < 0.5), num_rejected=None,
     )  # fmt: skip
-    got = direct_logprobs(tiny_config, tiny_params, tasks, header_length=3, bos_id=5)
-    for u, m in np.ndindex(2, 2):
-        context = np.concatenate([[5], trunk[u, 3 : cuts[u, m]]])
-        law = jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, context[None]))[0, -1]
-        np.testing.assert_allclose(got[u, m], law, atol=1e-5)
+    # Thoughts that end after one token, and others that never do.
+    predictions = SimpleNamespace(think_end_tokens=jnp.asarray(rng.integers(0, 2, (2, M * G))))
+    return batch, rollouts, predictions
+
+
+MARKS = {"</think>": [50, 51], "box": [52], "": []}
+
+
+@pytest.mark.parametrize(
+    ("view", "keep", "stub", "num_targets"),
+    [("direct", "nothing", "", 0), ("direct", "nothing", "", 1), ("prompt", "thought", "box", 1),
+     ("prompt", "thought", "", 0), ("prompt", "completion", "box", 2), ("prompt", "nothing", "box", 0)],
+)  # fmt: skip
+def test_scores_by_whole_logits_of_each_row(tiny_config, tiny_params, view, keep, stub, num_targets):
+    """Every target token's log-probability against plain sequences; the tokens that are run by hand."""
+    batch, rollouts, predictions = scored_tasks(tiny_config)
+    tokenizer = SimpleNamespace(encode_continuation=MARKS.__getitem__, bos_id=5)
+    scorer = Scorer(tiny_config, tokenizer, header_length=3, trunks_at_once=lambda U: 1)
+    request = Request(name="r", view=view, keep=keep, stub=stub, num_targets=num_targets)
+    scores = scorer.score(request, tiny_params, batch, rollouts, predictions)
+    logits_fn = jax.jit(lambda t: jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, t)))
+    prompts, run = batch.prompts, np.zeros(2, int)
+    for u, r in np.ndindex(2, 4):
+        m, size = r // 2, int(rollouts.mask[u, r].sum())
+        text = prompts.trunk_tokens[u, : prompts.cuts[u, m]].tolist()
+        is_closed, row = bool(predictions.think_end_tokens[u, r]), np.asarray(rollouts.tokens)[u, r].tolist()
+        thought = row[: size - (not rollouts.truncated[u, r])]
+        if view == "direct":
+            before = [5, *text[3:]]
+        else:
+            kept = {"nothing": [], "completion": thought, "thought": row[:1] if is_closed else thought}[keep]
+            close = [] if is_closed and keep != "nothing" else MARKS["</think>"]
+            before = [*text, 1, 2, *kept, *close, *MARKS[stub]]
+            run[u] += len(kept) + len(close) + len(MARKS[stub])
+        target = batch.references.tokens[u, m, : batch.references.lengths[u, m]][: num_targets or None].tolist()
+        run[u] += len(target) - 1
+        padded = np.zeros((1, 40), np.int32)
+        padded[0, : len(before) + len(target)] = before + target
+        law = np.asarray(logits_fn(padded))[0]
+        expected = [law[len(before) + i - 1, t] for i, t in enumerate(target)]
+        assert np.asarray(scores.mask)[u, r].sum() == len(target)
+        np.testing.assert_allclose(np.asarray(scores.values)[u, r, : len(target)], expected, atol=2e-5)
+        assert not np.asarray(scores.values)[u, r, len(target) :].any()
+    stems = 12 - 3 + 1 if view == "direct" else 12 + 2 * 2
+    assert scores.tokens_run.tolist() == (run + stems).tolist()
+
+
+def test_the_direct_view_has_no_thought():
+    with pytest.raises(ValueError, match="no thought and no stub"):
+        Request(name="r", view="direct", keep="thought")

@@ -14,21 +14,17 @@ from rpt_jax.config import LossConfig, MeshConfig, OptimizerConfig
 from rpt_jax.models import decoder
 from rpt_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
 from rpt_jax.rl import advantages as adv
-from rpt_jax.rl import losses
+from rpt_jax.rl import surrogates
+from rpt_jax.rl.dynamic_sampling import collect
+from rpt_jax.rl.objective import objective
+from rpt_jax.rl.optimizer import init_state, make_optimizer, muon_dimensions
 from rpt_jax.rl.packing import pack, plan_microbatches, plan_update
-from rpt_jax.rl.scoring import score
-from rpt_jax.rl.update import (
-    init_state,
-    make_optimizer,
-    muon_dimensions,
-    policy_batch,
-    policy_loss,
-    supervised_loss,
-    update,
-)
-from rpt_jax.rollout.collect import collect
+from rpt_jax.rl.rows import aggregation_weights, policy_rows
+from rpt_jax.rl.update import update
 from rpt_jax.rollout.engine import generate, rollout_key
-from rpt_jax.types import Experience, TrainBatch
+from rpt_jax.scoring.logprobs import score
+from rpt_jax.sequences import trunks_alone
+from rpt_jax.types import Earned, Experience, Rows
 
 REWARDS = jnp.asarray([[[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]]])
 MASK = jnp.ones((1, 2), bool)
@@ -73,7 +69,7 @@ def test_advantages_refuse_what_they_cannot_mean():
 
 def test_clipped_surrogate_on_paper():
     ratio = jnp.asarray([[[0.5, 1.0, 1.5]]])
-    clip = partial(losses.clipped_surrogate, clip_eps_low=0.2, clip_eps_high=0.28)
+    clip = partial(surrogates.ppo, clip_eps_low=0.2, clip_eps_high=0.28)
     # A = 2: min(1, 1.6), 2, min(3, 2.56).   A = -1: min(-.5, -.8), -1, min(-1.5, -1.28).
     np.testing.assert_allclose(clip(ratio, jnp.full((1, 1, 3), 2.0))[0, 0], [1.0, 2.0, 2.56], rtol=1e-6)
     np.testing.assert_allclose(clip(ratio, jnp.full((1, 1, 3), -1.0))[0, 0], [-0.8, -1.0, -1.5], rtol=1e-6)
@@ -82,12 +78,12 @@ def test_clipped_surrogate_on_paper():
 def test_kl_estimators_on_paper_and_on_average():
     # delta = ln 2: k1 = .6931, k2 = .2402, k3 = 1/2 - 1 + .6931.
     for name, value in (("k1", 0.693147), ("k2", 0.240227), ("k3", 0.193147)):
-        np.testing.assert_allclose(losses.kl_term(name, jnp.log(2.0), jnp.log(1.0)), value, rtol=1e-5)
+        np.testing.assert_allclose(surrogates.kl_term(name, jnp.log(2.0), jnp.log(1.0)), value, rtol=1e-5)
     p, q = np.array([0.7, 0.2, 0.1]), np.array([0.5, 0.25, 0.25])
     exact = (p * np.log(p / q)).sum()
     for name in ("k1", "k3"):
         np.testing.assert_allclose(
-            (p * np.asarray(losses.kl_term(name, jnp.log(p), jnp.log(q)))).sum(), exact, rtol=1e-5
+            (p * np.asarray(surrogates.kl_term(name, jnp.log(p), jnp.log(q)))).sum(), exact, rtol=1e-5
         )
 
 
@@ -97,7 +93,7 @@ def test_kl_gradients_are_what_they_are_said_to_be():
     p = jax.nn.softmax(theta)
 
     def mean_gradient(name):
-        terms = lambda t: losses.kl_term(name, jax.nn.log_softmax(t), jnp.log(q))  # noqa: E731
+        terms = lambda t: surrogates.kl_term(name, jax.nn.log_softmax(t), jnp.log(q))  # noqa: E731
         return p @ jax.jacobian(terms)(theta)
 
     reverse = jax.grad(lambda t: jnp.sum(jax.nn.softmax(t) * (jax.nn.log_softmax(t) - jnp.log(q))))(theta)
@@ -111,30 +107,42 @@ def test_aggregations_on_paper():
     # Rows of 1 and 3 tokens, C = 4, a third row that does not count.
     mask = jnp.asarray([[[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]]], bool)
     rows = jnp.asarray([[True, True, False]])
-    weights = {n: losses.aggregation_weights(n, mask, rows) for n in ("seq_mean", "token_mean", "constant")}
+    weights = {n: aggregation_weights(n, mask, rows) for n in ("seq_mean", "token_mean", "constant")}
     np.testing.assert_allclose(weights["seq_mean"][0, :, 0], [1 / 2, 1 / 6, 0], rtol=1e-6)
     np.testing.assert_allclose(weights["token_mean"][0, :, 0], [1 / 4, 1 / 4, 0], rtol=1e-6)
     np.testing.assert_allclose(weights["constant"][0, :, 0], [1 / 8, 1 / 8, 0], rtol=1e-6)
-    nothing = losses.aggregation_weights("token_mean", mask & False, rows)
+    nothing = aggregation_weights("token_mean", mask & False, rows)
     assert float(jnp.abs(nothing).sum()) == 0
+
+
+def earned(rewards) -> Earned:
+    return Earned(rewards=rewards, faults=jnp.zeros(rewards.shape, bool), metrics={})
+
+
+def with_rewards(experience: Experience, rewards) -> Experience:
+    return dataclasses.replace(experience, earned=earned(rewards))
+
+
+def rows_of(experience: Experience, loss: LossConfig, *, header_length: int) -> Rows:
+    return policy_rows(experience, loss=loss, temperature=1.0, header_length=header_length)
 
 
 @pytest.fixture(scope="module")
 def experience(tiny_config, tiny_params):
     tasks = make_tasks(tiny_config, U=4)
     rollouts = generate(
-        tiny_config, tiny_params, tasks, rollout_key(0, 0), max_completion_tokens=10, temperature=1.0, top_p=1.0,
-        top_k=0, eos_id=EOS, vocab_size=tiny_config.vocab_size,
+        tiny_config, tiny_params, tasks.prompts, rollout_key(0, 0), max_completion_tokens=10, temperature=1.0, top_p=1.0,
+        top_k=0, stop_ids=(EOS,), vocab_size=tiny_config.vocab_size,
     )  # fmt: skip
     rewards = jnp.asarray(np.random.default_rng(0).integers(0, 2, (4, 2, 4)), jnp.float32)
     rewards = rewards.at[0, 0].set(1.0)  # a degenerate group
     return Experience(
         tasks=tasks,
         rollouts=rollouts,
-        rewards=rewards,
         predictions=None,
-        faults=None,
-        group_mask=jnp.asarray(tasks.position_mask),
+        earned=earned(rewards),
+        group_mask=jnp.asarray(tasks.prompts.prompt_mask),
+        tokens_scored=jnp.zeros(4, jnp.int32),
     )
 
 
@@ -143,7 +151,7 @@ SGD = OptimizerConfig(learning_rate=1e-3, max_grad_norm=0.0, weight_decay=0.0)
 
 
 def gradient(config, params, batch, loss=LOSS):
-    return jax.jit(jax.grad(lambda p: policy_loss(config, loss, 1.0, p, batch)[0]))(params)
+    return jax.jit(jax.grad(lambda p: objective(config, loss, p, batch)[0]))(params)
 
 
 def flat(tree):
@@ -152,26 +160,26 @@ def flat(tree):
 
 def test_on_policy_gradient_is_the_plain_policy_gradient(tiny_config, tiny_params, experience):
     """Ratio 1: the gradient of mean over tokens of A * log pi, clip or no clip."""
-    batch = policy_batch(experience, loss=LOSS, header_length=0)
+    batch = rows_of(experience, LOSS, header_length=0)
 
     def plain(params):
         logprobs = score(tiny_config, params, batch.sequences, temperature=1.0)
-        return -jnp.sum(batch.token_weights * batch.advantages * logprobs)
+        return -jnp.sum(batch.policy_weights * batch.advantages * logprobs)
 
     expected = flat(jax.jit(jax.grad(plain))(tiny_params))
     np.testing.assert_allclose(flat(gradient(tiny_config, tiny_params, batch)), expected, atol=1e-6)
 
 
 def test_zero_advantage_is_zero_gradient(tiny_config, tiny_params, experience):
-    level = dataclasses.replace(experience, rewards=jnp.ones((4, 2, 4)))
-    batch = policy_batch(level, loss=LOSS, header_length=0)
+    level = with_rewards(experience, jnp.ones((4, 2, 4)))
+    batch = rows_of(level, LOSS, header_length=0)
     assert np.abs(flat(gradient(tiny_config, tiny_params, batch))).max() == 0
 
 
 def test_stop_token_is_in_the_loss(tiny_config, tiny_params):
     """A rollout that is nothing but the stop token still has a gradient, and raises that token's probability."""
     tasks = make_tasks(tiny_config, U=1, M=1, G=2)
-    tasks = dataclasses.replace(tasks, position_mask=np.ones((1, 1), bool))
+    tasks.prompts.prompt_mask[:] = True
     tokens = jnp.asarray([[[EOS, 0], [5, 6]]])
     from rpt_jax.types import Rollouts
 
@@ -182,14 +190,14 @@ def test_stop_token_is_in_the_loss(tiny_config, tiny_params):
     experience = Experience(
         tasks=tasks,
         rollouts=rollouts,
-        rewards=jnp.asarray([[[1.0, 0.0]]]),
         predictions=None,
-        faults=None,
+        earned=earned(jnp.asarray([[[1.0, 0.0]]])),
         group_mask=jnp.ones((1, 1), bool),
+        tokens_scored=jnp.zeros(1, jnp.int32),
     )
-    batch = policy_batch(experience, loss=LOSS, header_length=0)
+    batch = rows_of(experience, LOSS, header_length=0)
     # token_mean over 3 tokens.
-    np.testing.assert_allclose(batch.token_weights[0], [[1 / 3, 0], [1 / 3, 1 / 3]], rtol=1e-6)
+    np.testing.assert_allclose(batch.policy_weights[0], [[1 / 3, 0], [1 / 3, 1 / 3]], rtol=1e-6)
     stepped = jax.tree.map(lambda p, g: p - 0.01 * g, tiny_params, gradient(tiny_config, tiny_params, batch))
     before, after = (score(tiny_config, p, batch.sequences, temperature=1.0)[0, 0, 0] for p in (tiny_params, stepped))
     assert float(after) > float(before)
@@ -198,31 +206,35 @@ def test_stop_token_is_in_the_loss(tiny_config, tiny_params):
 def run_update(config, params, batches, mesh, *, optimizer_config=SGD, loss=LOSS):
     optimizer = make_optimizer(optimizer_config, 10)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, mesh)
-    loss_fn = partial(policy_loss, config, loss, 1.0)
+    loss_fn = partial(objective, config, loss)
     return update(state, batches, loss_fn=loss_fn, optimizer=optimizer)
 
 
-def packed(experience, loss=LOSS, *, header_length=0, num_shards=1):
+def packed(experience, loss=LOSS, *, header_length=0, num_shards=1, microbatch_trunks=0):
     """The microbatches of each minibatch, and the counts."""
-    batch = policy_batch(experience, loss=loss, header_length=header_length)
-    plans, counts = plan_update(experience, batch, loss, num_shards)
-    return [[pack(batch, m.trunks, m.source) for m in plan] for plan in plans], counts
+    rows = rows_of(experience, loss, header_length=header_length)
+    plans, counts = plan_update(
+        experience.tasks.prompts, rows, num_minibatches=loss.num_minibatches, microbatch_trunks=microbatch_trunks,
+        num_shards=num_shards, has_kl=loss.kl_coef > 0,
+    )  # fmt: skip
+    return [[pack(rows, m.trunks, m.source) for m in plan] for plan in plans], counts
 
 
 def test_packing_leaves_out_what_teaches_nothing_and_changes_no_gradient(tiny_config, tiny_params, experience):
     """Against the whole batch, a row a lane; some groups, and a whole trunk, teach nothing."""
-    level = dataclasses.replace(experience, rewards=experience.rewards.at[1].set(0.5).at[2, 0].set(0.3))
-    loss = LossConfig(microbatch_trunks=2)
-    [microbatches], counts = packed(level, loss)
-    whole = gradient(tiny_config, tiny_params, policy_batch(level, loss=loss, header_length=0))
+    level = with_rewards(experience, experience.earned.rewards.at[1].set(0.5).at[2, 0].set(0.3))
+    [microbatches], counts = packed(level, microbatch_trunks=2)
+    whole = gradient(tiny_config, tiny_params, rows_of(level, LOSS, header_length=0))
     parts = [gradient(tiny_config, tiny_params, m) for m in microbatches]
     np.testing.assert_allclose(sum(map(flat, parts)), flat(whole), atol=1e-6)
-    rewards, mask = np.asarray(level.rewards), np.asarray(level.rollouts.mask)
-    teaching = np.argwhere((np.ptp(rewards, axis=-1) > 0) & level.tasks.position_mask)
+    rewards, mask = np.asarray(level.earned.rewards), np.asarray(level.rollouts.mask)
+    teaching = np.argwhere((np.ptp(rewards, axis=-1) > 0) & level.tasks.prompts.prompt_mask)
     kept_trunks = {int(u) for u, _ in teaching}
     assert 1 <= len(teaching) < 5 and len(kept_trunks) < 4
     lengths = sum(mask[u, 4 * m : 4 * m + 4].sum() for u, m in teaching)
-    stems = sum(13 + int((level.tasks.tail_lengths * level.tasks.position_mask)[u].sum()) for u in kept_trunks)
+    stems = sum(
+        13 + int((level.tasks.prompts.tail_lengths * level.tasks.prompts.prompt_mask)[u].sum()) for u in kept_trunks
+    )
     assert counts["tokens_updated"] == lengths + stems
     np.testing.assert_allclose(counts["rows_left_out_fraction"], 1 - 4 * len(teaching) / 28)
     assert sum(len(m.sequences.trunk_tokens) for m in microbatches) == len(kept_trunks)
@@ -258,7 +270,7 @@ def test_lanes_hold_whole_rows_and_every_row_once():
 
 
 def test_nothing_to_learn_from_is_an_update_of_padding(tiny_config, tiny_params, experience, mesh):
-    level = dataclasses.replace(experience, rewards=jnp.ones((4, 2, 4)))
+    level = with_rewards(experience, jnp.ones((4, 2, 4)))
     [microbatches], counts = packed(level)
     assert counts["tokens_updated"] == 0 and counts["rows_left_out_fraction"] == 1
     state, metrics = run_update(tiny_config, tiny_params, microbatches, mesh)
@@ -273,7 +285,7 @@ def test_microbatches_add_up(tiny_config, tiny_params, experience, mesh):
     sgd = OptimizerConfig(learning_rate=1e-3, max_grad_norm=1.0)
     results = []
     for size in (0, 1):
-        [microbatches], _ = packed(experience, LossConfig(microbatch_trunks=size))
+        [microbatches], _ = packed(experience, microbatch_trunks=size)
         results.append(run_update(tiny_config, tiny_params, microbatches, mesh, optimizer_config=sgd))
     (whole, m1), (parts, m4) = results
     for name in m1:
@@ -286,9 +298,7 @@ def test_update_on_one_device_equals_a_2x2x2_mesh(tiny_config, experience):
     config = dataclasses.replace(tiny_config, vocab_size=64)
     single, many = make_mesh(MeshConfig()), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = decoder.init_params(config, single, jax.random.key(3))
-    abstract = jax.eval_shape(
-        decoder.Decoder(config).init, jax.random.key(0), decoder.trunks_alone(np.zeros((1, 2), np.int32))
-    )
+    abstract = jax.eval_shape(decoder.Decoder(config).init, jax.random.key(0), trunks_alone(np.zeros((1, 2), np.int32)))
     sharded = jax.device_put(params, param_shardings(many, abstract)["params"])
     results = []
     for mesh, p in ((single, params), (many, sharded)):
@@ -304,10 +314,10 @@ def test_update_on_one_device_equals_a_2x2x2_mesh(tiny_config, experience):
 
 @pytest.mark.parametrize("where", ["loss", "gradient only"])
 def test_non_finite_update_changes_nothing_and_is_counted(tiny_config, tiny_params, experience, mesh, where):
-    batch = policy_batch(experience, loss=LOSS, header_length=0)
+    batch = rows_of(experience, LOSS, header_length=0)
 
     def poisoned(params, batch):
-        value, metrics = policy_loss(tiny_config, LOSS, 1.0, params, batch)
+        value, metrics = objective(tiny_config, LOSS, params, batch)
         if where == "loss":
             return value + jnp.where(batch.advantages[0, 0, 0] < 99, jnp.nan, 0), metrics
         # sqrt has an infinite slope at 0: the loss stays finite, its gradient does not.
@@ -320,7 +330,7 @@ def test_non_finite_update_changes_nothing_and_is_counted(tiny_config, tiny_para
         state, metrics = update(state, [batch], loss_fn=poisoned, optimizer=optimizer)
         assert int(metrics["skipped"]) == count
     np.testing.assert_array_equal(flat((state.params, state.opt_state)), before)
-    loss_fn = partial(policy_loss, tiny_config, LOSS, 1.0)
+    loss_fn = partial(objective, tiny_config, LOSS)
     state, metrics = update(state, [batch], loss_fn=loss_fn, optimizer=optimizer)
     assert int(metrics["skipped"]) == 0 and int(state.step) == 3
 
@@ -370,60 +380,61 @@ def test_schedules():
 
 def test_minibatches_see_their_own_ratio(tiny_config, tiny_params, experience):
     loss = LossConfig(num_minibatches=2)
-    minibatches, _ = packed(dataclasses.replace(experience, rewards=experience.rewards.at[0, 0, 0].set(0.0)), loss)
+    minibatches, _ = packed(with_rewards(experience, experience.earned.rewards.at[0, 0, 0].set(0.0)), loss)
     assert [sum(len(m.sequences.cuts) for m in minibatch) for minibatch in minibatches] == [2, 2]
     # Twice their share each: on average the size of the whole batch's loss.
-    batch = policy_batch(experience, loss=loss, header_length=0)
-    np.testing.assert_allclose(batch.token_weights.sum(), 2, rtol=1e-5)
-    batch = policy_batch(experience, loss=LOSS, header_length=0)
+    batch = rows_of(experience, loss, header_length=0)
+    np.testing.assert_allclose(batch.policy_weights.sum(), 2, rtol=1e-5)
+    batch = rows_of(experience, LOSS, header_length=0)
     # Old log-probabilities that are lower by ln 2 make the ratio 2 and the clip bind on positive advantages.
     logprobs = score(tiny_config, tiny_params, batch.sequences, temperature=1.0)
     shifted = dataclasses.replace(batch, old_logprobs=logprobs - jnp.log(2.0))
-    _, metrics = policy_loss(tiny_config, LOSS, 1.0, tiny_params, shifted)
+    _, metrics = objective(tiny_config, LOSS, tiny_params, shifted)
     np.testing.assert_allclose(metrics["clip_fraction"], 1.0, rtol=1e-5)
 
 
 def test_log_probabilities_of_padding_reach_nothing(tiny_config, tiny_params, experience):
     """exp(0 + 200) would overflow: a scored padding token may be as unlikely as that."""
     loss = LossConfig(kl_coef=0.5)
-    batch = policy_batch(experience, loss=loss, header_length=0)
+    batch = rows_of(experience, loss, header_length=0)
     mask = batch.sequences.branch_mask
     logprobs = score(tiny_config, tiny_params, batch.sequences, temperature=1.0)
     values = []
     for padding in (0.0, -200.0):
         scored = jnp.where(mask, logprobs, padding)
         both = dataclasses.replace(batch, old_logprobs=scored, ref_logprobs=scored, sampler_logprobs=scored)
-        value, metrics = policy_loss(tiny_config, loss, 1.0, tiny_params, both)
+        value, metrics = objective(tiny_config, loss, tiny_params, both)
         values.append((value, *metrics.values()))
     assert np.isfinite(values).all()
     np.testing.assert_array_equal(*values)
 
 
 def test_kl_term_pulls_towards_the_reference(tiny_config, tiny_params, experience):
-    batch = policy_batch(experience, loss=LOSS, header_length=0)
+    batch = rows_of(experience, LOSS, header_length=0)
     logprobs = score(tiny_config, tiny_params, batch.sequences, temperature=1.0)
     same = dataclasses.replace(batch, ref_logprobs=logprobs)
     loss = LossConfig(kl_coef=0.5)
-    value, metrics = policy_loss(tiny_config, loss, 1.0, tiny_params, same)
+    value, metrics = objective(tiny_config, loss, tiny_params, same)
     np.testing.assert_allclose(metrics["kl"], 0, atol=1e-6)
     apart = dataclasses.replace(batch, ref_logprobs=logprobs - 1.0)
-    value_apart, metrics = policy_loss(tiny_config, loss, 1.0, tiny_params, apart)
+    value_apart, metrics = objective(tiny_config, loss, tiny_params, apart)
     # k3 at delta 1 is exp(-1) on every token; the loss grows by half of it.
     np.testing.assert_allclose(metrics["kl"], np.exp(-1), rtol=1e-4)
     np.testing.assert_allclose(value_apart - value, 0.5 * np.exp(-1), rtol=1e-3)
 
 
 def test_supervised_loss_is_the_weighted_mean_of_both_parts(tiny_config, tiny_params, experience):
-    sequences = policy_batch(experience, loss=LOSS, header_length=0).sequences
+    sequences = rows_of(experience, LOSS, header_length=0).sequences
     U, R, C = 4, 8, 10
     rng = np.random.default_rng(0)
     trunk_weights = np.pad(rng.random((U, 12)), ((0, 0), (1, 0))).astype(np.float32)
-    token_weights = rng.random((U, R, C)).astype(np.float32)
-    batch = TrainBatch(
-        sequences=sequences, token_weights=token_weights, trunk_weights=trunk_weights,
-        advantages=None, sampler_logprobs=None, old_logprobs=None, ref_logprobs=None,
+    token_weights = rng.random((U, R, C)).astype(np.float32) * np.asarray(sequences.branch_mask)
+    batch = Rows(
+        sequences=sequences, row=None, policy_weights=None, advantages=None, likelihood_weights=token_weights,
+        trunk_weights=trunk_weights, temperature=np.ones((U, R, C), np.float32), sampler_logprobs=None,
+        old_logprobs=None, ref_logprobs=None,
     )  # fmt: skip
-    value, _ = supervised_loss(tiny_config, tiny_params, batch)
+    value, _ = objective(tiny_config, LOSS, tiny_params, batch)
     law = jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, jnp.asarray(sequences.trunk_tokens)))
     trunk = np.take_along_axis(np.asarray(law)[:, :-1], np.asarray(sequences.trunk_tokens)[:, 1:, None], -1)[..., 0]
     own = np.asarray(score(tiny_config, tiny_params, sequences, temperature=1.0))
@@ -431,9 +442,10 @@ def test_supervised_loss_is_the_weighted_mean_of_both_parts(tiny_config, tiny_pa
 
 
 def test_next_token_term_is_the_mean_over_document_tokens(tiny_config, tiny_params, experience):
-    batch = policy_batch(experience, loss=LOSS, header_length=4)
-    plain, _ = policy_loss(tiny_config, LOSS, 1.0, tiny_params, batch)
-    mixed, _ = policy_loss(tiny_config, LossConfig(ntp_coef=0.3), 1.0, tiny_params, batch)
+    batch = rows_of(experience, LOSS, header_length=4)
+    plain, _ = objective(tiny_config, LOSS, tiny_params, batch)
+    loss = LossConfig(ntp_coef=0.3)
+    mixed, _ = objective(tiny_config, loss, tiny_params, rows_of(experience, loss, header_length=4))
     trunk = np.asarray(batch.sequences.trunk_tokens)
     law = np.asarray(jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, trunk)))
     chosen = np.take_along_axis(law[:, :-1], trunk[:, 1:, None], -1)[..., 0]
@@ -444,27 +456,28 @@ def test_next_token_term_is_the_mean_over_document_tokens(tiny_config, tiny_para
 def test_dynamic_sampling_keeps_informative_trunks():
     """Rounds of two trunks with two groups each; rewards decide what is kept."""
     tasks = make_tasks(dataclasses.replace(_config(), vocab_size=20), U=2, M=2, G=2)
-    tasks = dataclasses.replace(tasks, position_mask=np.ones((2, 2), bool))
+    tasks.prompts.prompt_mask[:] = True
     good, bad = [1.0, 0.0], [1.0, 1.0]
     rounds = [[[bad, bad], [good, bad]], [[good, good], [bad, bad]], [[good, good], [good, good]]]
     asked = []
 
     def roll_out(batch, number):
         asked.append(number)
-        marked = dataclasses.replace(batch, position_ids=jnp.asarray(batch.position_ids) + 100 * number)
+        ids = jnp.asarray(batch.references.task_ids) + 100 * number
+        marked = dataclasses.replace(batch, references=dataclasses.replace(batch.references, task_ids=ids))
         return Experience(
             tasks=marked,
             rollouts=None,
-            rewards=jnp.asarray(rounds[number]),
             predictions=None,
-            faults=None,
+            earned=earned(jnp.asarray(rounds[number])),
             group_mask=jnp.ones((2, 2), bool),
+            tokens_scored=jnp.zeros(2, jnp.int32),
         )
 
     kept, spent = collect(lambda: tasks, roll_out, rounds=3)
     # After two rounds two trunks have an informative group: the third round is not run.
     assert asked == [0, 1] and len(spent) == 2
-    assert kept.tasks.position_ids.tolist() == [[100, 101], [2, 3]]
+    assert kept.tasks.references.task_ids.tolist() == [[100, 101], [2, 3]]
     assert kept.group_mask.tolist() == [[True, True], [True, False]]
     short, _ = collect(lambda: tasks, lambda b, n: dataclasses.replace(roll_out(b, 0)), rounds=1)
     assert short.group_mask.all()
@@ -477,7 +490,7 @@ def _config():
 
 
 def test_optax_clip_is_applied(tiny_config, tiny_params, experience, mesh):
-    batch = policy_batch(experience, loss=LOSS, header_length=0)
+    batch = rows_of(experience, LOSS, header_length=0)
     clipped = OptimizerConfig(learning_rate=1e-3, max_grad_norm=1e-3)
     state, metrics = run_update(tiny_config, tiny_params, [batch], mesh, optimizer_config=clipped)
     assert float(metrics["grad_norm"]) > 1e-2

@@ -11,10 +11,11 @@ import pytest
 from rpt_jax.config import MeshConfig
 from rpt_jax.models import decoder
 from rpt_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
-from rpt_jax.rl.scoring import score
 from rpt_jax.rollout import engine
-from rpt_jax.rollout.engine import STATIC, Schedule, generate, rollout_key, to_sequences
+from rpt_jax.rollout.engine import STATIC, Schedule, generate, rollout_key
 from rpt_jax.rollout.sampling import greedy, row_keys, sample
+from rpt_jax.scoring.logprobs import score
+from rpt_jax.sequences import Task, build_tasks, completions, trunks_alone
 from rpt_jax.types import TaskBatch
 
 EOS = 1
@@ -77,28 +78,25 @@ def test_greedy_takes_the_first_of_equal_maxima():
 
 
 def make_tasks(config, seed=0, U=3, M=2, G=4, L=13, E=3) -> TaskBatch:
+    """Random trunks, cuts and tails; the last prompt of the last trunk is padding."""
     rng = np.random.default_rng(seed)
-    position_mask = np.ones((U, M), bool)
-    position_mask[-1, -1] = False
+    trunks = rng.integers(2, config.vocab_size, (U, L)).astype(np.int32)
+    cuts = rng.integers(1, L + 1, (U, M)).astype(np.int32)
+    tails = rng.integers(2, config.vocab_size, (U, M, E)).astype(np.int32)
     ids = np.arange(U * M).reshape(U, M)
-    return TaskBatch(
-        trunk_tokens=rng.integers(2, config.vocab_size, (U, L)).astype(np.int32),
-        trunk_lengths=np.full(U, L, np.int32),
-        cuts=rng.integers(1, L + 1, (U, M)).astype(np.int32),
-        position_mask=position_mask,
-        tail_tokens=rng.integers(2, config.vocab_size, (U, M, E)).astype(np.int32),
-        tail_lengths=rng.integers(1, E + 1, (U, M)).astype(np.int32),
-        continuation_bytes=np.zeros((U, M, 4), np.uint8),
-        boundary_mask=np.zeros((U, M, 4), bool),
-        target_tokens=np.zeros((U, M), np.int32),
-        row_ids=(ids[..., None] * G + np.arange(G)).astype(np.int32),
-        position_ids=ids.astype(np.int32),
+    row_ids = (ids[..., None] * G + np.arange(G)).astype(np.int32)
+    tasks = [[Task(id=int(i), cut=int(cut)) for i, cut in zip(*row, strict=True)] for row in zip(ids, cuts)]
+    batch = build_tasks(list(zip(trunks, tasks, strict=True)), tail=[0] * E, row_ids=row_ids, trunk_length=L)
+    batch.prompts.prompt_mask[-1, -1] = False
+    lengths = rng.integers(1, E + 1, (U, M)).astype(np.int32)
+    return dataclasses.replace(
+        batch, prompts=dataclasses.replace(batch.prompts, tail_tokens=tails, tail_lengths=lengths)
     )
 
 
 def roll(config, params, tasks, key, **options):
-    options = dict(max_completion_tokens=12, temperature=0.9, top_p=1.0, top_k=0, eos_id=EOS) | options
-    return generate(config, params, tasks, key, vocab_size=config.vocab_size, **options)
+    options = dict(max_completion_tokens=12, temperature=0.9, top_p=1.0, top_k=0, stop_ids=(EOS,)) | options
+    return generate(config, params, tasks.prompts, key, vocab_size=config.vocab_size, **options)
 
 
 def test_greedy_tokens_equal_plain_decoding(tiny_config, tiny_params):
@@ -108,12 +106,16 @@ def test_greedy_tokens_equal_plain_decoding(tiny_config, tiny_params):
     comparison and are counted.
     """
     tasks = make_tasks(tiny_config)
+    prompts = tasks.prompts
     rollouts = roll(tiny_config, tiny_params, tasks, rollout_key(0, 0), temperature=0.0)
     tokens, mask = np.asarray(rollouts.tokens), np.asarray(rollouts.mask)
     logits_fn = jax.jit(lambda t: decoder.logits(tiny_config, tiny_params, t))
     compared = near_ties = 0
-    for u, m in zip(*np.nonzero(tasks.position_mask)):
-        prompt = [*tasks.trunk_tokens[u, : tasks.cuts[u, m]], *tasks.tail_tokens[u, m, 3 - tasks.tail_lengths[u, m] :]]
+    for u, m in zip(*np.nonzero(prompts.prompt_mask)):
+        prompt = [
+            *prompts.trunk_tokens[u, : prompts.cuts[u, m]],
+            *prompts.tail_tokens[u, m, 3 - prompts.tail_lengths[u, m] :],
+        ]
         row = tokens[u, m * 4][mask[u, m * 4]]
         for n, token in enumerate(row):
             padded = np.zeros((1, 40), np.int32)
@@ -132,7 +134,7 @@ def test_greedy_tokens_equal_plain_decoding(tiny_config, tiny_params):
 def test_sampler_logprobs_equal_teacher_forced_logprobs(tiny_config, tiny_params, options):
     tasks = make_tasks(tiny_config)
     rollouts = roll(tiny_config, tiny_params, tasks, rollout_key(0, 3), **options)
-    sequences = to_sequences(tasks, rollouts.tokens, rollouts.mask)
+    sequences = completions(tasks.prompts, rollouts.tokens, rollouts.mask)
     forced = score(tiny_config, tiny_params, sequences, temperature=options.get("temperature", 0.9))
     mask = np.asarray(rollouts.mask)
     assert mask.sum() > 100
@@ -180,8 +182,8 @@ def test_rows_stop_after_the_stop_token_and_padding_never_starts(tiny_config, ti
 
 def test_unused_vocabulary_entries_are_never_sampled(tiny_config, tiny_params):
     rollouts = generate(
-        tiny_config, tiny_params, make_tasks(tiny_config, L=9), rollout_key(0, 0),
-        max_completion_tokens=12, temperature=2.0, top_p=1.0, top_k=0, eos_id=EOS, vocab_size=7,
+        tiny_config, tiny_params, make_tasks(tiny_config, L=9).prompts, rollout_key(0, 0),
+        max_completion_tokens=12, temperature=2.0, top_p=1.0, top_k=0, stop_ids=(EOS,), vocab_size=7,
     )  # fmt: skip
     assert np.asarray(rollouts.tokens).max() < 7
 
@@ -213,11 +215,13 @@ def count_calls(monkeypatch, *names):
 )
 def test_a_schedule_changes_nothing_that_is_sampled(tiny_config, tiny_params, monkeypatch, options):
     """Against the static schedule: the same tokens but for near-ties (none here), log-probabilities within 1e-5."""
-    tasks, key = make_tasks(tiny_config, U=4, M=2, G=6), rollout_key(0, 1)
+    tasks, key = make_tasks(tiny_config, U=4, M=2, G=6).prompts, rollout_key(0, 1)
     counts = count_calls(monkeypatch, "_widen", "_regroup")
-    static = generate(tiny_config, tiny_params, tasks, key, top_p=1.0, top_k=0, eos_id=EOS, schedule=STATIC, **SHORT)
+    static = generate(
+        tiny_config, tiny_params, tasks, key, top_p=1.0, top_k=0, stop_ids=(EOS,), schedule=STATIC, **SHORT
+    )
     assert counts == {"_widen": 0, "_regroup": 0}
-    other = generate(tiny_config, tiny_params, tasks, key, top_p=1.0, top_k=0, eos_id=EOS, **options, **SHORT)
+    other = generate(tiny_config, tiny_params, tasks, key, top_p=1.0, top_k=0, stop_ids=(EOS,), **options, **SHORT)
     if options["schedule"].compact:
         assert counts["_widen"] == 3 and counts["_regroup"] >= 2
     lengths = np.asarray(static.mask).sum(-1)
@@ -249,14 +253,12 @@ def test_sampling_on_a_mesh_uses_the_same_noise(tiny_config, monkeypatch):
     config = dataclasses.replace(tiny_config, vocab_size=64)
     single = make_mesh(MeshConfig())
     params = decoder.init_params(config, single, jax.random.key(2))
-    tasks = make_tasks(config, U=4)
+    tasks = make_tasks(config, U=4).prompts
     many = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    abstract = jax.eval_shape(
-        decoder.Decoder(config).init, jax.random.key(0), decoder.trunks_alone(np.zeros((1, 2), np.int32))
-    )
+    abstract = jax.eval_shape(decoder.Decoder(config).init, jax.random.key(0), trunks_alone(np.zeros((1, 2), np.int32)))
     sharded = jax.device_put(params, param_shardings(many, abstract)["params"])
     counts = count_calls(monkeypatch, "_shrink")
-    options = dict(key=rollout_key(0, 0), top_p=1.0, top_k=0, eos_id=EOS, **SHORT)
+    options = dict(key=rollout_key(0, 0), top_p=1.0, top_k=0, stop_ids=(EOS,), **SHORT)
     a = generate(config, params, shard_batch(single, tasks), **options)
     assert counts["_shrink"] == 0
     b = generate(config, sharded, shard_batch(many, tasks), **options)

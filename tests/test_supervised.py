@@ -13,20 +13,17 @@ import pytest
 
 from rpt_jax.config import Config, DataConfig, LossConfig, RolloutConfig, SupervisedConfig
 from rpt_jax.data.documents import Document
+from rpt_jax.data.examples import Example, document_examples, read_examples
 from rpt_jax.data.templates import make_template
 from rpt_jax.errors import CheckpointError, DataError
 from rpt_jax.models import decoder
-from rpt_jax.rl.update import init_state, make_optimizer, supervised_loss
+from rpt_jax.rl.objective import objective
+from rpt_jax.rl.optimizer import init_state, make_optimizer
+from rpt_jax.sequences import trunks_alone
+from rpt_jax.train.loop import fit
 from rpt_jax.train.rejection import accepted_rows, write_examples
-from rpt_jax.train.supervised import (
-    Example,
-    batches,
-    document_examples,
-    make_batch,
-    make_packed_batch,
-    read_examples,
-    train_supervised,
-)
+from rpt_jax.train.stages.supervised import Supervised, batches, make_batch, make_packed_batch
+from rpt_jax.train.training import Until
 
 CONFIG = Config(
     data=DataConfig(template="minimal", trunk_length=12, window_stride=4),
@@ -60,7 +57,7 @@ def test_packed_rows_give_the_loss_and_gradient_of_separate_rows(tiny_config, ti
     assert 6 < taken < 40 and num_tokens == sum(e.num_tokens(2) for e in examples[:taken])
     assert packed.sequences.trunk_tokens.shape == (6, 12 + 2 + 6)
     separate = make_batch(examples[:taken], CONFIG, TAIL)
-    grad = jax.jit(jax.value_and_grad(lambda p, b: supervised_loss(tiny_config, p, b)[0]))
+    grad = jax.jit(jax.value_and_grad(lambda p, b: objective(tiny_config, LossConfig(), p, b)[0]))
     (loss, gradient), (expected_loss, expected) = grad(tiny_params, packed), grad(tiny_params, separate)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-3), gradient, expected)
@@ -70,9 +67,9 @@ def test_neighbours_in_a_row_do_not_see_each_other(tiny_config, tiny_params):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, tiny_config.vocab_size, (1, 12)).astype(np.int32)
     segments = np.array([[1] * 5 + [2] * 7], np.int32)
-    packed = decoder.trunks_alone(tokens, segments)
+    packed = trunks_alone(tokens, segments)
     hidden, _ = decoder.forward(tiny_config, tiny_params, packed)
-    alone, _ = decoder.forward(tiny_config, tiny_params, decoder.trunks_alone(jnp.asarray(tokens[:, 5:])))
+    alone, _ = decoder.forward(tiny_config, tiny_params, trunks_alone(jnp.asarray(tokens[:, 5:])))
     np.testing.assert_allclose(hidden[:, 5:], alone, atol=1e-5)
     with pytest.raises(ValueError, match="prompts cannot leave"):
         prompt = dict(
@@ -119,14 +116,17 @@ def test_behind_a_bos_every_token_is_predicted_once_from_those_before_it():
 
 
 def test_updates_that_are_skipped_in_a_row_stop_the_stage(tiny_config, tiny_params, mesh):
-    config = dataclasses.replace(CONFIG, model=tiny_config, loss=LossConfig(max_skipped_updates=10))
+    config = dataclasses.replace(CONFIG, model=tiny_config)
     optimizer = make_optimizer(config.optimizer, 40)
     broken = jax.tree.map(lambda p: p * np.nan, tiny_params)  # a copy: updates are donated
+    training = Supervised(
+        name="warm_start", config=config, mesh=mesh, optimizer=optimizer, tail=TAIL, shuffle=False,
+        examples=random_examples(40, tiny_config.vocab_size),
+    )  # fmt: skip
     with pytest.raises(CheckpointError, match="10 updates in a row had a non-finite loss"):
-        train_supervised(
-            "warm_start", config, init_state(broken, optimizer, mesh), optimizer, mesh,
-            random_examples(40, tiny_config.vocab_size), frozen=None, tail=TAIL, shuffle=False, num_steps=40,
-            max_flops=None,
+        fit(
+            training, init_state(broken, optimizer, mesh), None, None, Until(steps=40), save_every_steps=100,
+            max_skipped_updates=10,
         )  # fmt: skip
 
 

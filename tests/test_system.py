@@ -16,12 +16,16 @@ import pytest
 from experiments import quickstart, train
 from experiments.presets import TINY_WORKED
 from rpt_jax.analysis.reports.run import collect_results
-from rpt_jax.config import LoraConfig, LossConfig
+from rpt_jax.config import LoraConfig, MeshConfig
 from rpt_jax.data import synthetic
 from rpt_jax.data.documents import Document
+from rpt_jax.data.examples import document_examples, read_examples
+from rpt_jax.data.templates import make_template
 from rpt_jax.errors import CheckpointError, DataError
-from rpt_jax.train import stages
-from rpt_jax.train.supervised import document_examples, make_batch, read_examples
+from rpt_jax.train.pipeline import run_stages
+from rpt_jax.train.run import newest_state, prepare
+from rpt_jax.train.stages.supervised import make_batch
+from rpt_jax.train.stages.warm_start import warm_start
 
 DIGITS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
@@ -84,7 +88,7 @@ def tiny_run(corpus, directory, **changes):
         model=small(c.model, num_layers=2, width=32, mlp_width=48, num_heads=2, num_kv_heads=2, head_size=16),
         supervised=small(c.supervised, path=str(corpus / "warm_start.jsonl"), num_steps=4, batch_size=20),
         rollout=small(c.rollout, num_trunks=8, group_size=4, max_completion_tokens=30),
-        loss=LossConfig(microbatch_trunks=4),
+        mesh=MeshConfig(microbatch_trunks=4),
         checkpoint=small(c.checkpoint, every_steps=2),
         eval=small(c.eval, every_steps=1, num_positions=10, final_num_positions=12, num_samples=2, batch_trunks=16),
     )  # fmt: skip
@@ -175,34 +179,34 @@ def test_compute_is_counted_in_tokens_actually_run(finished):
         assert r["tokens_if_prompts_repeated"] > r["tokens_updated"]
 
 
-def run_hashes(prepared, state):
+def run_hashes(run, state):
     """Digests of parameters, optimizer state, and of every logged number but none of the clock."""
     arrays = hashlib.sha256()
     for leaf in jax.tree.leaves((state.step, state.params, state.opt_state)):
         arrays.update(np.asarray(leaf).tobytes())
-    lines = [r for r in read(prepared.run.path / "metrics.jsonl") if r["stage"] in ("rpt", "evaluation")]
+    lines = [r for r in read(run.directory.path / "metrics.jsonl") if r["stage"] in ("rpt", "evaluation")]
     tokens = hashlib.sha256()
-    for path in sorted((prepared.run.path / "completions").glob("*.parquet")):
+    for path in sorted((run.directory.path / "completions").glob("*.parquet")):
         tokens.update(repr(pyarrow.parquet.read_table(path).to_pydict()).encode())
     return arrays.hexdigest(), json.dumps(lines, sort_keys=True), tokens.hexdigest()
 
 
 def rpt_only(config, stop_at_step=None):
-    prepared = stages.prepare(config)
-    params = stages.warm_start(prepared)
-    tasks = stages.choose_tasks(prepared, params)
-    evaluations = stages.Evaluations(prepared=prepared, source=tasks.heldout)
-    stages.run_rl(prepared, params, tasks, evaluations, stop_at_step=stop_at_step)
-    return prepared, stages.newest_state(prepared)[0]
+    run = run_stages(
+        dataclasses.replace(config, run=dataclasses.replace(config.run, control=False)), stop_at_step=stop_at_step
+    )
+    return run, newest_state(run, warm_start(run))[0]
 
 
 @pytest.mark.parametrize("dynamic_from", [-1, 1])
 def test_stopping_anywhere_and_going_on_equals_going_straight(corpus, tmp_path, dynamic_from):
     """By hash of parameters, optimizer, completions and metrics; with dynamic sampling the data cursor runs ahead."""
-    loss = LossConfig(microbatch_trunks=4, dynamic_sampling_from_step=dynamic_from)
 
     def config(name):
-        return evaluated_at_the_ends(tiny_run(corpus, tmp_path / name, loss=loss))
+        base = evaluated_at_the_ends(tiny_run(corpus, tmp_path / name))
+        return dataclasses.replace(
+            base, rollout=dataclasses.replace(base.rollout, dynamic_sampling_from_step=dynamic_from)
+        )
 
     straight = run_hashes(*rpt_only(config("straight")))
     for k in (1, 3):
@@ -223,20 +227,20 @@ def test_adapters_bands_and_mixtures_resume_exactly(corpus, tmp_path):
             positions=dataclasses.replace(base.positions, selector="pass_rate_band", pass_rate_band=(0.1, 0.9)),
         )
 
-    prepared, state = rpt_only(config("straight"))
+    run, state = rpt_only(config("straight"))
     assert set(state.params) == {"layers"} and all("_lora_" in name for name in state.params["layers"])
     rpt_only(config("stopped"), stop_at_step=2)
-    assert run_hashes(*rpt_only(config("stopped"))) == run_hashes(prepared, state)
+    assert run_hashes(*rpt_only(config("stopped"))) == run_hashes(run, state)
 
 
 def test_a_run_directory_keeps_its_config(corpus, finished):
     config = tiny_run(corpus, finished)
     changed = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, temperature=0.5))
     with pytest.raises(CheckpointError, match=r"rollout.temperature: 1.0 -> 0.5"):
-        stages.prepare(changed)
+        prepare(changed)
     longer = dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=6))
-    stages.prepare(longer)
-    stages.prepare(config)
+    prepare(longer)
+    prepare(config)
 
 
 def test_a_report_needs_a_run(tmp_path):
@@ -247,7 +251,7 @@ def test_a_report_needs_a_run(tmp_path):
 def test_warm_start_lines_that_do_not_fit_are_named(corpus, tmp_path):
     config = tiny_run(corpus, tmp_path / "run")
     tokenizer = synthetic.make_tokenizer()
-    template = stages.make_template(tokenizer, config.data)
+    template = make_template(tokenizer, config.data)
     path = tmp_path / "warm.jsonl"
     for line, message in (
         ('{"text": "' + " Ana" * 200 + '"}', "line 1: the text takes"),
@@ -263,7 +267,7 @@ def test_warm_start_lines_that_do_not_fit_are_named(corpus, tmp_path):
 def test_supervised_batches_by_hand(corpus, tmp_path):
     config = tiny_run(corpus, tmp_path / "run")
     tokenizer = synthetic.make_tokenizer()
-    template = stages.make_template(tokenizer, config.data)
+    template = make_template(tokenizer, config.data)
     path = tmp_path / "warm.jsonl"
     path.write_text('{"text": " Ana 1", "completion": " 2"}\n{"text": " Ben 3 4", "text_weight": 0.5}\n')
     batch = make_batch(read_examples(str(path), tokenizer, template, config), config, template.tail)
@@ -272,7 +276,7 @@ def test_supervised_batches_by_hand(corpus, tmp_path):
     np.testing.assert_allclose(
         batch.trunk_weights[:, :4], np.array([[0, 0.2, 0, 0], [0, 0.5, 0.5, 0]]) / total, rtol=1e-6
     )
-    np.testing.assert_allclose(batch.token_weights.sum((1, 2)), [2 / total, 0], rtol=1e-6)
+    np.testing.assert_allclose(batch.likelihood_weights.sum((1, 2)), [2 / total, 0], rtol=1e-6)
     assert batch.sequences.cuts.tolist() == [[2], [1]]
     own = batch.sequences.branch_tokens[0, 0][batch.sequences.branch_mask[0, 0]]
     assert batch.sequences.tail_tokens[0, 0].tolist() == tokenizer.encode("<think>")
@@ -299,7 +303,7 @@ def test_a_run_directory_keeps_its_corpus(corpus, finished, tmp_path):
     data = dataclasses.replace(config.data, path=str(tmp_path / "train.jsonl"))
     run = dataclasses.replace(config.run, directory=str(moved))
     with pytest.raises(CheckpointError, match="made from other data"):
-        stages.prepare(dataclasses.replace(config, data=data, run=run))
+        prepare(dataclasses.replace(config, data=data, run=run))
 
 
 def test_quickstart_dry_run_prints_the_run(capsys, tmp_path):

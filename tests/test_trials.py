@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet
 import pytest
-from test_interruption import run as run_stages
-from test_rl import run_update
+from test_interruption import run as run_whole
+from test_rl import earned, rows_of, run_update
 from test_rollout import make_tasks
 from test_system import corpus, run_hashes, tiny_run  # noqa: F401  (a fixture)
 
@@ -27,12 +27,12 @@ from rpt_jax.errors import CheckpointError
 from rpt_jax.models import decoder
 from rpt_jax.parallel.interruption import RESUMABLE, STALLED
 from rpt_jax.parallel.mesh import make_mesh, shard_batch
-from rpt_jax.rl import packing
-from rpt_jax.rl.update import policy_batch
+from rpt_jax.rl import packing, trainer
 from rpt_jax.rollout.engine import generate, rollout_key
-from rpt_jax.train import stages, trainer
 from rpt_jax.train.checkpoint import Checkpoints, find_damage
-from rpt_jax.train.metrics import read_records
+from rpt_jax.train.run import newest_state
+from rpt_jax.train.run_directory import read_records
+from rpt_jax.train.stages.warm_start import warm_start
 from rpt_jax.types import Experience, TrainState
 from tests.processes import ROOT, finish, flags, start, start_hosts, write_corpus
 
@@ -111,19 +111,16 @@ def test_straight_against_every_stop(corpus, tmp_path, figures, monkeypatch):  #
         base = tiny_run(corpus, tmp_path / name, loss=LossConfig(num_minibatches=2))
         return dataclasses.replace(
             base,
-            run=dataclasses.replace(base.run, num_steps=6),
+            run=dataclasses.replace(base.run, num_steps=6, control=False),
             positions=dataclasses.replace(base.positions, max_documents=2),
             eval=dataclasses.replace(base.eval, every_steps=2),
         )
 
     def go(name, stop_at_step=None):
-        prepared = stages.prepare(config(name))
-        params = stages.warm_start(prepared)
-        tasks = stages.choose_tasks(prepared, params)
-        evaluations = stages.Evaluations(prepared=prepared, source=tasks.heldout)
-        stages.run_rl(prepared, params, tasks, evaluations, stop_at_step=stop_at_step)
-        figures["tasks"] = len(tasks.ids)
-        return run_hashes(prepared, stages.newest_state(prepared)[0])
+        run = run_stages(config(name), stop_at_step=stop_at_step)
+        params = warm_start(run)
+        figures["tasks"] = len(run.domain.training_tasks(run, params).ids)
+        return run_hashes(run, newest_state(run, params)[0])
 
     straight = go("straight")
     assert figures["tasks"] < 6 * 8
@@ -227,7 +224,7 @@ def test_sigterm_from_outside(home, straight, figures):
 
 def small_state(number: int) -> TrainState:
     params = {"w": jnp.arange(4, dtype=jnp.float32) + number}
-    return TrainState(step=jnp.int32(number), params=params, opt_state=(), skipped=jnp.int32(0))
+    return TrainState(step=jnp.int32(number), params=params, opt_state=(), skipped=jnp.int32(0), companions={})
 
 
 def test_every_byte_of_a_checkpoint(tmp_path, figures):
@@ -260,7 +257,7 @@ def test_a_small_disk_runs_full(tmp_path, figures):
 
         def state(number):
             params = {"w": jax.random.normal(jax.random.key(number), (400, 400))}
-            return TrainState(step=jnp.int32(number), params=params, opt_state=(), skipped=jnp.int32(0))
+            return TrainState(step=jnp.int32(number), params=params, opt_state=(), skipped=jnp.int32(0), companions={})
 
         checkpoints = Checkpoints(disk / "rpt", keep=9)
         with pytest.raises(CheckpointError, match="No space left"):
@@ -287,23 +284,27 @@ def test_one_seed_on_five_meshes(figures):
     params = jax.tree.map(np.asarray, decoder.init_params(config, make_mesh(MeshConfig()), jax.random.key(2)))
     params["head"] = 4 * params["head"]
     tasks = make_tasks(config, U=8, M=2, G=8, L=64)
-    options = dict(max_completion_tokens=64, temperature=1.0, top_p=1.0, top_k=0, eos_id=1, vocab_size=61)
+    options = dict(max_completion_tokens=64, temperature=1.0, top_p=1.0, top_k=0, stop_ids=(1,), vocab_size=61)
     results = {}
     for axes in MESHES:
         mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), axes, strict=True))))
         shardings = jax.tree.map(lambda p: p.sharding, decoder.abstract_params(config, mesh))
         placed, batch = jax.device_put(params, shardings), shard_batch(mesh, tasks)
-        rollouts = generate(config, placed, batch, rollout_key(0, 0), **options)
+        rollouts = generate(config, placed, batch.prompts, rollout_key(0, 0), **options)
         # The same rollouts everywhere, so that updates can be compared.
         same = rollouts if axes == MESHES[0] else shard_batch(mesh, results[MESHES[0]]["rollouts"])
         results[axes] = {"rollouts": jax.tree.map(np.asarray, rollouts)}
         rewards = (np.asarray(same.tokens)[..., 0] % 2).reshape(8, 2, 8).astype(np.float32)
         experience = shard_batch(mesh, Experience(
-            tasks=jax.tree.map(np.asarray, batch), rollouts=jax.tree.map(np.asarray, same), rewards=rewards,
-            predictions=None, faults=rewards < 0, group_mask=np.asarray(tasks.position_mask),
+            tasks=jax.tree.map(np.asarray, batch), rollouts=jax.tree.map(np.asarray, same), predictions=None,
+            earned=earned(rewards), group_mask=np.asarray(tasks.prompts.prompt_mask),
+            tokens_scored=np.zeros(8, np.int32),
         ))  # fmt: skip
-        train = policy_batch(experience, loss=LossConfig(), header_length=0)
-        [plan], _ = packing.plan_update(experience, train, LossConfig(), axes[0] * axes[1])
+        train = rows_of(experience, LossConfig(), header_length=0)
+        [plan], _ = packing.plan_update(
+            experience.tasks.prompts, train, num_minibatches=1, microbatch_trunks=0, num_shards=axes[0] * axes[1],
+            has_kl=False,
+        )  # fmt: skip
         microbatches = [packing.pack(train, *shard_batch(mesh, (m.trunks, m.source))) for m in plan]
         state, metrics = run_update(config, placed, microbatches, mesh)
         results[axes] |= {"mu": jax.tree.map(np.asarray, state.opt_state[1][0].mu), "loss": float(metrics["loss"])}
@@ -395,37 +396,36 @@ def test_one_host_of_two_is_lost(home, figures, how):
 @pytest.mark.parametrize("where", ["rewards", "logits", "loss"])
 def test_numbers_that_are_not_finite(corpus, tmp_path, monkeypatch, figures, where):  # noqa: F811
     """From the third step on: updates are skipped and counted, the run stops, and its checkpoint is the last good."""
-    base = tiny_run(corpus, tmp_path / "run", loss=LossConfig(max_skipped_updates=3))
+    base = tiny_run(corpus, tmp_path / "run")
     config = dataclasses.replace(
         base,
-        run=dataclasses.replace(base.run, num_steps=12),
+        run=dataclasses.replace(base.run, num_steps=12, max_skipped_updates=3),
         eval=dataclasses.replace(base.eval, every_steps=12),
         checkpoint=dataclasses.replace(base.checkpoint, every_steps=1, keep=20),
     )
     bad, calls = float("nan"), []
     roll_out, learn = trainer.Trainer.roll_out, trainer.Trainer.learn
 
-    def poisoned_rollout(self, params, step, tasks, round_number):
+    def poisoned_rollout(self, policies, step, tasks, round_number):
         if where == "logits" and step >= 2:
-            params = params | {"final_norm": params["final_norm"] * bad}
-        experience = roll_out(self, params, step, tasks, round_number)
+            current = policies["current"]
+            policies = policies | {"current": current | {"final_norm": current["final_norm"] * bad}}
+        experience = roll_out(self, policies, step, tasks, round_number)
         if where == "rewards" and step >= 2:
-            experience = dataclasses.replace(experience, rewards=experience.rewards * bad)
+            experience = dataclasses.replace(experience, earned=earned(experience.earned.rewards * bad))
         return experience
 
     def poisoned_learn(self, state, experience):
         if where == "loss" and int(state.step) >= 2:
-            experience = dataclasses.replace(
-                experience,
-                rewards=experience.rewards.at[0, 0, 0].set(float("inf")),
-            )
+            rewards = experience.earned.rewards.at[0, 0, 0].set(float("inf"))
+            experience = dataclasses.replace(experience, earned=earned(rewards))
         calls.append([np.asarray(x).tobytes() for x in jax.tree.leaves((state.params, state.opt_state))])
         return learn(self, state, experience)
 
     monkeypatch.setattr(trainer.Trainer, "roll_out", poisoned_rollout)
     monkeypatch.setattr(trainer.Trainer, "learn", poisoned_learn)
     with pytest.raises(CheckpointError, match="3 updates in a row had a non-finite loss or gradient"):
-        run_stages(config)
+        run_whole(config)
     records = [r for r in read_records(tmp_path / "run") if r["stage"] == "rpt"]
     assert [r["skipped"] for r in records][:2] == [0, 0] and records[-1]["skipped"] == 3
     assert all(state == calls[2] for state in calls[3:])

@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 
 from rpt_jax.config import DecoderConfig
+from rpt_jax.sequences import Task, build_tasks
 from rpt_jax.types import TaskBatch
 
 # 10.0 M parameters: 8 layers of width 256, tied embeddings. The peers get the same.
@@ -38,19 +40,15 @@ def make_tasks(num_trunks: int, cuts, tail: int, group_size: int, vocab_size: in
     """Trunks of random ids, each cut at every one of `cuts`. Continuations are empty."""
     rng = np.random.default_rng(seed)
     U, M, G, L = num_trunks, len(cuts), group_size, max(cuts)
-    return TaskBatch(
-        trunk_tokens=rng.integers(0, vocab_size - 1, (U, L), np.int32),
-        trunk_lengths=np.full(U, L, np.int32),
-        cuts=np.tile(np.asarray(cuts, np.int32), (U, 1)),
-        position_mask=np.ones((U, M), bool),
-        tail_tokens=rng.integers(0, vocab_size - 1, (U, M, tail), np.int32),
-        tail_lengths=np.full((U, M), tail, np.int32),
-        continuation_bytes=np.zeros((U, M, 8), np.uint8),
-        boundary_mask=np.zeros((U, M, 8), bool),
-        target_tokens=np.zeros((U, M), np.int32),
+    trunks = rng.integers(0, vocab_size - 1, (U, L), np.int32)
+    tails = rng.integers(0, vocab_size - 1, (U, M, tail), np.int32)
+    batch = build_tasks(
+        [(trunk, [Task(id=u * M + m, cut=cut) for m, cut in enumerate(cuts)]) for u, trunk in enumerate(trunks)],
+        tail=np.zeros(tail),
         row_ids=np.arange(U * M * G, dtype=np.int32).reshape(U, M, G),
-        position_ids=np.arange(U * M, dtype=np.int32).reshape(U, M),
+        trunk_length=L,
     )
+    return replace(batch, prompts=replace(batch.prompts, tail_tokens=tails))
 
 
 def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, dict]:

@@ -26,8 +26,9 @@ from rpt_jax.config import DecoderConfig, LossConfig, MeshConfig, OptimizerConfi
 from rpt_jax.models.decoder import init_params
 from rpt_jax.parallel.mesh import make_mesh, shard_batch
 from rpt_jax.rl.update import init_state, make_optimizer, policy_loss, update
-from rpt_jax.rollout.engine import generate, rollout_key, to_sequences
-from rpt_jax.types import Rollouts, TaskBatch, TrainBatch
+from rpt_jax.rollout.engine import generate, rollout_key
+from rpt_jax.sequences import completions
+from rpt_jax.types import Prompts, Rollouts, TaskBatch, TrainBatch
 
 MODEL_1_5B = DecoderConfig(
     family="qwen2",
@@ -73,15 +74,17 @@ DRY = Shape(MODEL_S, documents=2, context=128, positions=2, tail=8, new=32, copy
 
 def repeated(tasks: TaskBatch) -> TaskBatch:
     """Every row a document of its own: what an engine without trunks reads."""
-    U, M, G = tasks.row_ids.shape
+    prompts = tasks.prompts
+    U, M, G = prompts.row_ids.shape
 
     def rows(x, per_prompt: bool):
         return np.repeat(x.reshape(U * M, 1, *x.shape[2:]) if per_prompt else np.repeat(x, M, axis=0), G, axis=0)
 
-    fields = {f.name: getattr(tasks, f.name) for f in dataclasses.fields(tasks)}
-    per_trunk = {name: rows(fields[name], False) for name in ("trunk_tokens", "trunk_lengths")}
-    per_prompt = {n: rows(x, True) for n, x in fields.items() if n not in per_trunk and n != "row_ids"}
-    return TaskBatch(row_ids=tasks.row_ids.reshape(U * M * G, 1, 1), **per_trunk, **per_prompt)
+    per_trunk = {name: rows(getattr(prompts, name), False) for name in ("trunk_tokens", "trunk_lengths")}
+    names = ("cuts", "tail_tokens", "tail_lengths", "prompt_mask")
+    per_prompt = {name: rows(getattr(prompts, name), True) for name in names}
+    own = Prompts(row_ids=prompts.row_ids.reshape(U * M * G, 1, 1), **per_trunk, **per_prompt)
+    return TaskBatch(prompts=own, references=jax.tree.map(lambda x: rows(x, True), tasks.references))
 
 
 def peaks(shape: Shape, rounds: int) -> dict:
@@ -124,10 +127,10 @@ def microbatches(tasks: TaskBatch, rollouts: Rollouts, size: int) -> list[TrainB
     """All rows, `size` trunks at a time, advantages 1 and -1 in turn."""
     shape = rollouts.mask.shape
     batch = TrainBatch(
-        sequences=to_sequences(tasks, rollouts.tokens, rollouts.mask),
+        sequences=completions(tasks.prompts, rollouts.tokens, rollouts.mask),
         token_weights=rollouts.mask / rollouts.mask.sum(),
-        trunk_weights=jnp.zeros(tasks.trunk_tokens.shape),
-        advantages=jnp.broadcast_to(1.0 - 2.0 * (tasks.row_ids.reshape(shape[:2]) % 2)[..., None], shape),
+        trunk_weights=jnp.zeros(tasks.prompts.trunk_tokens.shape),
+        advantages=jnp.broadcast_to(1.0 - 2.0 * (tasks.prompts.row_ids.reshape(shape[:2]) % 2)[..., None], shape),
         sampler_logprobs=rollouts.sampler_logprobs,
         old_logprobs=None,
         ref_logprobs=None,

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.ticker import EngFormatter
+from rpt_jax.rewards.reward import Reward
 
 from experiments.benchmarks.common import MODEL_S, keep, make_tasks, parser
 from rpt_jax.config import Config, DecoderConfig, LossConfig, OptimizerConfig, RolloutConfig
 from rpt_jax.models.decoder import init_params
 from rpt_jax.parallel.mesh import make_mesh
-from rpt_jax.rewards.reward import Reward
+from rpt_jax.rl.trainer import Trainer
 from rpt_jax.rl.update import init_state, make_optimizer
-from rpt_jax.train.trainer import Trainer
 
 TAIL, NEW = 24, 64
 

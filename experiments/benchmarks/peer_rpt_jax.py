@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rpt_jax.rewards.reward import Reward
 
 from experiments.benchmarks.common import MODEL_S, make_tasks
 from experiments.benchmarks.peers import (
@@ -25,9 +26,8 @@ from rpt_jax.config import Config, LossConfig, MeshConfig, OptimizerConfig, Roll
 from rpt_jax.models.decoder import init_params
 from rpt_jax.parallel.distributed import split_cpu
 from rpt_jax.parallel.mesh import make_mesh, shard_batch
-from rpt_jax.rewards.reward import Reward
+from rpt_jax.rl.trainer import Trainer
 from rpt_jax.rl.update import init_state, make_optimizer
-from rpt_jax.train.trainer import Trainer
 from rpt_jax.types import TaskBatch
 
 # Documents of one forward-backward pass, on all devices.
@@ -53,14 +53,18 @@ def make_config(shape: Shape) -> Config:
 def make_batch(shape: Shape) -> TaskBatch:
     """The shape's documents as trunks, with the ids that the peers get."""
     tasks = make_tasks(shape.num_documents, shape.cuts, shape.tail_tokens, GROUP_SIZE, VOCABULARY)
-    tails = np.broadcast_to(shape.tail(), tasks.tail_tokens.shape)
-    return replace(tasks, trunk_tokens=shape.documents(), tail_tokens=tails)
+    tails = np.broadcast_to(shape.tail(), tasks.prompts.tail_tokens.shape)
+    return replace(tasks, prompts=replace(tasks.prompts, trunk_tokens=shape.documents(), tail_tokens=tails))
 
 
 def rewards(rollouts, tasks, requested):
     """`peers.reward` of every rollout."""
     means_UR = jnp.mean(rollouts.tokens.astype(jnp.float32), axis=-1)
-    return means_UR.reshape(tasks.row_ids.shape) / VOCABULARY, None, jnp.zeros(tasks.row_ids.shape, bool)
+    return (
+        means_UR.reshape(tasks.prompts.row_ids.shape) / VOCABULARY,
+        None,
+        jnp.zeros(tasks.prompts.row_ids.shape, bool),
+    )
 
 
 def main() -> None:

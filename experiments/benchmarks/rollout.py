@@ -26,8 +26,9 @@ from rpt_jax.config import MeshConfig
 from rpt_jax.models.decoder import forward, init_params
 from rpt_jax.models.vocabulary_head import next_logits
 from rpt_jax.parallel.mesh import make_mesh
-from rpt_jax.rollout.engine import STATIC, generate, rollout_key, to_sequences
+from rpt_jax.rollout.engine import STATIC, generate, rollout_key
 from rpt_jax.rollout.sampling import row_keys, uniform
+from rpt_jax.sequences import completions
 
 MEAN, LIMIT, EOS, TEMPERATURE = 48, 128, 1, 20.0
 NEAR = 1e-4
@@ -51,7 +52,7 @@ def near_ties(params, tasks, key, ours, static) -> dict:
 def _law_at(params, tasks, rollouts, u, r, step):
     """The law f64 [MEAN] of one token, teacher-forced."""
     one = jax.tree.map(lambda x: np.asarray(x)[u : u + 1], (tasks, rollouts))
-    sequences = to_sequences(one[0], jnp.asarray(one[1].tokens), jnp.asarray(one[1].mask))
+    sequences = completions(one[0], jnp.asarray(one[1].tokens), jnp.asarray(one[1].mask))
     sequences = dataclasses.replace(
         sequences,
         **{
@@ -114,9 +115,9 @@ def main() -> None:
     args = parser(__doc__, name="rollout", rounds=3).parse_args()
     params = init_params(MODEL_S, make_mesh(MeshConfig()), jax.random.key(0))
     static = {"schedule": STATIC}
-    many = make_tasks(8, [120], 8, 64, MODEL_S.vocab_size)
+    many = make_tasks(8, [120], 8, 64, MODEL_S.vocab_size).prompts
     eighths = [dataclasses.replace(many, row_ids=many.row_ids[..., 8 * i : 8 * i + 8]) for i in range(8)]
-    few = make_tasks(8, [120], 8, 8, MODEL_S.vocab_size)
+    few = make_tasks(8, [120], 8, 8, MODEL_S.vocab_size).prompts
     shapes = {
         "queue": run_shape(
             params,

@@ -19,11 +19,12 @@ import optax
 
 from experiments.benchmarks.common import MODEL_S, alternate, keep, make_tasks, parser
 from rpt_jax.config import Config, DecoderConfig, LossConfig, MeshConfig, OptimizerConfig, RolloutConfig
-from rpt_jax.models.decoder import forward, init_params, trunks_alone
+from rpt_jax.models.decoder import forward, init_params
 from rpt_jax.models.vocabulary_head import next_logits, token_loss
 from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.rl.trainer import Trainer
 from rpt_jax.rl.update import init_state, make_optimizer
-from rpt_jax.train.trainer import Trainer
+from rpt_jax.sequences import trunks_alone
 from rpt_jax.types import Experience, Rollouts
 
 CUTS, TAIL, NEW, GROUP = (464, 480, 496, 512), 24, 64, 8
@@ -32,7 +33,7 @@ LOSS = LossConfig(microbatch_trunks=1)
 
 def make_experience(lengths=None, idle_share: float = 0.0) -> Experience:
     tasks = make_tasks(4, CUTS, TAIL, GROUP, MODEL_S.vocab_size)
-    U, M, G = tasks.row_ids.shape
+    U, M, G = tasks.prompts.row_ids.shape
     rng = np.random.default_rng(1)
     lengths = np.full((U, M * G), NEW) if lengths is None else lengths
     rewards = np.tile(np.arange(G) % 2, (U, M, 1)).astype(np.float32)
@@ -52,21 +53,21 @@ def make_experience(lengths=None, idle_share: float = 0.0) -> Experience:
         rewards=rewards,
         predictions=None,
         faults=np.zeros(rewards.shape, bool),
-        group_mask=tasks.position_mask,
+        group_mask=tasks.prompts.prompt_mask,
     )
 
 
 def repeated_prompts(experience: Experience):
     """[num_microbatches, 16, tokens], right-padded, and the loss weights -A / number of tokens of each place."""
-    tasks, rollouts = experience.tasks, experience.rollouts
-    U, M, G = tasks.row_ids.shape
+    prompts, rollouts = experience.tasks.prompts, experience.rollouts
+    U, M, G = prompts.row_ids.shape
     rewards = experience.rewards
     advantages = (rewards - rewards.mean(-1, keepdims=True)) / (rewards.std(-1, keepdims=True) + 1e-6)
     tokens = np.zeros((U * M * G, max(CUTS) + TAIL + NEW), np.int32)
     weights = np.zeros(tokens.shape, np.float32)
     for row, (u, m, g) in enumerate(np.ndindex(U, M, G)):
         own = rollouts.tokens[u, m * G + g][rollouts.mask[u, m * G + g]]
-        prompt = [*tasks.trunk_tokens[u, : tasks.cuts[u, m]], *tasks.tail_tokens[u, m]]
+        prompt = [*prompts.trunk_tokens[u, : prompts.cuts[u, m]], *prompts.tail_tokens[u, m]]
         tokens[row, : len(prompt) + len(own)] = [*prompt, *own]
         weights[row, len(prompt) : len(prompt) + len(own)] = -advantages[u, m, g] / rollouts.mask.sum()
     return tokens.reshape(-1, 16, tokens.shape[1]), weights.reshape(-1, 16, tokens.shape[1])

@@ -17,7 +17,8 @@ from rpt_jax.data.positions import PositionTable, window_start
 from rpt_jax.data.templates import Template, continuation
 from rpt_jax.errors import DataError
 from rpt_jax.parallel.distributed import to_host
-from rpt_jax.types import TaskBatch
+from rpt_jax.sequences import Task, build_tasks
+from rpt_jax.types import References, TaskBatch
 
 
 @dataclass(frozen=True)
@@ -95,25 +96,27 @@ class TaskSource:
             rows: trunks of the batch to make; None: all.
         """
         rows = range(len(trunks)) if rows is None else rows
-        U, M, G = len(rows), prompts_per_trunk, group_size
-        header = self.template.header
-        batch = empty_tasks(U, M, self.trunk_length, self.template.tail, self.num_bytes)
-        for u, row in enumerate(rows):
-            for m, i in enumerate(trunks[row]):
-                document, index = self.documents[self.table.document[i]], int(self.table.index[i])
-                start = window_start(index, window=self.window, stride=self.stride)
-                if m == 0:
-                    trunk = np.concatenate([header, document.tokens[start : start + self.window]])
-                    batch["trunk_tokens"][u, : len(trunk)] = trunk
-                    batch["trunk_lengths"][u] = len(trunk)
-                text, ends = continuation(document, index, self.token_bytes, self.continuation_tokens)
-                batch["cuts"][u, m] = len(header) + index - start
-                batch["position_mask"][u, m] = True
-                batch["continuation_bytes"][u, m, : len(text)] = np.frombuffer(text, np.uint8)
-                batch["boundary_mask"][u, m, np.asarray(ends) - 1] = True
-                batch["target_tokens"][u, m] = document.tokens[index]
-                batch["position_ids"][u, m] = i
-        return TaskBatch(**batch, row_ids=row_ids(trunks, rows, batch["position_ids"], len(self.table), G))
+        return build_tasks(
+            [self._trunk(trunks[row]) for row in rows],
+            tail=self.template.tail,
+            row_ids=row_ids(trunks, rows, prompts_per_trunk, len(self.table), group_size),
+            trunk_length=self.trunk_length,
+            num_bytes=self.num_bytes,
+            num_tokens=self.continuation_tokens,
+        )
+
+    def _trunk(self, ids: list[int]) -> tuple[np.ndarray, list[Task]]:
+        """Tokens of the window that the positions share, and their tasks."""
+        if not ids:
+            return np.zeros(0, np.int32), []
+        document, header, tasks = self.documents[self.table.document[ids[0]]], self.template.header, []
+        start = window_start(int(self.table.index[ids[0]]), window=self.window, stride=self.stride)
+        for i in ids:
+            index = int(self.table.index[i])
+            text, ends = continuation(document, index, self.token_bytes, self.continuation_tokens)
+            tokens = document.tokens[index : index + self.continuation_tokens]
+            tasks.append(Task(id=i, cut=len(header) + index - start, text=text, boundaries=ends, tokens=tokens))
+        return np.concatenate([header, document.tokens[start : start + self.window]]), tasks
 
     def columns(self, task_id: int) -> dict[str, Any]:
         """document, index, continuation (bytes), boundaries (byte lengths at which tokens end)."""
@@ -122,32 +125,18 @@ class TaskSource:
         return {"document": document.id, "index": index, "continuation": text, "boundaries": ends}
 
 
-def empty_tasks(num_trunks: int, num_prompts: int, trunk_length: int, tail, num_bytes: int) -> dict[str, np.ndarray]:
-    """Fields of a TaskBatch, row ids aside, in which everything is padding."""
-    U, M, E = num_trunks, num_prompts, len(tail)
-    return dict(
-        trunk_tokens=np.zeros((U, trunk_length), np.int32),
-        trunk_lengths=np.ones((U,), np.int32),
-        cuts=np.ones((U, M), np.int32),
-        position_mask=np.zeros((U, M), bool),
-        tail_tokens=np.broadcast_to(np.asarray(tail, np.int32), (U, M, E)).copy(),
-        tail_lengths=np.full((U, M), E, np.int32),
-        continuation_bytes=np.zeros((U, M, num_bytes), np.uint8),
-        boundary_mask=np.zeros((U, M, num_bytes), bool),
-        target_tokens=np.zeros((U, M), np.int32),
-        position_ids=np.full((U, M), -1, np.int32),
-    )
-
-
 def row_ids(
-    trunks: list[list[int]], rows: Sequence[int], position_ids: np.ndarray, num_tasks: int, group_size: int
+    trunks: list[list[int]], rows: Sequence[int], num_prompts: int, num_tasks: int, group_size: int
 ) -> np.ndarray:
     """i32 [rows, M, G]. A trunk that stands in the batch again (at the seam of two epochs) gets noise of its own."""
     occurrences, occurrence = Counter(), np.zeros(len(trunks), np.int32)
     for u, ids in enumerate(trunks):
         occurrence[u] = occurrences[tuple(ids)]
         occurrences[tuple(ids)] += 1
-    numbers = position_ids + occurrence[np.asarray(rows, int), None] * num_tasks
+    numbers = np.full((len(rows), num_prompts), -1, np.int32)
+    for u, row in enumerate(rows):
+        numbers[u, : len(trunks[row])] = trunks[row]
+    numbers += occurrence[np.asarray(rows, int), None] * num_tasks
     return numbers[..., None] * group_size + np.arange(group_size, dtype=np.int32)
 
 
@@ -174,8 +163,8 @@ class PassRates:
         self._low, self._high = low, high
         self._seen: dict[int, tuple[float, int]] = {}
 
-    def add(self, tasks: TaskBatch, rewards_UMG: np.ndarray) -> None:
-        for i, rewards in zip(tasks.position_ids.ravel(), rewards_UMG.reshape(-1, rewards_UMG.shape[-1])):
+    def add(self, references: References, rewards_UMG: np.ndarray) -> None:
+        for i, rewards in zip(references.task_ids.ravel(), rewards_UMG.reshape(-1, rewards_UMG.shape[-1])):
             if i >= 0:
                 total, count = self._seen.get(int(i), (0.0, 0))
                 self._seen[int(i)] = (total + float(rewards.sum()), count + len(rewards))
@@ -248,10 +237,10 @@ class TrainIterator:
         self.position = (following, passed_over)
         return self._make(picked)
 
-    def observe(self, tasks: TaskBatch, rewards_UMG) -> None:
+    def observe(self, references: References, rewards_UMG) -> None:
         """Tell what the tasks earned; waits for the rewards only where a band uses them."""
         if self._rates is not None:
-            self._rates.add(*to_host((tasks, rewards_UMG)))
+            self._rates.add(*to_host((references, rewards_UMG)))
 
     def get_state(self) -> dict:
         following, passed_over = self.position

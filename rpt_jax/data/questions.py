@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from rpt_jax.config import DataConfig, QuestionsConfig
-from rpt_jax.data.batches import Trunks, empty_tasks, row_ids
+from rpt_jax.data.batches import Trunks, row_ids
 from rpt_jax.data.readers import read_records
 from rpt_jax.data.templates import Template, check_marks, open_thought
 from rpt_jax.errors import ConfigError, DataError
+from rpt_jax.sequences import Task, build_tasks
 from rpt_jax.tokenizer import THINK_OPEN, Tokenizer
 from rpt_jax.types import TaskBatch
 
@@ -157,6 +158,7 @@ class QuestionSource:
     Attributes:
         prompts: token ids of each question's trunk; tail: what every prompt ends with, <think> last.
         direct_prompts, direct_tail: the same without the request to reason; an option's letter follows.
+        answer_tokens: ids of each question's first accepted answer, encoded alone.
         trunk_length: L, the longest prompt, rounded up to a multiple of 16.
     """
 
@@ -165,7 +167,13 @@ class QuestionSource:
     tail: np.ndarray
     direct_prompts: list[np.ndarray]
     direct_tail: np.ndarray
+    answer_tokens: list[list[int]]
     trunk_length: int
+
+    @property
+    def num_tokens(self) -> int:
+        """A, tokens of the longest answer, rounded up to a multiple of 8."""
+        return -(-max(1, *map(len, self.answer_tokens)) // 8) * 8
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -183,18 +191,21 @@ class QuestionSource:
     def make(
         self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int, rows: Sequence[int] | None = None
     ) -> TaskBatch:
-        """TaskBatch of numpy arrays; continuations are empty. An empty list is a padded trunk. rows: None makes all."""
+        """TaskBatch of NumPy arrays; references have no bytes. An empty list is a padded trunk. rows: None: all."""
         rows = range(len(trunks)) if rows is None else rows
-        batch = empty_tasks(len(rows), prompts_per_trunk, self.trunk_length, self.tail, 8)
-        for u, row in enumerate(rows):
-            for i in trunks[row]:
-                prompt = self.prompts[i]
-                batch["trunk_tokens"][u, : len(prompt)] = prompt
-                batch["trunk_lengths"][u] = batch["cuts"][u, 0] = len(prompt)
-                batch["position_mask"][u, 0] = True
-                batch["position_ids"][u, 0] = i
-        ids = row_ids(trunks, rows, batch["position_ids"], len(self.questions), group_size)
-        return TaskBatch(**batch, row_ids=ids)
+        return build_tasks(
+            [self._trunk(trunks[row]) for row in rows],
+            tail=self.tail,
+            row_ids=row_ids(trunks, rows, prompts_per_trunk, len(self.questions), group_size),
+            trunk_length=self.trunk_length,
+            num_tokens=self.num_tokens,
+        )
+
+    def _trunk(self, ids: list[int]) -> tuple[np.ndarray, list[Task]]:
+        if not ids:
+            return np.zeros(0, np.int32), []
+        (i,) = ids
+        return self.prompts[i], [Task(id=i, cut=len(self.prompts[i]), tokens=self.answer_tokens[i])]
 
     def columns(self, task_id: int) -> dict[str, Any]:
         """id, answers, choices, category and the record as read."""
@@ -253,6 +264,7 @@ def make_question_source(
         tail=template.tail,
         direct_prompts=[encode(questions[i], replace(config, template="none")) for i in kept],
         direct_tail=np.asarray(tokenizer.encode_continuation(direct_tail, specials=True), np.int32),
+        answer_tokens=[tokenizer.encode_continuation(questions[i].answers[0]) for i in kept],
         trunk_length=-(-longest // 16) * 16,
     )
     return source, left_out

@@ -9,25 +9,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Config
 from rpt_jax.data.batches import TaskSource
 from rpt_jax.data.documents import Document
-from rpt_jax.data.positions import PositionTable, Proxy, Windows, add_scores
+from rpt_jax.data.positions import PositionTable, Windows, add_scores
+from rpt_jax.evals.sampling import policies_of, sample
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import shard_batch
-from rpt_jax.rewards.prefix import prefix_match_reward
-from rpt_jax.rewards.reward import Reward
-from rpt_jax.rl.scoring import score
-from rpt_jax.rollout.engine import generate, rollout_key, to_sequences
-from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE, Tokenizer
-from rpt_jax.types import Rollouts, TaskBatch
+from rpt_jax.rewards.base import Reward, earn
+from rpt_jax.rewards.prefix import first_token, prefix, prefix_match_reward
+from rpt_jax.scoring.companions import CURRENT
+from rpt_jax.scoring.entropy import Proxy
+from rpt_jax.scoring.requests import Request
+from rpt_jax.tokenizer import BOX_OPEN, Tokenizer
+from rpt_jax.types import TaskBatch
 
-# Steps are below 2^31 - 1: evaluation noise is never a training step's.
-EVALUATION_STEP = 2**31 - 1
+# log p(x_t | context, thought), the true token in the box.
+REASONED = Request(name="reasoned", keep="thought", stub=BOX_OPEN, target="reference", num_targets=1)
 
 
 def difficulty_splits(
@@ -68,7 +69,7 @@ class Evaluator:
 
     Attributes:
         source: held-out tasks; splits: name -> position ids (`difficulty_splits`).
-        rewards: "prefix" and "first_token", the two readings of a correct token, with the run's rules of reading.
+        reward: the run's own, whose rules of reading hold.
     """
 
     config: Config
@@ -76,23 +77,26 @@ class Evaluator:
     tokenizer: Tokenizer
     source: TaskSource
     splits: dict[str, np.ndarray]
-    rewards: dict[str, Reward]
+    reward: Reward
 
-    def evaluate(self, params, *, thinking: bool = True) -> dict:
+    def evaluate(self, params, *, start=None, thinking: bool = True) -> dict:
         """Figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
 
         sampled_*: mean over k sampled rollouts at the rollout temperature; greedy_*: temperature 0; direct_*: argmax
         without thinking; pass@k and majority@k over the sampled ones; reasoned_logprob: log mean_i p(x_t | context,
         thought_i), nats, beside direct_logprob; thought_tokens: mean completion length; no_prediction: share of
-        sampled rollouts without a closed box. prefix and first: the two readings of a correct token.
+        sampled rollouts without a closed box. prefix and first: the two readings of a correct token; reward and
+        reward/*: what the run's own reward and its terms give.
 
         Args:
+            start: the policy that RL started from, for passes of the reward that ask for it, or for an average, of
+                which evaluations have none; None: these are its parameters.
             thinking: False leaves out everything but the direct figures.
         """
         ids = np.unique(np.concatenate(list(self.splits.values())))
         columns = self._direct(params, ids)
         if thinking:
-            columns |= self._thinking(params, ids)
+            columns |= self._thinking(policies_of(params, start), ids)
         return by_split(self.splits, ids, columns)
 
     def _direct(self, params, ids) -> dict[str, np.ndarray]:
@@ -119,7 +123,7 @@ class Evaluator:
         known = predicted < self.tokenizer.vocab_size
         safe = np.where(known, predicted, self.tokenizer.eos_id)
         prefix = prefix_match_reward(
-            table_bytes[safe], lengths[safe], batch.continuation_bytes[:, 0], batch.boundary_mask[:, 0]
+            table_bytes[safe], lengths[safe], batch.references.bytes[:, 0], batch.references.boundary_mask[:, 0]
         )
         return {
             "direct_prefix": np.asarray(prefix) * known,
@@ -127,7 +131,7 @@ class Evaluator:
             "direct_logprob": table.direct_logprob,
         }
 
-    def _thinking(self, params, ids) -> dict[str, np.ndarray]:
+    def _thinking(self, policies, ids) -> dict[str, np.ndarray]:
         settings, k = self.config, self.config.eval.num_samples
         U, M = settings.eval.batch_trunks, settings.rollout.prompts_per_trunk
         trunks = self.source.group(ids, M)
@@ -137,86 +141,39 @@ class Evaluator:
             parts = {}
             for style, group_size, temperature in (("sampled", k, settings.rollout.temperature), ("greedy", 1, 0.0)):
                 batch = self.source.make(group, prompts_per_trunk=M, group_size=group_size)
-                parts |= self._rollout_figures(params, batch, style, temperature)
-            position_ids = batch.position_ids.reshape(-1)
-            real = position_ids >= 0
-            rows = np.searchsorted(ids, position_ids[real])
+                parts |= self._rollout_figures(policies, batch, style, temperature)
+            task_ids = batch.references.task_ids.reshape(-1)
+            real = task_ids >= 0
+            rows = np.searchsorted(ids, task_ids[real])
             for metric, values in parts.items():
                 columns.setdefault(metric, np.zeros(len(ids), np.float32))[rows] = values.reshape(-1)[real]
         return columns
 
-    def _rollout_figures(self, params, batch: TaskBatch, style: str, temperature: float) -> dict[str, np.ndarray]:
+    def _rollout_figures(self, policies, batch: TaskBatch, style: str, temperature: float) -> dict[str, np.ndarray]:
         """Figures [U, M] of one batch of rollouts."""
-        settings = self.config
-        U, M, G = batch.row_ids.shape
-        device_batch = shard_batch(self.mesh, batch)
-        rollouts = generate(
-            settings.model,
-            params,
-            device_batch,
-            rollout_key(settings.run.seed, EVALUATION_STEP),
-            eos_id=self.tokenizer.eos_id,
-            vocab_size=self.tokenizer.vocab_size,
-            **settings.rollout.sampling | {"temperature": temperature},
-        )
-        prefix, on_device, _ = self.rewards["prefix"].fn(rollouts, device_batch, {})
-        first, _, _ = self.rewards["first_token"].fn(rollouts, device_batch, {})
-        prefix, first, predictions, tokens_UR = to_host((prefix, first, on_device, rollouts.mask.sum(-1)))
+        U, M, G = batch.prompts.row_ids.shape
+        tasks = shard_batch(self.mesh, batch)
+        rollouts = sample(self.config, self.tokenizer, policies, tasks, temperature)
+        evidence, earned, _ = earn(self.reward, policies, tasks, rollouts)
+        rewards = {"prefix": prefix(evidence).rewards, "first": first_token(evidence).rewards, "reward": earned.rewards}
+        means = to_host({name: r.mean(-1) for name, r in (rewards | earned.metrics).items()})
+        right, predictions, tokens_UR = to_host((rewards["prefix"], evidence.predictions, rollouts.mask.sum(-1)))
         found, lengths = (a.reshape(U, M, G) for a in (predictions.found, predictions.lengths))
-        figures = {
-            f"{style}_prefix": prefix.mean(-1),
-            f"{style}_first": first.mean(-1),
+        figures = {f"{style}_{name}": mean for name, mean in means.items()}
+        figures |= {
             f"{style}_no_prediction": 1 - found.mean(-1),
             f"{style}_thought_tokens": tokens_UR.reshape(U, M, G).mean(-1),
         }
         if style == "sampled":
             texts = predictions.bytes.reshape(U, M, G, -1)
-            figures["pass@k"] = prefix.max(-1)
-            figures["majority@k"] = _majority(texts, lengths, found, prefix)
-            logprobs = self._thought_logprobs(params, device_batch, rollouts, on_device.think_end_tokens)
+            figures["pass@k"] = right.max(-1)
+            figures["majority@k"] = _majority(texts, lengths, found, right)
+            scores = self.reward.scorer.score(REASONED, policies[CURRENT], tasks, rollouts, evidence.predictions)
+            logprobs_UMG = scores.values[..., 0].reshape(U, M, G)
             # log mean_i p(x_t | context, thought_i)
-            figures["reasoned_logprob"] = to_host(jax.nn.logsumexp(logprobs, axis=-1) - np.log(G))
+            figures["reasoned_logprob"] = to_host(jax.nn.logsumexp(logprobs_UMG, axis=-1) - np.log(G))
             figures["forced_close"] = (predictions.think_end_tokens.reshape(U, M, G) == 0).mean(-1)
         return figures
-
-    def _thought_logprobs(self, params, batch: TaskBatch, rollouts: Rollouts, think_end_tokens):
-        """log p(x_t | context, thought) f32 [U, M, G]: the thought, then the box's opening, then the true token.
-
-        A thought that never closed is closed by force (counted as forced_close).
-        """
-        U, M, G = batch.row_ids.shape
-        box, close = (self.tokenizer.encode_continuation(mark) for mark in (BOX_OPEN, THINK_CLOSE))
-        # Row 0 for thoughts that are still open, row 1 for those that closed.
-        stub_ids = np.array([close + box, box + [0] * len(close)], np.int32)
-        stub_lengths = np.array([len(close) + len(box), len(box)], np.int32)
-        is_closed = think_end_tokens > 0
-        # An open thought keeps all its tokens but a stop token.
-        num_open = jnp.maximum(0, rollouts.mask.sum(-1) - ~rollouts.truncated)  # padding has no tokens
-        keep = jnp.where(is_closed, think_end_tokens, num_open)
-        target = jnp.repeat(batch.target_tokens, G, axis=1)
-        tokens, mask, last = _append_target(rollouts.tokens, keep, is_closed, stub_ids, stub_lengths, target)
-        sequences = to_sequences(batch, tokens, mask)
-        limit, shards = self.config.loss.microbatch_trunks or U, self.config.mesh.trunk_shards
-        at_once = max(n for n in range(shards, U + 1, shards) if U % n == 0 and n <= max(limit, shards))
-        logprobs = score(self.config.model, params, sequences, temperature=1.0, trunks_at_once=at_once)
-        return jnp.take_along_axis(logprobs, last[..., None], axis=-1)[..., 0].reshape(U, M, G)
-
-
-@jax.jit
-def _append_target(tokens_URC, keep_UR, is_closed_UR, stub_ids, stub_lengths, target_UR):
-    """Kept thought tokens, then a stub, then the target: (tokens [U, R, C'], mask, index of the target).
-
-    Row 0 of the stubs closes the thought and opens the box; row 1 opens the box only.
-    """
-    columns = jnp.arange(tokens_URC.shape[-1] + stub_ids.shape[-1] + 1)
-    which = is_closed_UR.astype(jnp.int32)
-    keep = keep_UR[..., None]
-    size = stub_lengths[which][..., None]
-    padded = jnp.pad(tokens_URC, ((0, 0), (0, 0), (0, columns.size - tokens_URC.shape[-1])))
-    in_stub = jnp.clip(columns - keep, 0, stub_ids.shape[-1] - 1)
-    stub = jnp.take_along_axis(stub_ids[which], in_stub, axis=-1)
-    tokens = jnp.where(columns < keep, padded, jnp.where(columns < keep + size, stub, target_UR[..., None]))
-    return tokens, columns <= keep + size, (keep + size)[..., 0]
 
 
 def _majority(texts, lengths, found, correct):

@@ -13,15 +13,15 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Config
 from rpt_jax.data.questions import LETTERS, Question, QuestionSource
-from rpt_jax.evals.next_token import EVALUATION_STEP, by_split
+from rpt_jax.evals.next_token import by_split
+from rpt_jax.evals.sampling import policies_of, sample
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import shard_batch
+from rpt_jax.rewards.base import Reward, earn
 from rpt_jax.rewards.judges import named_letter
-from rpt_jax.rewards.reward import Reward
-from rpt_jax.rl.scoring import score
-from rpt_jax.rollout.engine import generate, rollout_key
+from rpt_jax.scoring.logprobs import score
+from rpt_jax.sequences import shared_branches
 from rpt_jax.tokenizer import Tokenizer
-from rpt_jax.types import Sequences
 
 
 def category_splits(questions: list[Question], limit: int, *, seed: int) -> dict[str, np.ndarray]:
@@ -56,7 +56,7 @@ class QuestionEvaluator:
     splits: dict[str, np.ndarray]
     reward: Reward
 
-    def evaluate(self, params, *, thinking: bool = True) -> dict:
+    def evaluate(self, params, *, start=None, thinking: bool = True) -> dict:
         """Figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
 
         sampled: share of right answers (reward 1), mean over k samples at the rollout temperature; greedy: the same at
@@ -65,12 +65,13 @@ class QuestionEvaluator:
         likelihood without thinking, absent where a split has other questions.
 
         Args:
+            start: the policy that RL started from (`next_token.Evaluator.evaluate`).
             thinking: False leaves out everything but the direct figures.
         """
         ids = np.unique(np.concatenate(list(self.splits.values())))
         columns = self._direct(params, ids)
         if thinking:
-            columns |= self._thinking(params, ids)
+            columns |= self._thinking(policies_of(params, start), ids)
         results = by_split(self.splits, ids, columns)
         return {name: {m: f for m, f in cells.items() if not np.isnan(f["value"])} for name, cells in results.items()}
 
@@ -97,21 +98,12 @@ class QuestionEvaluator:
         for place, chosen in self._batches(ids):
             U = len(chosen)
             trunks = np.zeros((U, source.trunk_length), np.int32)
-            cuts = np.ones((U, 1), np.int32)
+            cuts = np.ones(U, np.int32)
             for u, i in enumerate(chosen):
                 if i is not None:
                     prompt = source.direct_prompts[i]
                     trunks[u, : len(prompt)], cuts[u] = prompt, len(prompt)
-            sequences = Sequences(
-                trunk_tokens=trunks,
-                cuts=cuts,
-                tail_tokens=np.broadcast_to(np.asarray(tail, np.int32), (U, 1, len(tail))),
-                tail_lengths=np.full((U, 1), len(tail), np.int32),
-                branch_tokens=np.broadcast_to(own, (U, *own.shape)),
-                branch_mask=np.broadcast_to(own_mask, (U, *own.shape)),
-                branch_prompts=np.zeros((U, *own.shape), np.int32),
-                branch_index=np.broadcast_to(np.arange(width, dtype=np.int32), (U, *own.shape)),
-            )
+            sequences = shared_branches(trunks, cuts, tail, own, own_mask)
             logprobs = score(self.config.model, params, shard_batch(self.mesh, sequences), temperature=1.0)
             totals = np.where(own_mask, to_host(logprobs), 0.0).sum(-1)
             right = []
@@ -122,23 +114,16 @@ class QuestionEvaluator:
             result[place] = right
         return {"direct": result}
 
-    def _thinking(self, params, ids) -> dict[str, np.ndarray]:
+    def _thinking(self, policies, ids) -> dict[str, np.ndarray]:
         settings, k = self.config, self.config.eval.num_samples
         columns: dict[str, np.ndarray] = {}
         for place, chosen in self._batches(ids):
             trunks = [[] if i is None else [i] for i in chosen]
             for style, group_size, temperature in (("sampled", k, settings.rollout.temperature), ("greedy", 1, 0.0)):
                 batch = shard_batch(self.mesh, self.source.make(trunks, prompts_per_trunk=1, group_size=group_size))
-                rollouts = generate(
-                    settings.model,
-                    params,
-                    batch,
-                    rollout_key(settings.run.seed, EVALUATION_STEP),
-                    eos_id=self.tokenizer.eos_id,
-                    vocab_size=self.tokenizer.vocab_size,
-                    **settings.rollout.sampling | {"temperature": temperature},
-                )
-                rewards, predictions, _ = self.reward.fn(rollouts, batch, {})
+                rollouts = sample(settings, self.tokenizer, policies, batch, temperature)
+                evidence, earned, _ = earn(self.reward, policies, batch, rollouts)
+                rewards, predictions = earned.rewards, evidence.predictions
                 rollouts, rewards, predictions = to_host((rollouts, rewards, predictions))
                 figures = self._figures(style, rollouts, rewards[:, 0], predictions, chosen)
                 for metric, values in figures.items():

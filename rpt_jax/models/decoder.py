@@ -30,6 +30,7 @@ from rpt_jax.models.attention import (
 from rpt_jax.models.vocabulary_head import next_logits, output_head
 from rpt_jax.parallel import mesh as mesh_lib
 from rpt_jax.parallel.mesh import TRUNK_AXES, constrain, num_shards, on_mesh_of, spec_without
+from rpt_jax.sequences import trunks_alone
 from rpt_jax.types import Sequences, record
 
 
@@ -223,7 +224,7 @@ def geometry_of(config: DecoderConfig, sequences: Sequences) -> Geometry:
     if s.trunk_segments is not None and (M or R):
         raise ValueError("prompts cannot leave a trunk of packed sequences; give trunk_segments=None")
     positions_UP, tail_mask = trunk_positions(L, s.trunk_segments), None
-    if M:
+    if M and E:
         tails_UP = tail_positions(s.cuts, s.tail_lengths, E).reshape(U, M * E)
         positions_UP = jnp.concatenate([jnp.broadcast_to(positions_UP, (U, L)), tails_UP], axis=1)
         columns_E = jnp.arange(E)
@@ -315,10 +316,13 @@ def trunk_positions(length: int, segments_UL=None):
     return columns - jax.lax.cummax(jnp.where(begins, columns, 0), axis=1)
 
 
-def tail_ends(stem_UPD, num_prompts: int, num_tail: int):
-    """What predicts the first token of each prompt's completions: the stem's columns [U, M, D] where its tails end."""
-    U, P, D = stem_UPD.shape
-    return stem_UPD[:, P - num_prompts * num_tail :].reshape(U, num_prompts, num_tail, D)[:, :, -1]
+def prompt_ends(stem_UPD, sequences: Sequences):
+    """What predicts the first token of each prompt's completions, [U, M, D]: the stem's column where its tail ends, or
+    where there are no tails (E = 0) the last trunk token that it sees."""
+    (_, M, E), (U, P, D) = sequences.tail_tokens.shape, stem_UPD.shape
+    if not E:
+        return jnp.take_along_axis(stem_UPD, sequences.cuts[..., None] - 1, axis=1)
+    return stem_UPD[:, P - M * E :].reshape(U, M, E, D)[:, :, -1]
 
 
 def tail_positions(cuts_UM, tail_lengths_UM, num_tail: int):
@@ -348,23 +352,6 @@ def _init_boxed(config: DecoderConfig, key):
 
 def _init(config: DecoderConfig, key):
     return nn.unbox(_init_boxed(config, key))
-
-
-def trunks_alone(trunk_tokens_UL, trunk_segments_UL=None) -> Sequences:
-    """Sequences without prompts and branches."""
-    U = trunk_tokens_UL.shape[0]
-    nothing_UR1 = np.zeros((U, 0, 1), np.int32)
-    return Sequences(
-        trunk_tokens=trunk_tokens_UL,
-        trunk_segments=trunk_segments_UL,
-        cuts=np.zeros((U, 0), np.int32),
-        tail_tokens=nothing_UR1,
-        tail_lengths=np.zeros((U, 0), np.int32),
-        branch_tokens=nothing_UR1,
-        branch_mask=np.zeros((U, 0, 1), bool),
-        branch_prompts=nothing_UR1,
-        branch_index=nothing_UR1,
-    )
 
 
 def forward(config: DecoderConfig, params, sequences: Sequences):

@@ -51,9 +51,12 @@ def _joined(chunks, n: int):
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :n], chunks)
 
 
-def _chunk_logprobs(head_VD, hidden_UnD, targets_Un, temperature: float):
-    """(log-probability of the targets [U, n], entropy [U, n], the law [U, n, V])."""
-    logits_UnV = jnp.einsum("und,vd->unv", hidden_UnD, head_VD, preferred_element_type=jnp.float32) / temperature
+def _chunk_logprobs(head_VD, hidden_UnD, targets_Un, sharpness):
+    """(log-probability of the targets [U, n], entropy [U, n], the law [U, n, V]).
+
+    sharpness: 1 / temperature, a scalar or f32 [U, n, 1].
+    """
+    logits_UnV = jnp.einsum("und,vd->unv", hidden_UnD, head_VD, preferred_element_type=jnp.float32) * sharpness
     logits_UnV = constrain(logits_UnV, TRUNK_AXES, None, "tensor")
     logits_UnV = logits_UnV - logits_UnV.max(-1, keepdims=True)
     weights_UnV = jnp.exp(logits_UnV)
@@ -77,10 +80,10 @@ def token_logprobs(config: DecoderConfig, params, hidden_UND, targets_UN, *, tem
     """
     head_VD = _head_for(params, hidden_UND)
     chunks, n = _chunks(config, head_VD.shape[0], (hidden_UND, targets_UN))
-    return _joined(jax.lax.map(lambda x: _chunk_logprobs(head_VD, *x, temperature)[:2], chunks), n)
+    return _joined(jax.lax.map(lambda x: _chunk_logprobs(head_VD, *x, 1 / temperature)[:2], chunks), n)
 
 
-def token_loss(config: DecoderConfig, term_fn, params, hidden_UND, targets_UN, inputs, *, temperature: float):
+def token_loss(config: DecoderConfig, term_fn, params, hidden_UND, targets_UN, inputs, *, temperature):
     """Sum of a loss over tokens, each a function of the token's log-probability; its gradient is made chunk by chunk.
 
     A chunk's logits serve its loss and its gradient, and are gone before the next: no second product with the head, and
@@ -88,30 +91,31 @@ def token_loss(config: DecoderConfig, term_fn, params, hidden_UND, targets_UN, i
 
     Args:
         term_fn: (logprobs [U, n], inputs [U, n]) -> terms f32 [U, n], elementwise.
-        hidden_UND, targets_UN, temperature: as in `token_logprobs`.
+        hidden_UND, targets_UN: as in `token_logprobs`.
+        temperature: f32 [U, N], of each token's law; > 0.
         inputs: tree of arrays [U, N], constants of the loss.
     Returns:
         (scalar loss, (logprobs f32 [U, N], entropy f32 [U, N])); the last two carry no gradient.
     """
     head_VD = _head_for(params, hidden_UND)
-    return _token_loss(config, term_fn, temperature, head_VD, hidden_UND, targets_UN, inputs)
+    return _token_loss(config, term_fn, head_VD, hidden_UND, targets_UN, inputs, 1 / temperature)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _token_loss(config, term_fn, temperature, head_VD, hidden_UND, targets_UN, inputs):
-    chunks, n = _chunks(config, head_VD.shape[0], (hidden_UND, targets_UN, inputs))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_loss(config, term_fn, head_VD, hidden_UND, targets_UN, inputs, sharpness_UN):
+    chunks, n = _chunks(config, head_VD.shape[0], (hidden_UND, targets_UN, inputs, sharpness_UN))
 
     def one(chunk):
-        hidden, targets, inputs = chunk
-        logprobs, entropy, _ = _chunk_logprobs(head_VD, hidden, targets, temperature)
+        hidden, targets, inputs, sharpness_Un = chunk
+        logprobs, entropy, _ = _chunk_logprobs(head_VD, hidden, targets, sharpness_Un[..., None])
         return term_fn(logprobs, inputs).sum(), logprobs, entropy
 
     losses, *rest = jax.lax.map(one, chunks)
     return losses.sum(), _joined(tuple(rest), n)
 
 
-def _token_loss_fwd(config, term_fn, temperature, head_VD, hidden_UND, targets_UN, inputs):
-    chunks, n = _chunks(config, head_VD.shape[0], (hidden_UND, targets_UN, inputs))
+def _token_loss_fwd(config, term_fn, head_VD, hidden_UND, targets_UN, inputs, sharpness_UN):
+    chunks, n = _chunks(config, head_VD.shape[0], (hidden_UND, targets_UN, inputs, sharpness_UN))
     # Each shard of the trunks adds up a gradient of its own: they meet once, not in every chunk.
     shards = math.gcd(hidden_UND.shape[0], num_shards(*TRUNK_AXES))
 
@@ -130,12 +134,12 @@ def _token_loss_fwd(config, term_fn, temperature, head_VD, hidden_UND, targets_U
         return constrain(head_gradient, TRUNK_AXES, *((None, "tensor") if narrow_left else ("tensor",)))
 
     def one(head_gradient, chunk):
-        hidden, targets, inputs = chunk
-        logprobs, entropy, law_UnV = _chunk_logprobs(head_VD, hidden, targets, temperature)
+        hidden, targets, inputs, sharpness_Un = chunk
+        logprobs, entropy, law_UnV = _chunk_logprobs(head_VD, hidden, targets, sharpness_Un[..., None])
         terms, pull = jax.vjp(lambda x: term_fn(x, inputs), logprobs)
         (slope_Un,) = pull(jnp.ones_like(terms))
         is_target = jnp.arange(law_UnV.shape[-1]) == targets[..., None]
-        gradient_UnV = (slope_Un / temperature)[..., None] * (is_target - law_UnV)
+        gradient_UnV = (slope_Un * sharpness_Un)[..., None] * (is_target - law_UnV)
         gradient_UnV = gradient_UnV.astype(hidden.dtype)
         hidden_gradient = jnp.einsum("unv,vd->und", gradient_UnV, head_VD, preferred_element_type=jnp.float32)
         head_gradient = laid_out(head_gradient + head_gradient_of(by_shard(gradient_UnV), by_shard(hidden)))
@@ -150,9 +154,9 @@ def _token_loss_fwd(config, term_fn, temperature, head_VD, hidden_UND, targets_U
     return primal, (head_gradient_VD.astype(head_VD.dtype), _joined(hidden_gradient, n))
 
 
-def _token_loss_bwd(config, term_fn, temperature, gradients, cotangent):
+def _token_loss_bwd(config, term_fn, gradients, cotangent):
     scale, _ = cotangent
-    return *(jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)), None, None
+    return *(jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradients)), None, None, None
 
 
 _token_loss.defvjp(_token_loss_fwd, _token_loss_bwd)

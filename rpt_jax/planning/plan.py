@@ -89,7 +89,7 @@ def fit_mesh(config: Config, num_chips: int) -> Config:
         raise ConfigError(
             f"{num_chips} chips are no multiple of mesh.data={mesh.data} times mesh.tensor={mesh.tensor}. Change them."
         )
-    microbatch = max(config.loss.microbatch_trunks, fitted.trunk_shards) if config.loss.microbatch_trunks else 0
+    microbatch = max(config.mesh.microbatch_trunks, fitted.trunk_shards) if config.mesh.microbatch_trunks else 0
     config = replace(config, mesh=fitted, loss=replace(config.loss, microbatch_trunks=microbatch))
     config.validate()
     return config
@@ -130,7 +130,7 @@ def abstract_tasks(config: Config, num_tail: int) -> TaskBatch:
 
 def abstract_microbatch(config: Config, tasks: TaskBatch) -> TrainBatch:
     """Shapes of the largest microbatch: every row teaches, and all are of full length."""
-    U = config.loss.microbatch_trunks or config.rollout.num_trunks // config.loss.num_minibatches
+    U = config.mesh.microbatch_trunks or config.rollout.num_trunks // config.loss.num_minibatches
     R, C = config.rollout.prompts_per_trunk * config.rollout.group_size, config.rollout.max_completion_tokens
     tasks = jax.tree.map(lambda x: jax.ShapeDtypeStruct((U, *x.shape[1:]), x.dtype), tasks)
     f32, mask = jax.ShapeDtypeStruct((U, R, C), np.float32), jax.ShapeDtypeStruct((U, R, C), bool)
@@ -364,7 +364,7 @@ def count_work(config: Config, num_tail: int) -> list[Work]:
         + (rows * columns + waves * C * stems / mesh.trunk_shards) * kv / mesh.tensor,
         least_traffic=reduced(completions, 2),
     )
-    micro = U / (config.loss.microbatch_trunks or U // config.loss.num_minibatches)
+    micro = U / (config.mesh.microbatch_trunks or U // config.loss.num_minibatches)
     # Two for the forward pass, twice that backward, or once where weights have no gradients of their own; and what is
     # made anew for it, all but a layer's last product.
     products = (2 + (2 if config.lora.rank else 4)) * layer + (2 * (layer - D * m.mlp_width) if m.remat else 0)
@@ -502,7 +502,7 @@ def estimate_memory(config: Config, num_tail: int) -> float:
     per_shard = r.num_trunks / shards
     rollout = count * size / t + per_shard * (stem + 1.5 * slots * r.max_completion_tokens) * kv
     per_token = (4 * D + (6 * m.mlp_width + 8 * heads) / t) * size
-    trunks = (config.loss.microbatch_trunks or r.num_trunks // config.loss.num_minibatches) / shards
+    trunks = (config.mesh.microbatch_trunks or r.num_trunks // config.loss.num_minibatches) / shards
     tokens = trunks * (stem + R * r.max_completion_tokens)
     kept = m.num_layers * D / t * size if m.remat else m.num_layers * per_token
     head = 2 * 4 * m.vocab_size * D / t  # its gradient, whole on every shard of the trunks
@@ -539,8 +539,8 @@ def nearest_settings(config: Config, num_tail: int, memory: float) -> Iterator[t
                             f"--rollout.slots-per-trunk {slots}" if slots != min(r.slots_per_trunk or R, R) else "",
                             f"--mesh.fsdp {change.mesh.fsdp} --mesh.tensor {tensor}" if tensor != mesh.tensor else "",
                             "--lora.rank 32 --policy.param-dtype bfloat16" if use_lora else "",
-                            f"--loss.microbatch-trunks {change.loss.microbatch_trunks}"
-                            if change.loss.microbatch_trunks != config.loss.microbatch_trunks
+                            f"--mesh.microbatch-trunks {change.mesh.microbatch_trunks}"
+                            if change.mesh.microbatch_trunks != config.mesh.microbatch_trunks
                             else "",
                         ]
                         words = [w for w in words if w]

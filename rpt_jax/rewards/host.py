@@ -26,7 +26,7 @@ from rpt_jax.errors import ConfigError, RewardError
 from rpt_jax.parallel.distributed import gathered, to_host
 from rpt_jax.parallel.interruption import beat
 from rpt_jax.parallel.mesh import beside
-from rpt_jax.types import Rollouts, TaskBatch
+from rpt_jax.types import Earned, Evidence
 
 # A worker may take so long to import its function; math libraries take seconds on a busy machine.
 _START_SECONDS = 60.0
@@ -155,45 +155,31 @@ class JudgePool:
 
 
 def make_host_reward_fn(
-    config: RewardConfig, function: str, tokenizer, extract: Callable, columns: Callable[[int], dict], *, on_fault: str
-) -> Callable:
-    """(rollouts, tasks, requested) -> (rewards, predictions, faults), the judging done by `function` on the host.
+    config: RewardConfig, function: str, tokenizer, columns: Callable[[int], dict], *, width: int, on_fault: str
+) -> Callable[[Evidence], Earned]:
+    """Evidence -> Earned, the judging done by `function` on the host.
 
     Args:
-        on_fault: "fail" or "zero".
-        extract: (tokens_BC, mask_BC, max_prediction_bytes=) -> Predictions.
         columns: of a task id; what the function may know of it.
+        width: bytes of a prediction that the function is given; a longer one is none.
+        on_fault: "fail" or "zero".
     Raises:
         ConfigError: the function cannot be imported.
     """
     pool = JudgePool(function, num_workers=config.num_workers, time_limit=config.time_limit_seconds)
 
-    def judge(rollouts: Rollouts, tasks: TaskBatch, requested: dict):
-        U, M, G = tasks.row_ids.shape
-        flat = [a.reshape(U * M * G, -1) for a in (rollouts.tokens, rollouts.mask)]
-        predictions = extract(*flat)
-        tokens, mask, texts, lengths, found, position_ids = to_host(
-            (*flat, predictions.bytes, predictions.lengths, predictions.found, tasks.position_ids)
-        )
-        ids = np.repeat(position_ids.ravel(), G)
-        # Each completion is judged once, by one process: a time limit is not met alike on two machines.
-        rows = np.flatnonzero(ids >= 0)[jax.process_index() :: jax.process_count()]
-        requests = []
-        for b in rows:
-            completion = b"".join(tokenizer.token_bytes(int(t)) for t in tokens[b][mask[b]])
-            # Longer than the window: no answer of a question is.
-            has_answer = found[b] and lengths[b] <= texts.shape[1]
-            prediction = texts[b, : lengths[b]].tobytes() if has_answer else None
-            requests.append((completion, prediction, columns(int(ids[b]))))
-        rewards, faults, complaint = np.zeros(len(ids), np.float32), np.zeros(len(ids), bool), ""
-        for b, result, request in zip(rows, pool.judge(requests), requests, strict=True):
+    def judge(evidence: Evidence) -> Earned:
+        shape = evidence.tasks.prompts.row_ids.shape
+        rows, ids, requests = _requests(evidence, tokenizer, columns, width)
+        rewards, faults, complaint = np.zeros(np.prod(shape), np.float32), np.zeros(np.prod(shape), bool), ""
+        for row, task, result, request in zip(rows, ids, pool.judge(requests), requests, strict=True):
             if isinstance(result, str):
-                faults[b] = True
+                faults[row] = True
                 complaint = complaint or (
-                    f"{result} on task {ids[b]} ({request[2]!r:.200}), completion {request[0]!r:.200}"
+                    f"{result} on task {task} ({request[2]!r:.200}), completion {request[0]!r:.200}"
                 )
             else:
-                rewards[b] = result
+                rewards[row] = result
         # Sums over processes: a completion has its values from one, and 0 from the others.
         rewards, faults = gathered(rewards).sum(0), gathered(faults).any(0)
         if on_fault == "fail" and faults.any():
@@ -201,8 +187,27 @@ def make_host_reward_fn(
                 f"reward {function!r} {complaint or 'failed on another process, which says more'}. Mend the function, "
                 "or set --reward.on-fault zero to count such faults."
             )
-        shape = (U, M, G)
-        rewards, faults = (beside(tasks.position_ids, x.reshape(shape)) for x in (rewards, faults))
-        return rewards, predictions, faults
+        task_ids = evidence.tasks.references.task_ids
+        rewards, faults = (beside(task_ids, x.reshape(shape)) for x in (rewards, faults))
+        return Earned(rewards=rewards, faults=faults, metrics={})
 
     return judge
+
+
+def _requests(evidence: Evidence, tokenizer, columns: Callable[[int], dict], width: int):
+    """(rows u * R + r that this process judges, their task ids, what the function is called with for each)."""
+    rollouts, predictions = evidence.rollouts, evidence.predictions
+    fields = (rollouts.tokens, rollouts.mask, predictions.bytes, predictions.lengths, predictions.found)
+    *fields, task_ids = to_host((*fields, evidence.tasks.references.task_ids))
+    tokens, mask, texts, lengths, found = (x.reshape(-1, *x.shape[2:]) for x in fields)
+    ids = np.repeat(task_ids.ravel(), evidence.tasks.prompts.row_ids.shape[-1])
+    # Each completion is judged once, by one process: a time limit is not met alike on two machines.
+    rows = np.flatnonzero(ids >= 0)[jax.process_index() :: jax.process_count()]
+    requests = []
+    for row in rows:
+        completion = b"".join(tokenizer.token_bytes(int(t)) for t in tokens[row][mask[row]])
+        # Longer than the window: no answer of a question is.
+        has_answer = found[row] and lengths[row] <= width
+        prediction = texts[row, : lengths[row]].tobytes() if has_answer else None
+        requests.append((completion, prediction, columns(int(ids[row]))))
+    return rows, ids[rows], requests

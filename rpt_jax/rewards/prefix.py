@@ -7,6 +7,12 @@ checked against.
 import jax
 import jax.numpy as jnp
 
+from rpt_jax.scoring.requests import Request
+from rpt_jax.types import Earned, Evidence
+
+# The policy's direct probability of the token that a prediction begins with.
+DIRECT_PREDICTION = Request(name="direct_prediction", view="direct", keep="nothing", target="prediction")
+
 
 @jax.jit
 def prefix_match_reward(prediction_BX, prediction_lengths_B, continuation_BY, boundary_mask_BY):
@@ -66,3 +72,56 @@ def first_token_reward(prediction_BX, prediction_lengths_B, continuation_BY, bou
     differs = (prediction ^ continuation) & _first_bytes(first[:, None], prediction.shape[1])
     reaches = (prediction_lengths_B >= first) & (first <= width) & jnp.any(boundary_mask_BY, axis=1)
     return ((jnp.max(differs, axis=1) == 0) & reaches).astype(jnp.float32)
+
+
+# --- Rewards of evidence ------------------------------------------------------------------------------------------
+
+
+def prefix(evidence: Evidence) -> Earned:
+    """The paper's reward. Source: arXiv:2506.08007 eq. 3."""
+    return _earned(_matched(prefix_match_reward, evidence))
+
+
+def first_token(evidence: Evidence) -> Earned:
+    """Only the first token counts. Source: arXiv:2506.08007 appendix A."""
+    return _earned(_matched(first_token_reward, evidence))
+
+
+def dense(evidence: Evidence) -> Earned:
+    """1 if the first token is right, else the policy's direct probability of the token it chose.
+
+    Source: arXiv:2506.08007 appendix A. Differs: the chosen token is the longest vocabulary entry that begins the
+    prediction.
+    """
+    first_UMG = _matched(first_token_reward, evidence)
+    scores = evidence.scores[DIRECT_PREDICTION.name]
+    probability_UR = jnp.where(scores.mask, jnp.exp(scores.values), 0.0)[..., 0]
+    return _earned(jnp.where(first_UMG > 0, 1.0, probability_UR.reshape(first_UMG.shape)))
+
+
+def conditional_dense(evidence: Evidence) -> Earned:
+    """`dense`, but groups without a correct rollout earn 0. Source: arXiv:2506.08007 appendix A."""
+    is_any_right = _matched(first_token_reward, evidence).max(-1, keepdims=True) > 0
+    return _earned(dense(evidence).rewards * is_any_right)
+
+
+def _earned(rewards_UMG) -> Earned:
+    return Earned(rewards=rewards_UMG, faults=jnp.zeros(rewards_UMG.shape, bool), metrics={})
+
+
+def _matched(match, evidence: Evidence):
+    """f32 [U, M, G]: `match` of the prediction as written, or unescaped where that is asked for."""
+    references, shape = evidence.tasks.references, evidence.tasks.prompts.row_ids.shape
+    # Continuations and boundaries, one for each rollout.
+    truth = [
+        jnp.repeat(a.reshape(-1, a.shape[-1]), shape[-1], axis=0) for a in (references.bytes, references.boundary_mask)
+    ]
+
+    def reward(predictions):
+        X = predictions.bytes.shape[-1]
+        return match(predictions.bytes.reshape(-1, X), predictions.lengths.reshape(-1), *truth)
+
+    rewards_B = reward(evidence.predictions)
+    if evidence.unescaped is not None:
+        rewards_B = jnp.maximum(rewards_B, reward(evidence.unescaped))
+    return rewards_B.reshape(shape)

@@ -4,16 +4,17 @@ A row without a term in the loss is left out, and a trunk without rows; loss wei
 batch, so this changes nothing but the cost. The plan is made on the host from lengths; tokens stay on the device.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpt_jax.config import LossConfig
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import TRUNK_AXES, constrain, on_mesh_of
-from rpt_jax.types import Experience, TrainBatch
+from rpt_jax.sequences import in_lanes, take_tokens
+from rpt_jax.types import Prompts, Rows
 
 # Lanes and their lengths come in quarters of the largest, trunks in halves: few programs are compiled.
 _LANE_STEPS, _TRUNK_STEPS = 4, 2
@@ -27,37 +28,42 @@ class Microbatch:
     """i32 [n, lanes, T], the token r·C + c of the trunk at each place; -1 for padding."""
 
 
-def plan_update(experience: Experience, batch: TrainBatch, loss: LossConfig, num_shards: int) -> tuple[list, dict]:
-    """The microbatches of each minibatch, and what they hold. Reads lengths and advantages back to the host.
+def plan_update(
+    prompts: Prompts, rows: Rows, *, num_minibatches: int, microbatch_trunks: int, num_shards: int, has_kl: bool
+) -> tuple[list, dict]:
+    """The microbatches of each minibatch, and what they hold. Reads lengths and weights back to the host.
 
-    Minibatch i has every n-th trunk. With a KL term every row has a term in the loss, else those with an advantage.
+    Minibatch i has every n-th trunk. A row is kept, whole, if one of its tokens has a term with a gradient: a
+    likelihood term, a policy term with an advantage, or with a KL term any policy term.
 
+    Args:
+        microbatch_trunks: at most so many trunks each; 0: all of a minibatch.
+        has_kl: there is a KL term, so every row has a gradient.
     Returns:
         ([[Microbatch, ...] for each minibatch], {"tokens_updated": tokens of stems and rows, "rows_left_out_fraction":
         share of the rows that take part, "update_padding_fraction": share of lane places that hold no token}).
     """
-    tasks, sequences = experience.tasks, batch.sequences
-    U, _, C = sequences.branch_mask.shape
-    takes_part = jnp.any(batch.token_weights != 0, axis=-1)
-    lengths, takes_part, teaches, stem_tokens, has_prompt = to_host(
+    U, _, C = rows.sequences.branch_mask.shape
+    takes_part, teaches, has_trunk_loss = _teaching(rows, has_kl=has_kl)
+    lengths, takes_part, teaches, has_trunk_loss, stem_tokens, has_prompt = to_host(
         (
-            sequences.branch_mask.sum(-1),
+            rows.sequences.branch_mask.sum(-1),
             takes_part,
-            takes_part & ((loss.kl_coef > 0) | jnp.any(batch.advantages != 0, axis=-1)),
-            tasks.trunk_lengths + jnp.sum(tasks.position_mask * tasks.tail_lengths, axis=1),
-            jnp.any(tasks.position_mask, axis=1),
+            teaches,
+            has_trunk_loss,
+            prompts.trunk_lengths + jnp.sum(prompts.prompt_mask * prompts.tail_lengths, axis=1),
+            jnp.any(prompts.prompt_mask, axis=1),
         )
     )
-    has_trunk_loss = np.full(U, loss.ntp_coef > 0) & has_prompt
-    number = loss.num_minibatches
+    number = num_minibatches
     minibatches = [
         plan_microbatches(
             lengths,
             teaches,
-            has_trunk_loss,
+            has_trunk_loss & has_prompt,
             range(first, U, number),
             width=C,
-            microbatch_trunks=loss.microbatch_trunks or U // number,
+            microbatch_trunks=microbatch_trunks or U // number,
             num_shards=num_shards,
         )
         for first in range(number)
@@ -69,6 +75,21 @@ def plan_update(experience: Experience, batch: TrainBatch, loss: LossConfig, num
         "rows_left_out_fraction": float(1 - teaches.sum() / max(1, takes_part.sum())),
         "update_padding_fraction": float(1 - num_tokens / num_places),
     }
+
+
+@partial(jax.jit, static_argnames="has_kl")
+def _teaching(rows: Rows, *, has_kl: bool):
+    """bool [U, R]: rows with a weight, and rows with a gradient; bool [U]: trunks with a term of their own."""
+    shape = rows.sequences.branch_mask.shape[:2]
+    takes_part = teaches = jnp.zeros(shape, bool)
+    if rows.policy_weights is not None:
+        takes_part = jnp.any(rows.policy_weights != 0, axis=-1)
+        teaches = takes_part & (has_kl | jnp.any(rows.advantages != 0, axis=-1))
+    if rows.likelihood_weights is not None:
+        has_likelihood = jnp.any(rows.likelihood_weights != 0, axis=-1)
+        takes_part, teaches = takes_part | has_likelihood, teaches | has_likelihood
+    has_trunk_loss = jnp.zeros(shape[0], bool) if rows.trunk_weights is None else jnp.any(rows.trunk_weights != 0, -1)
+    return takes_part, teaches, has_trunk_loss
 
 
 def plan_microbatches(
@@ -129,40 +150,31 @@ def _lay_out(group, lanes, lengths_UR, width: int, microbatch_trunks: int, num_s
     return Microbatch(trunks=trunks, source=source)
 
 
-def pack(batch: TrainBatch, trunks_n, source_nRT) -> TrainBatch:
-    """The rows [U, R, C] of a batch in the lanes of a microbatch. Its policies' log-probabilities are scored after."""
-    with on_mesh_of(batch):
-        return _pack(batch, trunks_n, source_nRT)
+def pack(rows: Rows, trunks_n, source_nRT) -> Rows:
+    """Rows [U, R, C], one of each lane, in the lanes of a microbatch; each stays whole, in one lane."""
+    with on_mesh_of(rows):
+        return _pack(rows, trunks_n, source_nRT)
 
 
 @jax.jit
-def _pack(batch: TrainBatch, trunks_n, source_nRT) -> TrainBatch:
-    is_real_n, is_token = trunks_n >= 0, source_nRT >= 0
-    trunk = jnp.maximum(trunks_n, 0)
+def _pack(rows: Rows, trunks_n, source_nRT) -> Rows:
+    def in_lane(x_URC):
+        return None if x_URC is None else take_tokens(x_URC, trunks_n, source_nRT)
 
-    def token(x_URC):
-        flat = x_URC.reshape(x_URC.shape[0], -1)[trunk]
-        taken = jnp.take_along_axis(flat, jnp.maximum(source_nRT, 0).reshape(len(flat), -1), axis=1)
-        return jnp.where(is_token, taken.reshape(source_nRT.shape), jnp.zeros((), x_URC.dtype))
-
-    s = batch.sequences
-    packed = TrainBatch(
-        sequences=replace(
-            s,
-            trunk_tokens=s.trunk_tokens[trunk],
-            cuts=s.cuts[trunk],
-            tail_tokens=s.tail_tokens[trunk],
-            tail_lengths=s.tail_lengths[trunk],
-            branch_tokens=token(s.branch_tokens),
-            branch_mask=is_token,
-            branch_prompts=token(s.branch_prompts),
-            branch_index=token(s.branch_index),
-        ),
-        token_weights=token(batch.token_weights),
-        trunk_weights=jnp.where(is_real_n[:, None], batch.trunk_weights[trunk], 0.0),
-        advantages=token(batch.advantages),
-        sampler_logprobs=token(batch.sampler_logprobs),
-        old_logprobs=None,
-        ref_logprobs=None,
+    trunk_weights = rows.trunk_weights
+    if trunk_weights is not None:
+        trunk_weights = jnp.where(trunks_n[:, None] >= 0, trunk_weights[jnp.maximum(trunks_n, 0)], 0.0)
+    packed = Rows(
+        sequences=in_lanes(rows.sequences, trunks_n, source_nRT),
+        row=jnp.where(source_nRT >= 0, in_lane(rows.row), -1),
+        policy_weights=in_lane(rows.policy_weights),
+        advantages=in_lane(rows.advantages),
+        likelihood_weights=in_lane(rows.likelihood_weights),
+        trunk_weights=trunk_weights,
+        # Padding keeps a temperature that may divide.
+        temperature=jnp.where(source_nRT >= 0, in_lane(rows.temperature), 1.0),
+        sampler_logprobs=in_lane(rows.sampler_logprobs),
+        old_logprobs=in_lane(rows.old_logprobs),
+        ref_logprobs=in_lane(rows.ref_logprobs),
     )
     return jax.tree.map(lambda x: constrain(x, TRUNK_AXES), packed)

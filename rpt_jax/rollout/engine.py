@@ -23,7 +23,8 @@ from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.interruption import check
 from rpt_jax.parallel.mesh import on_mesh_of
 from rpt_jax.rollout.sampling import row_keys, sample
-from rpt_jax.types import Rollouts, Sequences, TaskBatch, record
+from rpt_jax.sequences import stems as stems_of
+from rpt_jax.types import Prompts, Rollouts, record
 
 
 def rollout_key(seed: int, step: int, round_number: int = 0):
@@ -54,32 +55,32 @@ class Law:
     temperature: float
     top_p: float
     top_k: int
-    eos_id: int
+    stop_ids: tuple[int, ...]
     vocab_size: int
 
 
 def generate(
     config: DecoderConfig,
     params,
-    batch: TaskBatch,
+    prompts: Prompts,
     key,
     *,
     max_completion_tokens: int,
     temperature: float,
     top_p: float,
     top_k: int,
-    eos_id: int,
+    stop_ids: tuple[int, ...],
     vocab_size: int,
     slots_per_trunk: int = 0,
     schedule: Schedule = Schedule(),
 ) -> Rollouts:
-    """Sample G completions for every prompt of the batch.
+    """Sample G completions for every prompt.
 
     Args:
         key: `rollout_key(...)`.
         max_completion_tokens: C.
         temperature, top_p, top_k: see `sampling.sample`.
-        eos_id: a row stops after this token.
+        stop_ids: a row stops after any of these tokens; empty: at the limit alone.
         vocab_size: the tokenizer's ids; larger model vocabularies have unused entries that are never sampled.
         slots_per_trunk: rows of a trunk in flight at once; 0: all.
     Raises:
@@ -91,16 +92,18 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
-        eos_id=eos_id,
+        stop_ids=tuple(stop_ids),
         vocab_size=vocab_size,
     )
-    U, M, G = batch.row_ids.shape
+    U, M, G = prompts.row_ids.shape
     slots = min(slots_per_trunk or M * G, M * G)
     with on_mesh_of(params):
         weights = decoder.decoding_weights(config, params)
-        stems, flight, written = start(config, law, params, batch, key, slots=slots, window=min(schedule.window, limit))
+        stems, flight, written = start(
+            config, law, params, prompts, key, slots=slots, window=min(schedule.window, limit)
+        )
         # Trunks of a sharded batch stay on their device.
-        may_regroup = _num_shards(batch.trunk_tokens) == 1
+        may_regroup = _num_shards(prompts.trunk_tokens) == 1
         shapes = _shapes(U, slots, stems.columns.shape[1], limit, may_regroup) if schedule.compact else []
         floor = math.prod(shapes[0]) if shapes else 0
         while True:
@@ -173,19 +176,20 @@ def _window(flight: _Flight) -> int:
 
 
 @partial(jax.jit, static_argnames=("config", "law", "slots", "window"))
-def start(config: DecoderConfig, law: Law, params, batch: TaskBatch, key, *, slots: int, window: int):
+def start(config: DecoderConfig, law: Law, params, prompts: Prompts, key, *, slots: int, window: int):
     """Prefill, fill the slots, draw each row's first token."""
-    U, M, G = batch.row_ids.shape
-    R, C, E = M * G, law.max_completion_tokens, batch.tail_tokens.shape[-1]
-    hidden_UPD, kv = decoder.prefill(config, params, _stems_alone(batch))
-    is_real_UR = jnp.repeat(batch.position_mask, G, axis=1)
+    U, M, G = prompts.row_ids.shape
+    R, C, E = M * G, law.max_completion_tokens, prompts.tail_tokens.shape[-1]
+    sequences = stems_of(prompts)
+    hidden_UPD, kv = decoder.prefill(config, params, sequences)
+    is_real_UR = jnp.repeat(prompts.prompt_mask, G, axis=1)
     stems = _Stems(
         kv=kv,
-        tail_hidden=decoder.tail_ends(hidden_UPD, M, E),
-        cuts=jnp.asarray(batch.cuts),
-        tail_lengths=jnp.asarray(batch.tail_lengths),
-        columns=decoder.stem_columns(batch.trunk_tokens.shape[1], batch.tail_lengths, E),
-        keys=row_keys(key, jnp.asarray(batch.row_ids).reshape(U, R)),
+        tail_hidden=decoder.prompt_ends(hidden_UPD, sequences),
+        cuts=jnp.asarray(prompts.cuts),
+        tail_lengths=jnp.asarray(prompts.tail_lengths),
+        columns=decoder.stem_columns(prompts.trunk_tokens.shape[1], prompts.tail_lengths, E),
+        keys=row_keys(key, jnp.asarray(prompts.row_ids).reshape(U, R)),
         queue=jnp.argsort(~is_real_UR, axis=1, stable=True).astype(jnp.int32),
         num_queued=is_real_UR.sum(1, dtype=jnp.int32),
     )
@@ -273,13 +277,18 @@ def _write(written: _Written, trunk_U, tape: _Entry) -> _Written:
     )
 
 
+def _is_stop(law: Law, tokens):
+    """bool, whether each token ends a row."""
+    return jnp.any(tokens[..., None] == jnp.asarray(law.stop_ids, jnp.int32), axis=-1)
+
+
 @partial(jax.jit, static_argnames="law")
 def _rollouts(law: Law, written: _Written) -> Rollouts:
     return Rollouts(
         tokens=written.tokens,
         mask=written.mask,
         sampler_logprobs=written.logprobs,
-        truncated=written.mask[..., -1] & (written.tokens[..., -1] != law.eos_id),
+        truncated=written.mask[..., -1] & ~_is_stop(law, written.tokens[..., -1]),
         num_rejected=written.rejected.sum(-1),
     )
 
@@ -355,7 +364,7 @@ def _draw(law: Law, params, stems: _Stems, flight: _Flight, hidden_USD) -> tuple
         logits_USV, keys, index, temperature=law.temperature, top_p=law.top_p, top_k=law.top_k
     )
     entry = _Entry(row=flight.row, index=index, token=token, logprob=logprob, rejected=rejected)
-    has_ended = (token == law.eos_id) | (index + 1 >= law.max_completion_tokens)
+    has_ended = _is_stop(law, token) | (index + 1 >= law.max_completion_tokens)
     return replace(flight, token=token, index=index, row=jnp.where(has_ended, _EMPTY, flight.row)), entry
 
 
@@ -450,23 +459,3 @@ def _regroup(stems: _Stems, flight: _Flight, *, num_trunks: int, groups: int, sl
         cache=jax.tree.map(take, flight.cache),
     )
     return jax.tree.map(lambda x: x[group_of_trunk_U[trunk]], stems), moved
-
-
-# --- Sequences ----------------------------------------------------------------------------------------------------
-
-
-def _stems_alone(batch: TaskBatch) -> Sequences:
-    stems = decoder.trunks_alone(batch.trunk_tokens)
-    return replace(stems, cuts=batch.cuts, tail_tokens=batch.tail_tokens, tail_lengths=batch.tail_lengths)
-
-
-def to_sequences(batch: TaskBatch, tokens_URC, mask_URC) -> Sequences:
-    """Stems, and a lane for each completion, as the update and the scorer read them."""
-    prompts_R = jnp.arange(tokens_URC.shape[1]) // batch.row_ids.shape[-1]
-    return replace(
-        _stems_alone(batch),
-        branch_tokens=tokens_URC,
-        branch_mask=mask_URC,
-        branch_prompts=jnp.broadcast_to(prompts_R[:, None], tokens_URC.shape),
-        branch_index=jnp.broadcast_to(jnp.arange(tokens_URC.shape[-1]), tokens_URC.shape),
-    )

@@ -19,7 +19,8 @@ from orbax.checkpoint import v1 as ocp
 
 from rpt_jax.errors import CheckpointError
 from rpt_jax.parallel.distributed import from_main, is_main
-from rpt_jax.train.metrics import console, write_atomically
+from rpt_jax.train.progress import console
+from rpt_jax.train.run_directory import write_atomically
 from rpt_jax.types import TrainState
 
 MANIFEST = "manifest.json"

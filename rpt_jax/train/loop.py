@@ -1,105 +1,96 @@
-"""Reinforcement pre-training, on one page.
+"""The training loop: RL, supervised training and the control all run through `fit`.
 
-A step: take tasks, roll out, read the answers and reward them, turn rewards into advantages, update. The device is kept
-busy: metrics of a step are read while the next one runs.
+Saving, resuming, skipped updates, interruption, progress and metrics stand here once. What a step is belongs to the
+stage (`stages/`): reinforcement pre-training takes tasks, rolls out, rewards and updates (`stages/rl.py`).
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
-from rpt_jax.data.batches import TrainIterator
 from rpt_jax.errors import CheckpointError, DataError, Interrupted, RewardError
-from rpt_jax.parallel.distributed import from_main
-from rpt_jax.parallel.mesh import shard_batch
-from rpt_jax.rollout.collect import collect
+from rpt_jax.parallel.interruption import check
 from rpt_jax.train.checkpoint import Checkpoints
-from rpt_jax.train.metrics import RunDirectory, progress_bar, read_records
-from rpt_jax.train.records import StepRecorder
-from rpt_jax.train.trainer import Trainer
+from rpt_jax.train.progress import progress_bar
+from rpt_jax.train.recorder import Recorder
+from rpt_jax.train.run_directory import RunDirectory
+from rpt_jax.train.training import Training, Until
 from rpt_jax.types import TrainState
 
 
-def train(
-    trainer: Trainer,
+def fit(
+    training: Training,
     state: TrainState,
-    tasks: TrainIterator,
-    run: RunDirectory,
-    checkpoints: Checkpoints,
-    evaluate: Callable[[int, Any, float], None],
+    run: RunDirectory | None,
+    checkpoints: Checkpoints | None,
+    until: Until,
     *,
+    save_every_steps: int,
+    max_skipped_updates: int,
+    at_boundary: Callable[[int, TrainState, Callable[[], float]], None] = lambda *_: None,
     stop_at_step: int | None = None,
 ) -> tuple[TrainState, float]:
-    """Run RL from the newest checkpoint, or from `state`, to the last step.
+    """Train from the newest checkpoint, or from `state`, until the end.
+
+    A step is all or nothing: where a process ends within one, the next draws the same tasks and the same noise again.
 
     Args:
-        evaluate: called with (step, the policy's parameters, FLOPs so far) before the first step, every
-            eval.every_steps and at the end.
-        stop_at_step: stop and save here as an interruption would; None runs to run.num_steps.
+        run, checkpoints: where to log and save; None: nowhere.
+        at_boundary: called with (steps done, state, a function that gives the FLOPs so far) before each step and at the
+            end.
+        stop_at_step: stop and save here as an interruption would.
     Returns:
-        (state, FLOPs of all rollouts and updates).
+        (state, FLOPs spent).
     Raises:
-        CheckpointError: the run is past its last step already; too many updates in a row were skipped for non-finite
-            numbers; a checkpoint could not be written.
-        Interrupted, RewardError, DataError: told to stop, in a rollout or an evaluation; a reward function failed; no
-            task is left. What was done is saved.
+        CheckpointError: the run is past its end; too many updates in a row were skipped; a checkpoint was not written.
+        Interrupted, RewardError, DataError: told to stop; a reward function failed; no task is left. All is saved.
     """
-    config, recorder = trainer.config, StepRecorder(trainer, run, trainer.policy(state))
-    done = 0
-    if checkpoints.latest_step is not None:
+    done, recorder = 0, Recorder(training.name, run)
+    if checkpoints is not None and checkpoints.latest_step is not None:
         state, record = checkpoints.restore(state)
-        done = record["step"]
-        tasks.set_state(record["tasks"])
-        recorder.flops = record["flops"]
-    if done > config.run.num_steps:
+        done, recorder.flops = record["step"], record["flops"]
+        training.set_cursor(record["cursor"])
+    if until.steps is not None and done > until.steps:
         raise CheckpointError(
-            f"{run.path} has done {done} steps, and run.num_steps={config.run.num_steps}. Raise --run.num-steps, or go "
-            f"back with --run.resume {config.run.num_steps}."
+            f"{training.name} has done {done} steps, and run.num_steps={until.steps}. Raise --run.num-steps, or go "
+            f"back with --run.resume {until.steps}."
         )
-    last_evaluation = {"stage": "evaluation", "step": config.run.num_steps}
-    if done == config.run.num_steps and from_main(any(r | last_evaluation == r for r in read_records(run.path))):
-        return state, recorder.flops
-    run.cut_metrics("rpt", done)
-    run.cut_metrics("evaluation", done - 1)
-    last = min(config.run.num_steps, stop_at_step or config.run.num_steps)
-    position = tasks.position
+    for name in (training.name, *training.also_records) if run is not None else ():
+        run.cut_metrics(name, done)
+    cursor = training.get_cursor()
 
     def save() -> None:
-        record = {"step": done, "tasks": tasks.get_state(), "flops": recorder.flush()}
-        checkpoints.save(done, state, record)
+        flops = recorder.flush()
+        if checkpoints is not None:
+            checkpoints.save(done, state, {"step": done, "cursor": cursor, "flops": flops})
 
     try:
-        with progress_bar("RPT", config.run.num_steps) as progress:
-            while done < last:
-                if done % config.eval.every_steps == 0:
-                    progress(done, "evaluating")
-                    evaluate(done, trainer.policy(state), recorder.flush())
-                dynamic = 0 <= config.loss.dynamic_sampling_from_step <= done
-                experience, spent = collect(
-                    lambda: shard_batch(trainer.mesh, next(tasks), num_trunks=tasks.num_trunks),
-                    partial(trainer.roll_out, trainer.policy(state), done),
-                    rounds=config.loss.dynamic_sampling_rounds if dynamic else 1,
-                )
-                for rollouts in spent:
-                    tasks.observe(rollouts.tasks, rollouts.rewards)
-                state, metrics = trainer.learn(state, experience)
-                recorder.add(done, experience, spent, metrics, trunks_passed_over=tasks.position[1])
-                done, position = done + 1, tasks.position
-                progress(done, recorder.note)
-                if recorder.num_skipped >= config.loss.max_skipped_updates:
-                    raise CheckpointError(
-                        f"{recorder.num_skipped} updates in a row had a non-finite loss or gradient; the last good "
-                        f"checkpoint is step {checkpoints.latest_step}. Lower the learning rate in a new run."
-                    )
-                checkpoints.raise_failure()
-                if done % config.checkpoint.every_steps == 0 or done == last:
+        with progress_bar(training.name, 100 if until.steps is None else until.steps) as progress:
+            while done != stop_at_step:
+                at_boundary(done, state, recorder.flush)
+                if is_done := until.is_reached(done, recorder.flops):
+                    break
+                state, outcome = training.step(state, done)
+                done, cursor = done + 1, training.get_cursor()
+                # Where FLOPs set the end they are known on the host; else metrics are read a step late.
+                spent = recorder.flops_with(outcome) if until.flops is not None else 0.0
+                is_done = until.is_reached(done, spent)
+                recorder.add(done, outcome, keep=is_done or done % training.log_every_steps == 0)
+                progress(done if until.steps is not None else until.percent(done, spent), recorder.note)
+                _check_health(recorder, checkpoints, max_skipped_updates)
+                if is_done or done == stop_at_step or done % save_every_steps == 0:
                     save()
-            if last == config.run.num_steps:
-                progress(last, "evaluating")
-                evaluate(last, trainer.policy(state), recorder.flush())
+                check()
     except (Interrupted, RewardError, DataError):
-        # A step is all or nothing: the next process draws the same tasks and the same rollouts again.
-        tasks.position = position
         save()
         raise
     return state, recorder.flush()
+
+
+def _check_health(recorder: Recorder, checkpoints: Checkpoints | None, max_skipped_updates: int) -> None:
+    if recorder.num_skipped >= max_skipped_updates:
+        last = "none" if checkpoints is None else f"step {checkpoints.latest_step}"
+        raise CheckpointError(
+            f"{recorder.num_skipped} updates in a row had a non-finite loss or gradient; the last good checkpoint is "
+            f"{last}. Lower the learning rate in a new run."
+        )
+    if checkpoints is not None:
+        checkpoints.raise_failure()

@@ -9,7 +9,8 @@ from rpt_jax.config import Config, OptimizerConfig
 from rpt_jax.errors import CheckpointError
 from rpt_jax.parallel.distributed import is_main, main_first
 from rpt_jax.train.checkpoint import find_damage, steps_of
-from rpt_jax.train.metrics import console, read_json, read_records, write_atomically
+from rpt_jax.train.progress import console
+from rpt_jax.train.run_directory import read_config, read_json, read_records, write_atomically
 
 # What a copy takes over beside checkpoints: what was found out once and must stay the same.
 _FACTS = ("policy.json", "proxy.json", "corpus.json", "versions.json")
@@ -73,7 +74,7 @@ def begin_as_copy(config: Config, identity: dict) -> None:
                 f"run.resume={config.run.resume!r} is a run on other data; a copy goes on with the same corpus, "
                 "tokenizer and template. To train it on others, export its policy and set --policy.path."
             )
-        _check_same_base(Config.from_json(json.dumps(read_json(resume.source / "config.json"))), config)
+        _check_same_base(read_config(resume.source), config)
         step = _whole_step(resume)
         target.mkdir(parents=True, exist_ok=True)
         # First a sign of what this directory is to be, last the config: an interrupted copy is made again.

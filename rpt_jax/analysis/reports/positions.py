@@ -14,7 +14,7 @@ import numpy as np
 from rpt_jax.data.documents import Document
 from rpt_jax.data.positions import PositionTable, ScoredCorpus, Selection
 from rpt_jax.tokenizer import Tokenizer
-from rpt_jax.train.metrics import write_atomically
+from rpt_jax.train.run_directory import write_atomically
 
 _HIGHEST = 5.0  # nats; top-16 entropy without renormalising seldom passes ln 16 = 2.77
 

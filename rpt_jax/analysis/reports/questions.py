@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 
 from rpt_jax.analysis.reports.run import PAGE_STYLE, completion_examples, plot_training, series
 from rpt_jax.errors import CheckpointError
-from rpt_jax.train.metrics import read_records, write_atomically
+from rpt_jax.train.run_directory import read_config, read_records, write_atomically
 
 
 def write_report(directory: Path) -> Path:
@@ -24,7 +24,8 @@ def write_report(directory: Path) -> Path:
         raise CheckpointError(
             f"{directory} holds {len(evaluations)} evaluation(s); a report compares at least two. Finish the run first."
         )
-    results = {name: json.loads((directory / f"{name}.json").read_text()) for name in ("config", "versions", "corpus")}
+    results = {name: json.loads((directory / f"{name}.json").read_text()) for name in ("versions", "corpus")}
+    results["config"] = json.loads(read_config(directory, say=False).to_json())
     results |= {
         "steps": [r["step"] for r in evaluations],
         "flops": [r["flops"] for r in evaluations],

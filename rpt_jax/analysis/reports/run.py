@@ -14,7 +14,7 @@ import pyarrow.parquet
 
 from rpt_jax.analysis.scaling import fit_power_law
 from rpt_jax.errors import CheckpointError, DataError
-from rpt_jax.train.metrics import read_records
+from rpt_jax.train.run_directory import read_config, read_records
 
 _EXPLAIN = {
     "all": "every position of the held-out documents",
@@ -41,7 +41,7 @@ def collect_results(directory: Path) -> dict:
         )
     control = [r for r in records if r["stage"] == "control_evaluation"]
     results = {
-        "config": json.loads((directory / "config.json").read_text()),
+        "config": json.loads(read_config(directory, say=False).to_json()),
         "versions": json.loads((directory / "versions.json").read_text()),
         "corpus": json.loads((directory / "corpus.json").read_text()),
         "steps": [r["step"] for r in evaluations],
@@ -364,7 +364,7 @@ pre { background: #f6f8fa; padding: 1em; overflow-x: auto; font-size: 12px }
 
 def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
     config, corpus = results["config"], results["corpus"]
-    thresholds = config["positions"]["difficulty_thresholds"]
+    thresholds = config["eval"]["difficulty_thresholds"]
 
     def picture(name: str) -> str:
         if name not in pictures:

@@ -1,4 +1,4 @@
-"""The run directory: config.json, metrics.jsonl, TensorBoard events, sampled completions, and its progress bars.
+"""The run directory: config.json, metrics.jsonl, TensorBoard events, sampled completions.
 
 A resumed run cuts metrics.jsonl back to the step it resumes from, so every step stands there once. Of several
 processes the first writes.
@@ -8,54 +8,21 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import jax
-import numpy as np
 import pyarrow
 import pyarrow.parquet
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rpt_jax.config import Config
+from rpt_jax.config.schema import from_json, walk
 from rpt_jax.errors import CheckpointError
-from rpt_jax.parallel.distributed import is_main, main_first
+from rpt_jax.parallel.distributed import from_main, is_main, main_first
+from rpt_jax.train.progress import console
 
-console = Console(stderr=True)
-
-# What may differ when a run directory is used again: how long it goes on and what it writes on the way.
-_FREE_FIELDS = {
-    "run": ("directory", "num_steps", "completions_every_steps", "tensorboard", "resume"),
-    "mesh": ("data", "fsdp", "tensor"),
-    "rollout": ("slots_per_trunk",),
-    "loss": ("microbatch_trunks",),
-    "distributed": ("coordinator", "num_processes", "process_id", "join", "heartbeat_seconds", "deadline_seconds"),
-    "checkpoint": ("every_steps", "keep"),
-}
-# And where it is only read: how it is computed, and what an evaluation takes.
-_FREE_TO_READERS = {
-    "model": ("activation_dtype", "remat", "platform"),
-    "eval": ("num_positions", "final_num_positions", "num_samples", "batch_trunks"),
-}
-
-
-@contextmanager
-def progress_bar(description: str, total: int | None) -> Iterator:
-    """A rich progress bar; yields update(completed, note). total: None where it is not known."""
-    columns = (
-        TextColumn("[bold]{task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(description, total=total, note="")
-        yield lambda completed, note="": progress.update(task, completed=completed, note=note)
+# Written when all stages of a run are done; removed while it goes on for longer.
+FINISHED = "finished.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -91,6 +58,21 @@ def read_json(path: Path) -> dict:
         raise CheckpointError(f"{path} is missing or damaged ({error}); choose another --run.directory.") from error
 
 
+def read_config(directory: Path, *, say: bool = True) -> Config:
+    """The config of a run, whichever version made it.
+
+    Args:
+        say: print which fields were moved or filled in.
+    Raises:
+        CheckpointError: it is missing or damaged.
+        ConfigError: see `schema.from_json`.
+    """
+    config, notes = from_json(Config, json.dumps(read_json(directory / "config.json")))
+    if say and notes and is_main():
+        console.print(f"{directory} was made by an earlier version: {'; '.join(notes)}")
+    return config
+
+
 class RunDirectory:
     """Opens or creates a run directory and writes its records.
 
@@ -120,8 +102,12 @@ class RunDirectory:
                 f"{jax.process_index()}; all processes must see one file system. Choose a shared --run.directory."
             )
         if saved.exists():
-            free = _FREE_FIELDS | _FREE_TO_READERS if self._read_only else _FREE_FIELDS
-            _check_same_run(Config.from_json(json.dumps(read_json(saved))), config, self.path, free)
+            _check_same_run(
+                read_config(self.path, say=False),
+                config,
+                self.path,
+                {"always", "to readers"} if self._read_only else {"always"},
+            )
             _check_same_corpus(read_json(self.path / "corpus.json"), corpus, self.path)
         elif self.path.exists() and (not self.path.is_dir() or (self.path / "checkpoints").exists()):
             raise CheckpointError(
@@ -137,6 +123,7 @@ class RunDirectory:
             write_atomically(self.path / "versions.json", json.dumps(_versions(), indent=2))
             write_atomically(self.path / "corpus.json", json.dumps(corpus, indent=2))
         if self._writes:
+            (self.path / FINISHED).unlink(missing_ok=True)
             # A step to go back to is meant once; a later reader of this file goes on from the newest.
             kept = replace(config.run, resume="latest") if config.run.resume.isdigit() else config.run
             write_atomically(saved, replace(config, run=kept).to_json())
@@ -152,6 +139,11 @@ class RunDirectory:
                 f"run directory {self.path} was made with another {name}: {old} -> {value}; a run goes on only with "
                 "its own. Restore it, or choose another --run.directory."
             )
+
+    def has_record(self, stage: str, step: int) -> bool:
+        """Whether metrics.jsonl has the stage's record of this step; one answer for all processes."""
+        records = read_records(self.path) if is_main() else ()
+        return bool(from_main(any(r["stage"] == stage and r["step"] == step for r in records)))
 
     def cut_metrics(self, stage: str, step: int) -> None:
         """Forget the stage's records after `step`: it is about to write them again."""
@@ -185,6 +177,11 @@ class RunDirectory:
         directory.mkdir(exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.table(columns), directory / f"step_{step:06d}.parquet")
 
+    def finish(self) -> None:
+        """All stages are done."""
+        if self._writes:
+            write_atomically(self.path / FINISHED, "{}\n")
+
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -199,19 +196,17 @@ def _check_same_corpus(old: dict, new: dict, path: Path) -> None:
         )
 
 
-def _check_same_run(old: Config, new: Config, path: Path, free: dict[str, tuple[str, ...]]) -> None:
+def _check_same_run(old: Config, new: Config, path: Path, free: set[str]) -> None:
     def comparable(config: Config) -> dict:
-        values = json.loads(config.to_json())
-        for section, names in free.items():
-            for name in names:
-                values[section].pop(name)
+        values = {name: value for name, f, value in walk(config) if f.metadata.get("free") not in free}
         # A linear schedule ends at num_steps, so changing it changes what was already done.
         is_scheduled = config.optimizer.schedule != "constant"
-        values["run"]["num_steps"] = config.run.num_steps if is_scheduled else "free"
-        return values
+        return values | {"run.num_steps": config.run.num_steps if is_scheduled else "free"}
 
     a, b = comparable(old), comparable(new)
-    differing = [f"{s}.{n}: {a[s][n]} -> {b[s][n]}" for s in a for n in a[s] if a[s][n] != b[s][n]]
+    # A value that an earlier version did not keep is whatever it is resolved to now.
+    unkept = {name for name, f, value in walk(old) if f.metadata.get("resolved") and not value}
+    differing = [f"{name}: {a[name]} -> {b[name]}" for name in a if a[name] != b[name] and name not in unkept]
     if differing:
         raise CheckpointError(
             f"run directory {path} holds a run with another config ({'; '.join(differing)}); a run goes on only with "
@@ -241,8 +236,3 @@ def _versions() -> dict:
         "devices": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
         "packages": {name: version(name) for name in packages},
     }
-
-
-def to_floats(metrics: dict) -> dict:
-    """Device scalars to Python floats."""
-    return {name: float(np.asarray(value)) for name, value in metrics.items()}

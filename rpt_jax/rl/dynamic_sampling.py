@@ -46,7 +46,7 @@ def collect(
 
 
 def _informative(experience: Experience):
-    return experience.group_mask & ~degenerate_groups(experience.rewards)
+    return experience.group_mask & ~degenerate_groups(experience.earned.rewards)
 
 
 @jax.jit

@@ -1,0 +1,228 @@
+"""What a field may hold, and how a config becomes JSON and is read back, also when an earlier version wrote it."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from rpt_jax.errors import ConfigError
+
+# Version of config.json. Files of version 1 do not state it.
+FORMAT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """A field that stands elsewhere since a version of the format."""
+
+    since: int
+    old: str
+    new: str
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+MOVES = (
+    Move(2, "loss.max_skipped_updates", "run.max_skipped_updates"),
+    Move(2, "loss.microbatch_trunks", "mesh.microbatch_trunks"),
+    Move(2, "loss.dynamic_sampling_from_step", "rollout.dynamic_sampling_from_step"),
+    Move(2, "loss.dynamic_sampling_rounds", "rollout.dynamic_sampling_rounds"),
+    Move(2, "positions.difficulty_thresholds", "eval.difficulty_thresholds"),
+    Move(2, "reward.name", "reward.terms", lambda name: [name]),
+)
+
+_NOTHING = object()
+
+
+def setting(
+    default: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    inside: tuple[float, float] | None = None,
+    or_none: bool = False,
+    because: str = "",
+    free: Literal["", "always", "to readers"] = "",
+    shown: bool = False,
+    resolved: bool = False,
+    before: Any = _NOTHING,
+) -> Any:
+    """A field with its default and bounds.
+
+    Args:
+        at_least, at_most: bounds that the value may reach. above: one that it may not.
+        inside: bounds that it may not reach; or_none: 0 is allowed too, and turns the setting off.
+        because: why, where the bound does not say so itself.
+        free: whether a run directory may be used again with another value: always, or only to read it.
+        shown: `--help` shows it.
+        resolved: a value that is empty or 0 is resolved at the run's first start, and kept with the run.
+        before: what runs did that were made before the field existed, where that is not the default.
+    """
+    rules = {"at_least": at_least, "above": above, "at_most": at_most, "inside": inside, "or_none": or_none}
+    metadata = rules | {"because": because, "free": free, "shown": shown, "resolved": resolved}
+    return dataclasses.field(
+        default=default, metadata=metadata if before is _NOTHING else metadata | {"before": before}
+    )
+
+
+def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """(path, field, value) of every field that is no section, in the order of the sections."""
+    for f in dataclasses.fields(section):
+        path, value = f"{prefix}{f.name}", getattr(section, f.name)
+        if dataclasses.is_dataclass(f.type) and isinstance(value, f.type):
+            yield from walk(value, f"{path}.")
+        else:
+            yield path, f, value
+
+
+# --- Checks -------------------------------------------------------------------------------------------------------
+
+
+def check_fields(config: Any) -> None:
+    """Every field by itself: its type, then its bounds.
+
+    Raises:
+        ConfigError: at the first field that is wrong.
+    """
+    for path, f, value in walk(config):
+        _check_type(path, f, value)
+    for path, f, value in walk(config):
+        _check_bounds(path, f.metadata, value)
+
+
+def _check_type(path: str, f: dataclasses.Field, value: Any) -> None:
+    if dataclasses.is_dataclass(f.type):
+        raise ConfigError(f"{path}={value!r:.80}; it must be a {f.type.__name__}. Correct it.")
+    if not _fits(value, f.type):
+        wanted = getattr(f.type, "__name__", None) if not get_args(f.type) else str(f.type).replace("typing.", "")
+        raise ConfigError(f"{path}={value!r:.80}; it must be {wanted}, and a number finite. Correct it.")
+
+
+def _check_bounds(path: str, rules: Any, value: Any) -> None:
+    if (least := rules.get("at_least")) is not None and value < least:
+        raise ConfigError(f"{path}={value}; it must be at least {least}. Raise {path}.")
+    above, most = rules.get("above"), rules.get("at_most")
+    if above is not None and most is not None and not above < value <= most:
+        raise ConfigError(f"{path}={value}; it must lie in ({above}, {most}]. Use {most} for no limit.")
+    if above is not None and value <= above:
+        raise ConfigError(f"{path}={value}; it must be above {above}, {rules['because']}. Raise it.")
+    if inside := rules.get("inside"):
+        is_off = rules["or_none"] and value == 0
+        if not (is_off or inside[0] < value < inside[1]):
+            raise ConfigError(
+                f"{path}={value}; it must lie between {inside[0]} and {inside[1]}. Choose a share between them."
+            )
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind) and type(value) is str
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        kinds = kinds[:1] * len(value) if isinstance(value, tuple) and kinds[-1] is Ellipsis else kinds
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+
+def to_json(config: Any) -> str:
+    return json.dumps({"format": FORMAT} | dataclasses.asdict(config), indent=2, sort_keys=True)
+
+
+def from_json(cls: type, text: str) -> tuple[Any, list[str]]:
+    """The config of a text that `to_json` of this version or an earlier one wrote.
+
+    Fields that moved are read from where they stood. A field that the text lacks takes its default, or what runs did
+    before it existed.
+
+    Returns:
+        (config, a sentence for each field that was moved or filled in).
+    Raises:
+        ConfigError: no JSON object; a later format; unknown or ill-typed fields.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not a JSON config ({error}); it must be what Config.to_json wrote.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config is {type(values).__name__}; it must be an object of fields.")
+    version = values.pop("format", 1)
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise ConfigError(f"config has format {version!r:.40}; this version reads 1 to {FORMAT}. Update rpt_jax.")
+    notes = [note for move in MOVES if version < move.since for note in _apply(move, values)]
+    config = _build(cls, values, "", notes)
+    for path, f, value in walk(config):
+        _check_type(path, f, value)
+    return config, notes
+
+
+def _apply(move: Move, values: dict) -> Iterator[str]:
+    (old_section, old), (new_section, new) = move.old.split("."), move.new.split(".")
+    if isinstance(values.get(old_section), dict) and old in values[old_section]:
+        value = move.convert(values[old_section].pop(old))
+        if isinstance(values.setdefault(new_section, {}), dict):
+            values[new_section][new] = value
+            yield f"{move.old} is {move.new}={value}"
+
+
+def _build(cls: type, values: Any, where: str, notes: list[str]) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"config.{where.rstrip('.')} is {type(values).__name__}; it must be an object of fields.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ConfigError(
+            f"config{'.' * bool(where)}{where.rstrip('.')} has unknown fields {unknown}; it may name each field of "
+            f"{cls.__name__} once. Use the version of rpt_jax that wrote it, or correct it."
+        )
+    built = {}
+    for name, f in fields.items():
+        if name not in values:
+            if "before" in f.metadata:
+                built[name] = f.metadata["before"]
+            filled = built.get(name, f.default if f.default is not dataclasses.MISSING else "its defaults")
+            notes.append(f"{where}{name} is missing: {filled}")
+        elif dataclasses.is_dataclass(f.type):
+            built[name] = _build(f.type, values[name], f"{where}{name}.", notes)
+        else:
+            built[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
+    return cls(**built)
+
+
+# --- Help ---------------------------------------------------------------------------------------------------------
+
+
+def help_texts(config: Any) -> dict[str, str]:
+    """The text under each field, on one line, by the field's path."""
+    texts = {}
+    for path, owner, name in _owners(type(config), ""):
+        texts[path] = _texts_of(owner).get(name, "")
+    return texts
+
+
+def _owners(cls: type, prefix: str) -> Iterator[tuple[str, type, str]]:
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.type):
+            yield from _owners(f.type, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", cls, f.name
+
+
+def _texts_of(cls: type) -> dict[str, str]:
+    tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    return {
+        node.target.id: " ".join(text.value.value.split())
+        for node, text in itertools.pairwise(body)
+        if isinstance(node, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }

@@ -1,0 +1,34 @@
+"""What evaluations share: rollouts with noise that no training step draws."""
+
+from typing import Any
+
+from rpt_jax.config import Config
+from rpt_jax.rollout.engine import generate, rollout_key
+from rpt_jax.scoring.companions import AVERAGE, CURRENT, START
+from rpt_jax.tokenizer import Tokenizer
+from rpt_jax.types import Rollouts, TaskBatch
+
+# Steps are below 2^31 - 1: evaluation noise is never a training step's.
+EVALUATION_STEP = 2**31 - 1
+
+
+def policies_of(params: Any, start: Any) -> dict[str, Any]:
+    """Policies of an evaluation: there is no average, so the start stands for it.
+
+    Args:
+        start: None: these parameters.
+    """
+    start = params if start is None else start
+    return {CURRENT: params, START: start, AVERAGE: start}
+
+
+def sample(config: Config, tokenizer: Tokenizer, policies: dict, tasks: TaskBatch, temperature: float) -> Rollouts:
+    """Rollouts of the current policy; temperature 0 is greedy."""
+    return generate(
+        config.model,
+        policies[CURRENT],
+        tasks.prompts,
+        rollout_key(config.run.seed, EVALUATION_STEP),
+        vocab_size=tokenizer.vocab_size,
+        **config.rollout.sampling | {"temperature": temperature},
+    )

@@ -1,0 +1,114 @@
+"""The whole loss on one page.
+
+    L = - sum_t w_t [min(rho_t A_t, clip(rho_t, 1 - low, 1 + high) A_t) - beta KL_t]     policy, completion tokens
+        - sum_t v_t log pi(y_t)                                                          likelihood, completion tokens
+        - sum_l u_l log pi(x_l)                                                          next token, trunk tokens
+
+    rho_t = pi(y_t) / pi_old(y_t)
+
+Weights w, v, u are made for the whole global batch (`rows.py`), so microbatches and devices add up. RPT is w alone, or
+w and u; supervised training is v and u. Log-probabilities are those of each token's own temperature; the logits are
+made once, in chunks, for terms and gradients (`models/vocabulary_head.token_loss`).
+
+Sources: GRPO, arXiv:2402.03300 eq. 3; clip, arXiv:1707.06347 eq. 7 and arXiv:2503.14476 eq. 10 (clip-higher).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+
+from rpt_jax.config import DecoderConfig, LossConfig
+from rpt_jax.models.vocabulary_head import token_loss
+from rpt_jax.rl.surrogates import kl_term, ppo
+from rpt_jax.scoring.logprobs import predicting_states
+from rpt_jax.types import Rows
+
+
+@cache
+def objective_fn(config: DecoderConfig, loss: LossConfig) -> Callable:
+    """`objective` as `update` takes it; the same object for the same arguments, so that nothing compiles twice."""
+    return partial(objective, config, loss)
+
+
+def objective(config: DecoderConfig, loss: LossConfig, params, rows: Rows):
+    """(L, dict of f32 scalars: sums over tokens with the loss's own weights; names ending in _max are maxima)."""
+    hidden_URTD, trunk_ULD = predicting_states(config, params, rows.sequences)
+    total, metrics = jnp.float32(0), {}
+    if hidden_URTD.shape[1]:
+        total, of_completions = _completion_terms(config, loss, params, rows, hidden_URTD)
+        metrics |= of_completions
+    if rows.trunk_weights is not None:
+        metrics["trunk_loss"] = _trunk_terms(config, params, rows, trunk_ULD)
+        total = total + metrics["trunk_loss"]
+    return total, metrics
+
+
+def _completion_terms(config: DecoderConfig, loss: LossConfig, params, rows: Rows, hidden_URTD):
+    mask, shape = rows.sequences.branch_mask, hidden_URTD.shape[:3]
+
+    def real(logprobs):
+        # Padding holds arbitrary tokens: its terms must not reach a product with weight 0 as inf or NaN.
+        return None if logprobs is None else jnp.where(mask, logprobs, 0.0)
+
+    def flat(x_URT):
+        return x_URT.reshape(shape[0], shape[1] * shape[2], *x_URT.shape[3:])
+
+    # Of each token: its mask, and what its terms depend on beside its log-probability.
+    tokens = mask, replace(
+        rows, sequences=None, trunk_weights=None, old_logprobs=real(rows.old_logprobs),
+        ref_logprobs=real(rows.ref_logprobs),
+    )  # fmt: skip
+    hidden, targets, temperature = map(flat, (hidden_URTD, rows.sequences.branch_tokens, rows.temperature))
+    terms, inputs = partial(_terms, loss), jax.tree.map(flat, tokens)
+    total, found = token_loss(config, terms, params, hidden, targets, inputs, temperature=temperature)
+    logprobs, entropy = (x.reshape(shape) for x in found)
+    logprobs, metrics = real(logprobs), {}
+    if rows.likelihood_weights is not None:
+        metrics["completion_loss"] = -jnp.sum(rows.likelihood_weights * logprobs)
+    if rows.policy_weights is None:
+        return total, metrics
+    weights, mismatch = rows.policy_weights, jnp.abs(logprobs - real(rows.sampler_logprobs))
+    ratio = jnp.exp(logprobs - _old(logprobs, tokens[1]))
+    if rows.ref_logprobs is not None:
+        metrics["kl"] = jnp.sum(weights * kl_term(loss.kl_estimator, logprobs, real(rows.ref_logprobs)))
+    return total, metrics | {
+        "token_weight": jnp.sum(weights),
+        "entropy": jnp.sum(weights * entropy),
+        "clip_fraction": jnp.sum(weights * ((ratio < 1 - loss.clip_eps_low) | (ratio > 1 + loss.clip_eps_high))),
+        "sampler_mismatch": jnp.sum(weights * mismatch),
+        "sampler_mismatch_max": jnp.max(mismatch, initial=0.0),
+    }
+
+
+def _old(logprobs, rows: Rows):
+    """log pi_old: with one update per batch the present ones without a gradient, so that rho is exactly 1."""
+    return jax.lax.stop_gradient(logprobs) if rows.old_logprobs is None else rows.old_logprobs
+
+
+def _terms(loss: LossConfig, logprobs, inputs):
+    """The first two sums of L, term by term."""
+    mask, rows = inputs
+    logprobs = jnp.where(mask, logprobs, 0.0)
+    terms = jnp.zeros_like(logprobs)
+    if rows.policy_weights is not None:
+        # min(rho A, clip(rho) A) - beta KL
+        rho = jnp.exp(logprobs - _old(logprobs, rows))
+        gain = ppo(rho, rows.advantages, clip_eps_low=loss.clip_eps_low, clip_eps_high=loss.clip_eps_high)
+        if rows.ref_logprobs is not None:
+            gain = gain - loss.kl_coef * kl_term(loss.kl_estimator, logprobs, rows.ref_logprobs)
+        terms = -rows.policy_weights * gain
+    return terms if rows.likelihood_weights is None else terms - rows.likelihood_weights * logprobs
+
+
+def _trunk_terms(config: DecoderConfig, params, rows: Rows, trunk_ULD):
+    """The third sum of L, at temperature 1: token l is predicted by the tokens before it."""
+    targets, weights = rows.sequences.trunk_tokens[:, 1:], rows.trunk_weights[:, 1:]
+    one = jnp.ones(targets.shape, jnp.float32)
+    return token_loss(config, _likelihood, params, trunk_ULD[:, :-1], targets, weights, temperature=one)[0]
+
+
+def _likelihood(logprobs, weights):
+    return -weights * logprobs

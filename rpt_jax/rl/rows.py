@@ -1,0 +1,80 @@
+"""Experience to the rows of an update: sequences, advantages, and the weight of every term of the loss.
+
+Weights are made for the whole global batch before it is packed and split, so microbatches and devices just add up.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from rpt_jax.config import LossConfig
+from rpt_jax.rl.advantages import compute_advantages
+from rpt_jax.sequences import completions
+from rpt_jax.types import Experience, Rows
+
+
+def aggregation_weights(name: str, mask_URC, row_mask_UR):
+    """Weight of each token's term, so that loss = -(weights * terms).sum().
+
+    seq_mean: mean over rollouts of the mean over their tokens (GRPO, arXiv:2402.03300 eq. 3).
+    token_mean: mean over all tokens of the batch (DAPO, arXiv:2503.14476 eq. 8).
+    constant: sum over tokens / (rollouts * C) (Dr. GRPO, arXiv:2503.20783).
+
+    Args:
+        mask_URC: bool. row_mask_UR: bool, rollouts that count; the batch is the whole global one.
+    Returns:
+        f32 [U, R, C]; all zero where nothing counts.
+    Raises:
+        ValueError: unknown name.
+    """
+    mask = (mask_URC & row_mask_UR[..., None]).astype(jnp.float32)
+    num_rows = jnp.maximum(jnp.sum(row_mask_UR), 1)
+    if name == "seq_mean":
+        return mask / jnp.maximum(mask.sum(-1, keepdims=True), 1) / num_rows
+    if name == "token_mean":
+        return mask / jnp.maximum(mask.sum(), 1)
+    if name == "constant":
+        return mask / (num_rows * mask_URC.shape[-1])
+    raise ValueError(f"unknown aggregation {name!r}")
+
+
+@partial(jax.jit, static_argnames=("loss", "temperature", "header_length"))
+def policy_rows(experience: Experience, *, loss: LossConfig, temperature: float, header_length: int) -> Rows:
+    """The rows of one rollout batch, a rollout each.
+
+    Weights are times the number of minibatches, so that each minibatch has a loss of the usual size.
+
+    Args:
+        temperature: of the rollouts.
+        header_length: trunk tokens before the document, which the next-token term leaves out.
+    """
+    prompts, rollouts, earned = experience.tasks.prompts, experience.rollouts, experience.earned
+    U, M, G = prompts.row_ids.shape
+    group_mask_UM, lengths_UMG = experience.group_mask, rollouts.mask.sum(-1).reshape(U, M, G)
+    # A rollout sampled from NaN logits makes the update non-finite, so it is skipped.
+    is_sound_UMG = jnp.isfinite(jnp.sum(rollouts.sampler_logprobs, axis=-1)).reshape(U, M, G)
+    rewards_UMG = jnp.where(is_sound_UMG, earned.rewards, jnp.nan)
+    if earned.advantages is None:
+        advantages_UMG = compute_advantages(loss.advantage, rewards_UMG, lengths_UMG, group_mask_UM)
+    else:
+        advantages_UMG = jnp.where(group_mask_UM[..., None], earned.advantages + 0 * rewards_UMG, 0.0)
+    rows_UMG = jnp.broadcast_to(group_mask_UM[..., None], (U, M, G))
+    rows_UMG = rows_UMG if earned.row_mask is None else rows_UMG & earned.row_mask
+    mask_URC = rollouts.mask if earned.token_mask is None else rollouts.mask & earned.token_mask
+    weights_URC = aggregation_weights(loss.aggregation, mask_URC, rows_UMG.reshape(U, M * G))
+    columns = jnp.arange(prompts.trunk_tokens.shape[1])
+    trunk_mask = (columns >= max(1, header_length)) & (columns < prompts.trunk_lengths[:, None])
+    trunk_weights = loss.ntp_coef * loss.num_minibatches * trunk_mask / jnp.maximum(1, trunk_mask.sum())
+    return Rows(
+        sequences=completions(prompts, rollouts.tokens, rollouts.mask),
+        row=jnp.broadcast_to(jnp.arange(M * G, dtype=jnp.int32)[:, None], rollouts.mask.shape),
+        policy_weights=loss.num_minibatches * weights_URC,
+        advantages=jnp.broadcast_to(advantages_UMG.reshape(U, M * G, 1), rollouts.mask.shape),
+        likelihood_weights=None,
+        trunk_weights=trunk_weights if loss.ntp_coef else None,
+        temperature=jnp.full(rollouts.mask.shape, temperature, jnp.float32),
+        sampler_logprobs=rollouts.sampler_logprobs,
+        old_logprobs=None,
+        ref_logprobs=None,
+    )

@@ -1,0 +1,196 @@
+"""Every builder of what the model runs: batches of tasks, stems, completions, references behind them, lanes.
+
+Host builders take lists and return NumPy arrays; the others are array programs that may run inside a jitted function.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rpt_jax.types import Prompts, References, Sequences, TaskBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One prompt of a trunk, and what judges its completions."""
+
+    id: int
+    """Index into the source's tasks."""
+    cut: int
+    """Trunk tokens that the prompt sees."""
+    text: bytes = b""
+    """True bytes from the cut on."""
+    boundaries: Sequence[int] = ()
+    """Byte lengths at which tokens of the text end."""
+    tokens: Sequence[int] = ()
+    """Tokens of the reference."""
+
+
+def build_tasks(
+    trunks: Sequence[tuple[np.ndarray, Sequence[Task]]],
+    *,
+    tail,
+    row_ids: np.ndarray,
+    trunk_length: int,
+    num_bytes: int = 8,
+    num_tokens: int = 1,
+) -> TaskBatch:
+    """TaskBatch of NumPy arrays.
+
+    Args:
+        trunks: (tokens, tasks) of each trunk; a trunk without tasks is padding.
+        tail: ids that every prompt ends with; at least one.
+        row_ids: i32 [U, M, G]; its shape is the batch's.
+        trunk_length: L. num_bytes: Y. num_tokens: A.
+    """
+    (U, M, _), E = row_ids.shape, len(tail)
+    prompts = Prompts(
+        trunk_tokens=np.zeros((U, trunk_length), np.int32),
+        trunk_lengths=np.ones(U, np.int32),
+        cuts=np.ones((U, M), np.int32),
+        tail_tokens=np.broadcast_to(np.asarray(tail, np.int32), (U, M, E)).copy(),
+        tail_lengths=np.full((U, M), E, np.int32),
+        prompt_mask=np.zeros((U, M), bool),
+        row_ids=row_ids,
+    )
+    references = References(
+        task_ids=np.full((U, M), -1, np.int32),
+        bytes=np.zeros((U, M, num_bytes), np.uint8),
+        boundary_mask=np.zeros((U, M, num_bytes), bool),
+        tokens=np.zeros((U, M, num_tokens), np.int32),
+        lengths=np.zeros((U, M), np.int32),
+    )
+    for u, (tokens, tasks) in enumerate(trunks):
+        if tasks:
+            prompts.trunk_tokens[u, : len(tokens)] = tokens
+            prompts.trunk_lengths[u] = len(tokens)
+        for m, task in enumerate(tasks):
+            prompts.cuts[u, m], prompts.prompt_mask[u, m] = task.cut, True
+            references.task_ids[u, m], references.lengths[u, m] = task.id, len(task.tokens)
+            references.bytes[u, m, : len(task.text)] = np.frombuffer(task.text, np.uint8)
+            references.boundary_mask[u, m, np.asarray(task.boundaries, int) - 1] = True
+            references.tokens[u, m, : len(task.tokens)] = task.tokens
+    return TaskBatch(prompts=prompts, references=references)
+
+
+def trunks_alone(trunk_tokens_UL, trunk_segments_UL=None) -> Sequences:
+    """Sequences without prompts and branches."""
+    U = trunk_tokens_UL.shape[0]
+    nothing_UR1 = np.zeros((U, 0, 1), np.int32)
+    return Sequences(
+        trunk_tokens=trunk_tokens_UL,
+        trunk_segments=trunk_segments_UL,
+        cuts=np.zeros((U, 0), np.int32),
+        tail_tokens=nothing_UR1,
+        tail_lengths=np.zeros((U, 0), np.int32),
+        branch_tokens=nothing_UR1,
+        branch_mask=np.zeros((U, 0, 1), bool),
+        branch_prompts=nothing_UR1,
+        branch_index=nothing_UR1,
+    )
+
+
+def stems(prompts: Prompts) -> Sequences:
+    """Trunks with the tails of their prompts, without branches."""
+    alone = trunks_alone(prompts.trunk_tokens)
+    return replace(alone, cuts=prompts.cuts, tail_tokens=prompts.tail_tokens, tail_lengths=prompts.tail_lengths)
+
+
+def completions(prompts: Prompts, tokens_URC, mask_URC) -> Sequences:
+    """Stems, and a lane for each completion, G of each prompt, as the update and the scorer read them."""
+    num_prompts = max(1, prompts.cuts.shape[1])
+    prompts_R = jnp.arange(tokens_URC.shape[1]) // max(1, tokens_URC.shape[1] // num_prompts)
+    return replace(
+        stems(prompts),
+        branch_tokens=tokens_URC,
+        branch_mask=mask_URC,
+        branch_prompts=jnp.broadcast_to(prompts_R[:, None], tokens_URC.shape),
+        branch_index=jnp.broadcast_to(jnp.arange(tokens_URC.shape[-1]), tokens_URC.shape),
+    )
+
+
+def append_targets(tokens_URC, keep_UR, stubs_SW, stub_lengths_S, which_UR, targets_URA, target_lengths_UR):
+    """The first `keep` tokens of each row, a stub, then the targets.
+
+    Args:
+        tokens_URC: i32, completions; C may be 0.
+        keep_UR: i32, tokens kept of each.
+        stubs_SW: i32, the stubs there are, right-padded; stub_lengths_S: i32. which_UR: i32, the stub of each row.
+        targets_URA: i32, right-padded; target_lengths_UR: i32.
+    Returns:
+        (tokens i32 [U, R, C + W + A], mask bool, index i32 [U, R] of each row's first target).
+    """
+    (W, A), C = (stubs_SW.shape[-1], targets_URA.shape[-1]), tokens_URC.shape[-1]
+    columns = jnp.arange(C + W + A)
+    keep = keep_UR[..., None]
+    first = keep + stub_lengths_S[which_UR][..., None]
+    padded = jnp.pad(tokens_URC, ((0, 0), (0, 0), (0, W + A)))
+    stub = jnp.take_along_axis(stubs_SW[which_UR], jnp.clip(columns - keep, 0, W - 1), axis=-1)
+    target = jnp.take_along_axis(targets_URA, jnp.clip(columns - first, 0, A - 1), axis=-1)
+    tokens = jnp.where(columns < keep, padded, jnp.where(columns < first, stub, target))
+    return tokens, columns < first + target_lengths_UR[..., None], first[..., 0]
+
+
+def in_lanes(sequences: Sequences, trunks_n, source_nRT) -> Sequences:
+    """Rows of completions laid one behind the other in lanes.
+
+    Args:
+        sequences: rows [U, R, C], one completion each.
+        trunks_n: i32, the trunk of each place; -1 for padding.
+        source_nRT: i32, the token r * C + c of the trunk at each place of its lanes; -1 for padding.
+    """
+    trunk, s = jnp.maximum(trunks_n, 0), sequences
+    return replace(
+        s,
+        trunk_tokens=s.trunk_tokens[trunk],
+        cuts=s.cuts[trunk],
+        tail_tokens=s.tail_tokens[trunk],
+        tail_lengths=s.tail_lengths[trunk],
+        branch_tokens=take_tokens(s.branch_tokens, trunks_n, source_nRT),
+        branch_mask=source_nRT >= 0,
+        branch_prompts=take_tokens(s.branch_prompts, trunks_n, source_nRT),
+        branch_index=take_tokens(s.branch_index, trunks_n, source_nRT),
+    )
+
+
+def take_tokens(x_URC, trunks_n, source_nRT):
+    """Values of the tokens that lie in lanes, [n, R', T]; padding 0. Arguments as in `in_lanes`."""
+    flat = x_URC.reshape(x_URC.shape[0], -1)[jnp.maximum(trunks_n, 0)]
+    taken = jnp.take_along_axis(flat, jnp.maximum(source_nRT, 0).reshape(len(flat), -1), axis=1)
+    return jnp.where(source_nRT >= 0, taken.reshape(source_nRT.shape), jnp.zeros((), x_URC.dtype))
+
+
+def one_completion_each(trunk_tokens_UL, cuts_U, tail, tokens_UC, mask_UC) -> Sequences:
+    """Host rows of one prompt and one completion each, R = 1: what supervised training runs. NumPy arrays."""
+    U, C = tokens_UC.shape
+    return replace(
+        trunks_alone(trunk_tokens_UL),
+        cuts=cuts_U[:, None],
+        tail_tokens=np.broadcast_to(np.asarray(tail, np.int32), (U, 1, len(tail))),
+        tail_lengths=np.full((U, 1), len(tail), np.int32),
+        branch_tokens=tokens_UC[:, None],
+        branch_mask=mask_UC[:, None],
+        branch_prompts=np.zeros((U, 1, C), np.int32),
+        branch_index=np.broadcast_to(np.arange(C, dtype=np.int32), (U, 1, C)),
+    )
+
+
+def shared_branches(trunk_tokens_UL, cuts_U, tail, tokens_RC, mask_RC) -> Sequences:
+    """Host rows of one prompt each that the same R branches leave: the options of a question. NumPy arrays."""
+    U, shape = len(cuts_U), (len(cuts_U), *tokens_RC.shape)
+    alone = one_completion_each(trunk_tokens_UL, cuts_U, tail, np.zeros((U, 1), np.int32), np.ones((U, 1), bool))
+    return replace(
+        alone,
+        branch_tokens=np.broadcast_to(tokens_RC, shape),
+        branch_mask=np.broadcast_to(mask_RC, shape),
+        branch_prompts=np.zeros(shape, np.int32),
+        branch_index=np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape),
+    )
+
+
+def shapes_of(tree):
+    """Shapes and types of a tree of arrays, to trace a program with."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

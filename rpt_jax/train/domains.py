@@ -1,0 +1,354 @@
+"""What tasks are made of: positions of documents, or questions. Nothing outside asks which of the two it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from rpt_jax.config import Config
+from rpt_jax.data import documents as documents_lib
+from rpt_jax.data.batches import Source, make_source
+from rpt_jax.data.documents import Document
+from rpt_jax.data.examples import Example, document_examples, draft_examples, read_examples
+from rpt_jax.data.positions import (
+    UNSCORED_SELECTORS,
+    PositionTable,
+    ScoredCorpus,
+    Windows,
+    parts_key,
+    select_from_corpus,
+)
+from rpt_jax.data.questions import (
+    Question,
+    QuestionSource,
+    make_question_source,
+    make_question_template,
+    read_questions,
+)
+from rpt_jax.data.readers import Corpus, training_corpora
+from rpt_jax.data.templates import Template, make_template, token_facts
+from rpt_jax.errors import ConfigError
+from rpt_jax.evals.next_token import Evaluator, difficulty_splits
+from rpt_jax.evals.questions import QuestionEvaluator, category_splits
+from rpt_jax.models.families import read_config
+from rpt_jax.models.hf import load_hf
+from rpt_jax.scoring.entropy import Proxy
+from rpt_jax.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.train.policies import fingerprint
+from rpt_jax.train.progress import console, counted, tracked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """What RL trains on."""
+
+    source: Source
+    ids: np.ndarray
+    """Tasks of the source to train on."""
+    weights: tuple[float, ...] = (1.0,)
+    """Of the parts of a mixture."""
+    corpora: np.ndarray | None = None
+    """Part of the mixture of each trunk; None: there is one part."""
+    band: tuple[float, float] | None = None
+    """Pass rates at which a trunk is asked again; None: always."""
+
+
+class Domain(Protocol):
+    """One kind of tasks.
+
+    Attributes:
+        name: documents or questions. template: of every prompt.
+        identity: what identifies the data; a run goes on only with its own.
+    """
+
+    name: str
+    template: Template
+    identity: dict
+
+    def warm_examples(self, config: Config, tokenizer: Tokenizer) -> Sequence[Example]:
+        """What a warm start learns."""
+        ...
+
+    def control_examples(self, run) -> Sequence[Example] | None:
+        """What a control learns from; None: there is none."""
+        ...
+
+    def training_tasks(self, run, params) -> Tasks:
+        """Tasks to train on; params: the policy that RL starts from."""
+        ...
+
+    def heldout(self, run, params) -> Source:
+        """Tasks to be judged on."""
+        ...
+
+    def evaluator(self, run, source: Source, limits: dict[str, int], reward) -> Any:
+        """An evaluator on at most so many tasks of each split; its splits are named (limit's name, split)."""
+        ...
+
+
+def open_domain(config: Config, tokenizer: Tokenizer) -> Domain:
+    """The domain that the config names, read and checked."""
+    return (open_questions if config.questions.path else open_documents)(config, tokenizer)
+
+
+def cache_directory(config: Config) -> Path:
+    return Path(config.data.cache or config.run.directory)
+
+
+def _named(splits: dict[str, dict]) -> dict:
+    return {(which, name): ids for which, of in splits.items() for name, ids in of.items()}
+
+
+# --- Questions ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Questions with accepted answers; a trunk is one prompt."""
+
+    template: Template
+    training: QuestionSource
+    held_out: QuestionSource
+    name: str = "questions"
+
+    @property
+    def identity(self) -> dict:
+        return {"training": self.training.identity, "held-out": self.held_out.identity}
+
+    def warm_examples(self, config: Config, tokenizer: Tokenizer) -> Sequence[Example]:
+        if not config.supervised.path:
+            raise ConfigError(
+                "a warm start on questions needs their solutions. Set --supervised.path to a file of them."
+            )
+        return read_examples(config.supervised.path, tokenizer, self.template, config)
+
+    def control_examples(self, run) -> None:
+        return None
+
+    def training_tasks(self, run, params) -> Tasks:
+        return Tasks(source=self.training, ids=np.arange(len(self.training.questions)))
+
+    def heldout(self, run, params) -> QuestionSource:
+        return self.held_out
+
+    def evaluator(self, run, source: QuestionSource, limits: dict[str, int], reward) -> QuestionEvaluator:
+        seed = run.config.run.seed
+        splits = {which: category_splits(source.questions, limit, seed=seed) for which, limit in limits.items()}
+        return QuestionEvaluator(
+            config=run.config, mesh=run.mesh, tokenizer=run.tokenizer, source=source, splits=_named(splits),
+            reward=reward,
+        )  # fmt: skip
+
+
+def open_questions(config: Config, tokenizer: Tokenizer) -> Questions:
+    """Training and held-out questions.
+
+    Raises:
+        ConfigError, DataError: settings or records that cannot be used.
+    """
+    if config.rollout.prompts_per_trunk != 1:
+        raise ConfigError(
+            f"rollout.prompts_per_trunk={config.rollout.prompts_per_trunk}; a question is a trunk of its own. "
+            "Set --rollout.prompts-per-trunk 1."
+        )
+    training = read_questions(config.questions.path)
+    if config.questions.heldout_path:
+        heldout = read_questions(config.questions.heldout_path)
+    else:
+        cut = min(len(training) - 1, max(1, round(len(training) * (1 - config.data.heldout_fraction))))
+        training, heldout = training[:cut], training[cut:]
+    if not training:
+        raise ConfigError("one question leaves none to hold out. Set --questions.heldout-path, or give more questions.")
+    return Questions(
+        template=make_question_template(tokenizer, config.questions, config.data),
+        training=question_source(training, "training", config, tokenizer),
+        held_out=question_source(heldout[: config.eval.max_documents], "held-out", config, tokenizer),
+    )
+
+
+def question_source(
+    questions: str | list[Question], where: str, config: Config, tokenizer: Tokenizer
+) -> QuestionSource:
+    """Questions of a path, or these ones, as tasks; says how many cannot be asked."""
+    found = read_questions(questions) if isinstance(questions, str) else questions
+    source, left_out = make_question_source(found, tokenizer, config.questions, config.data)
+    for reason, count in left_out.items():
+        if count:
+            console.print(f"{count} of {len(found)} {where} questions {reason}; left out")
+    return source
+
+
+# --- Documents ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """Positions of documents, chosen by a proxy's entropy."""
+
+    template: Template
+    training: Sequence[Document]
+    held_out: Sequence[Document]
+    weights: tuple[float, ...] = (1.0,)
+    name: str = "documents"
+
+    @property
+    def identity(self) -> dict:
+        return {"training": _identity(self.training), "held-out": _identity(self.held_out)}
+
+    def warm_examples(self, config: Config, tokenizer: Tokenizer) -> Sequence[Example]:
+        supervised = config.supervised
+        if supervised.path:
+            return read_examples(supervised.path, tokenizer, self.template, config)
+        # Beside drafts, plain text weighs like their contexts, or it would drown their few tokens.
+        weight = supervised.context_weight if supervised.draft_fraction else 1.0
+        plain = document_examples(self.training, tokenizer, config.data.trunk_length, weight=weight)
+        if not supervised.draft_fraction:
+            return plain
+        # No more than the warm start can use: of a large corpus only a part is ever seen.
+        plain = plain.sample(supervised.num_steps * supervised.batch_size)
+        drafts = draft_examples(self.training, tokenizer, self.template, config, len(plain))
+        console.print(f"warm start: {len(plain):,} plain sequences, {len(drafts):,} drafts")
+        return [*plain, *drafts]
+
+    def control_examples(self, run) -> Sequence[Example]:
+        return document_examples(self.training, run.tokenizer, run.config.data.trunk_length)
+
+    def training_tasks(self, run, params) -> Tasks:
+        settings = run.config.positions
+        corpus = self.training_positions(run, *load_proxy(run, params))
+        selected = select_from_corpus(corpus, settings, seed=run.config.run.seed).table
+        source, ids, corpora = self._source(run, corpus.documents, selected), np.arange(len(selected)), None
+        if len(self.weights) > 1:
+            trunks = source.group(ids, run.config.rollout.prompts_per_trunk)
+            corpora = corpus.documents.corpora[selected.document[trunks.ids[trunks.ends - 1]]]
+        band = settings.pass_rate_band if settings.selector == "pass_rate_band" else None
+        return Tasks(source=source, ids=ids, weights=self.weights, corpora=corpora, band=band)
+
+    def training_positions(self, run, proxy: Proxy, identity: str) -> ScoredCorpus:
+        """Positions of the training documents that may be chosen."""
+        training = self.training
+        if run.config.positions.max_documents:
+            training = documents_lib.first(training, run.config.positions.max_documents)
+        return self._scored(run, training, proxy, identity)
+
+    def heldout(self, run, params) -> Source:
+        proxy, identity = load_proxy(run, params)
+        parts = list(self._scored(run, self.held_out, proxy, identity, always=True))
+        return self._source(run, self.held_out, PositionTable.concatenate(parts))
+
+    def evaluator(self, run, source, limits: dict[str, int], reward) -> Evaluator:
+        settings, seed = run.config.eval, run.config.run.seed
+        splits = {
+            which: difficulty_splits(source.table, self.held_out, settings.difficulty_thresholds, limit, seed=seed)
+            for which, limit in limits.items()
+        }
+        return Evaluator(
+            config=run.config, mesh=run.mesh, tokenizer=run.tokenizer, source=source, splits=_named(splits),
+            reward=reward,
+        )  # fmt: skip
+
+    def _source(self, run, documents: Sequence[Document], table: PositionTable) -> Source:
+        data = run.config.data
+        return make_source(
+            documents, table, self.template, run.token_bytes, trunk_length=data.trunk_length,
+            stride=data.window_stride, continuation_tokens=data.continuation_tokens,
+        )  # fmt: skip
+
+    def _scored(self, run, documents, proxy: Proxy, identity: str, *, always: bool = False) -> ScoredCorpus:
+        """Positions of the documents; without scores where the selector needs none, unless `always`."""
+        config, facts = run.config, token_facts(run.token_bytes, boxed_mode=run.config.reward.boxed_mode)
+        windows = Windows(
+            window=config.data.trunk_length - len(self.template.header),
+            stride=config.data.window_stride,
+            continuation_tokens=config.data.continuation_tokens,
+            min_context_tokens=config.positions.min_context_tokens,
+        )
+        settings = config.positions.renormalize, config.reward.boxed_mode
+        name = documents_lib.view_fingerprint(documents)
+        key = parts_key(name, run.tokenizer.fingerprint, identity, windows, settings)
+        is_scored = always or config.positions.selector not in UNSCORED_SELECTORS
+        return ScoredCorpus(
+            documents=documents, lengths=documents_lib.lengths_of(documents), facts=facts, windows=windows,
+            proxy=proxy if is_scored else None, directory=cache_directory(config) / key, progress=tracked,
+        )  # fmt: skip
+
+
+def open_documents(config: Config, tokenizer: Tokenizer) -> Documents:
+    """Training and held-out documents.
+
+    Raises:
+        ConfigError, DataError: settings or a corpus that cannot be used.
+    """
+    _check_proxy(config, tokenizer)
+    template = make_template(tokenizer, config.data)
+    least = config.data.trunk_length - len(template.header) - config.data.window_stride + 1
+    if least < config.positions.min_context_tokens:
+        raise ConfigError(
+            f"data.window_stride={config.data.window_stride} leaves a position as few as {least} tokens of context in "
+            f"its window; positions.min_context_tokens={config.positions.min_context_tokens}. Lower the stride."
+        )
+    corpora = training_corpora(config.data)
+    read = partial(
+        documents_lib.open_documents,
+        tokenizer=tokenizer,
+        cache=cache_directory(config),
+        progress=partial(counted, "tokenising"),
+    )
+    training = read(corpora)
+    if config.data.heldout_path:
+        heldout = read([Corpus(path=config.data.heldout_path, text_template=config.data.text_template)])
+    else:
+        training, heldout = documents_lib.split_heldout(training, config.data.heldout_fraction, tokenizer)
+    heldout = documents_lib.first(heldout, config.eval.max_documents)
+    for where, found in (("training", training), ("held-out", heldout)):
+        short = documents_lib.check_lengths(found, config.positions.min_context_tokens, where)
+        if short:
+            console.print(f"{short} of {len(found)} {where} documents are too short to hold a position")
+    return Documents(template=template, training=training, held_out=heldout, weights=tuple(c.weight for c in corpora))
+
+
+def _identity(documents: Sequence[Document]) -> dict:
+    return {
+        "documents": len(documents),
+        "tokens": int(documents_lib.lengths_of(documents).sum()),
+        "sha256": documents_lib.view_fingerprint(documents),
+    }
+
+
+def _check_proxy(config: Config, tokenizer: Tokenizer) -> None:
+    path = config.proxy.path
+    if not path:
+        return
+    model = read_config(path)
+    if load_tokenizer(path).encoding_fingerprint != tokenizer.encoding_fingerprint:
+        raise ConfigError(
+            f"the tokenizer in proxy.path={path!r} is not the policy's; positions are token indices, so both must "
+            "share one. Choose a proxy of the same family."
+        )
+    if config.data.trunk_length + 2 > model.max_positions:
+        raise ConfigError(
+            f"the proxy has {model.max_positions} positions; data.trunk_length={config.data.trunk_length} does not "
+            "fit. Lower it, or choose another proxy."
+        )
+
+
+def load_proxy(run, params) -> tuple[Proxy, str]:
+    """The model that scores positions, and its fingerprint; `params` where no other is named."""
+    model, path = run.config.model, run.config.proxy.path
+    if path:
+        model = replace(read_config(path), activation_dtype=model.activation_dtype)
+        _, params = load_hf(path, run.mesh)
+        run.directory.remember("proxy", {"path": path, "checksum": fingerprint(params)})
+    proxy = Proxy(
+        config=model,
+        params=params,
+        mesh=run.mesh,
+        bos_id=run.tokenizer.bos_id,
+        batch_trunks=run.config.eval.batch_trunks,
+        renormalize=run.config.positions.renormalize,
+    )
+    # Not how it is computed, which another machine may do in another way.
+    return proxy, f"{replace(model, remat=True, platform='')}{fingerprint(params)}"

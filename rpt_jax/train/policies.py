@@ -1,0 +1,189 @@
+"""A run's tokenizer, shape and first parameters: those of a model directory, of another run, or random."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rpt_jax.config import Config, DecoderConfig
+from rpt_jax.data.readers import read_texts, training_corpora
+from rpt_jax.errors import CheckpointError, ConfigError
+from rpt_jax.models import lora
+from rpt_jax.models.decoder import init_params
+from rpt_jax.models.families import read_config as read_model_config
+from rpt_jax.models.hf import load_hf
+from rpt_jax.models.lora import Frozen, merge
+from rpt_jax.rl.optimizer import init_state, make_optimizer
+from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
+from rpt_jax.train.checkpoint import Checkpoints
+from rpt_jax.train.run_directory import read_config
+from rpt_jax.types import TrainState
+
+# Documents that a tokenizer is trained on, at most, in characters.
+_TOKENIZER_CHARACTERS = 50_000_000
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a policy path names a run directory, not a model's."""
+    return (Path(path) / "checkpoints").is_dir() and (Path(path) / "config.json").exists()
+
+
+def find_tokenizer(config: Config) -> Tokenizer:
+    """data.tokenizer; else that of policy.path; else the run's own, trained on its documents."""
+    if config.data.tokenizer:
+        return load_tokenizer(config.data.tokenizer)
+    if config.policy.path:
+        is_of_run = is_run(config.policy.path)
+        return load_tokenizer(Path(config.policy.path) / "tokenizer" if is_of_run else config.policy.path)
+    own = Path(config.run.directory) / "tokenizer"
+    if (own / "tokenizer.json").exists():
+        return load_tokenizer(own)
+    if config.questions.path:
+        raise ConfigError("questions.path without a tokenizer; questions train none. Set --data.tokenizer.")
+
+    def texts():
+        left = _TOKENIZER_CHARACTERS
+        for corpus in training_corpora(config.data):
+            for text in read_texts(corpus.path, text_template=corpus.text_template):
+                yield text.text
+                left -= len(text.text)
+                if left < 0:
+                    return
+
+    return train_byte_level(texts(), config.data.tokenizer_vocab_size)
+
+
+def resolve(config: Config, tokenizer: Tokenizer, kept: Config | None = None) -> Config:
+    """The config with what is resolved at a run's first start filled in: the model's shape, and the stop ids.
+
+    The shape is the checkpoint's, or has a vocabulary entry for every id.
+
+    Args:
+        kept: the config that the run directory holds; what it resolved at its first start is used again.
+    Raises:
+        ConfigError: fewer entries than ids, or sizes that do not fit each other.
+    """
+    model, path = config.model, config.policy.path
+    if path:
+        is_same = kept is not None and kept.policy.path == path
+        shape = kept.model if is_same else _shape_of(path)
+        model = replace(shape, activation_dtype=model.activation_dtype, remat=model.remat, platform=model.platform)
+    elif kept is not None and not model.vocab_size:
+        model = replace(model, vocab_size=kept.model.vocab_size)
+    size, shards = model.vocab_size, config.mesh.tensor
+    if size and size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={size}; the tokenizer has {tokenizer.vocab_size} ids and each needs an entry. "
+            "Raise --model.vocab-size, use 0, or give the tokenizer that belongs to the checkpoint."
+        )
+    model = replace(model, vocab_size=size or -(-tokenizer.vocab_size // shards) * shards)
+    # Runs that were made before stop ids were kept stopped at the one end token.
+    kept_ids = () if kept is None else kept.rollout.stop_ids or (tokenizer.eos_id,)
+    stop_ids = config.rollout.stop_ids or kept_ids or tokenizer.stop_ids
+    if not all(0 <= i < tokenizer.vocab_size for i in stop_ids):
+        raise ConfigError(
+            f"rollout.stop_ids={stop_ids}; they must be ids of the tokenizer, below {tokenizer.vocab_size}. Correct "
+            "them, or leave them out."
+        )
+    config = replace(config, model=model, rollout=replace(config.rollout, stop_ids=stop_ids))
+    config.validate()
+    return config
+
+
+def _shape_of(path: str) -> DecoderConfig:
+    return read_config(Path(path)).model if is_run(path) else read_model_config(path)
+
+
+def start_params(config: Config, mesh: Mesh) -> Any:
+    """The policy's parameters before any training: from policy.path, or random."""
+    path, kind = config.policy.path, config.policy.param_dtype
+    if not path:
+        params = init_params(config.model, mesh, jax.random.key(config.run.seed))
+    elif is_run(path):
+        params = _policy_of_run(Path(path), mesh)
+    else:
+        return load_hf(path, mesh, dtype=kind)[1]
+    return jax.tree.map(lambda x: x.astype(kind), params)
+
+
+def _policy_of_run(path: Path, mesh: Mesh) -> Any:
+    """The newest policy of a run directory, adapters merged."""
+    config = read_config(path, say=False)
+    params = merge(*_restored(config, mesh, path, "warm_start", start_params(config, mesh)))
+    checkpoints = _checkpoints(path, "rpt", config)
+    if checkpoints.latest_step is None:
+        return params
+    frozen, trained = _restored(config, mesh, path, "rpt", params)
+    return merge(frozen, trained)
+
+
+def _checkpoints(path: Path, stage: str, config: Config) -> Checkpoints:
+    return Checkpoints(path / "checkpoints" / stage, keep=config.checkpoint.keep, read_only=True)
+
+
+def _restored(config: Config, mesh: Mesh, path: Path, stage: str, params) -> tuple[Frozen | None, Any]:
+    """(what a stage's adapters sit on, what it trained) by its newest checkpoint; `params` where it has no steps.
+
+    Raises:
+        CheckpointError: the stage is not finished, or has no checkpoint.
+    """
+    if stage == "warm_start" and not config.supervised.num_steps:
+        return None, params
+    checkpoints = _checkpoints(path, stage, config)
+    if checkpoints.latest_step is None or (
+        stage == "warm_start" and checkpoints.latest_step != config.supervised.num_steps
+    ):
+        raise CheckpointError(
+            f"policy.path={str(path)!r} is a run whose {stage} is not finished; it has no policy yet. Finish it, or "
+            "name another."
+        )
+    state, frozen = fresh_state(config, mesh, params, stage)
+    state, _ = checkpoints.restore(state)
+    return frozen, state.params
+
+
+def trainable(config: Config, mesh: Mesh, params) -> tuple[Any, Frozen | None]:
+    """(what a stage trains, what stays beside it): a copy of the parameters, or fresh adapters on the parameters."""
+    settings = config.lora
+    if not settings.rank:
+        # The first update donates its state: keep the start's own buffers for the control and the reference.
+        return jax.tree.map(jnp.copy, params), None
+    adapters = lora.init_adapters(config.model, settings, mesh, jax.random.key(config.run.seed + 1))
+    return adapters, Frozen(params=params, scale=np.float32(settings.alpha / settings.rank))
+
+
+def stage_optimizer(config: Config, stage: str) -> Any:
+    """The optimizer of a stage: warm_start, rpt or control."""
+    settings, num_steps = {
+        "warm_start": (config.supervised.optimizer, config.supervised.num_steps),
+        "rpt": (config.optimizer, config.num_updates),
+        "control": (config.supervised.control_optimizer, config.run.num_steps),
+    }[stage]
+    return make_optimizer(settings, num_steps)
+
+
+def fresh_state(config: Config, mesh: Mesh, params, stage: str) -> tuple[TrainState, Frozen | None]:
+    """(a stage's state at step 0, what its adapters sit on)."""
+    trained, frozen = trainable(config, mesh, params)
+    return init_state(trained, stage_optimizer(config, stage), mesh), frozen
+
+
+@jax.jit
+def _checksum(params):
+    """Two u32 sums over the bits of all numbers, each weighted by its place: the same on any mesh."""
+    total = jnp.zeros(2, jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(params)):
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32)
+        place = jax.lax.iota(jnp.uint32, leaf.size).reshape(leaf.shape) * jnp.uint32(2654435761) + number
+        mixed = (bits.astype(jnp.uint32) ^ place) * jnp.uint32(2246822519)
+        total = total + jnp.stack([jnp.sum(mixed), jnp.sum(mixed ^ (mixed >> 15))])
+    return total
+
+
+def fingerprint(params: Any) -> str:
+    """What tells one set of parameters from another; a checksum, no proof against intent."""
+    return "-".join(f"{int(part):08x}" for part in _checksum(params))

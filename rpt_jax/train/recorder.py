@@ -1,0 +1,163 @@
+"""What a step leaves behind: metrics read a step late, token and FLOP counts, sampled completions."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rpt_jax.parallel.distributed import to_host
+from rpt_jax.rl.advantages import degenerate_groups
+from rpt_jax.train.run_directory import RunDirectory
+from rpt_jax.train.training import Outcome
+from rpt_jax.types import Experience
+
+
+@jax.jit
+def experience_metrics(experience: Experience) -> dict[str, jax.Array]:
+    """Scalars of one rollout batch; fractions are over rollouts of real positions unless the name says otherwise."""
+    tasks, rollouts, predictions = experience.tasks, experience.rollouts, experience.predictions
+    earned = experience.earned
+    groups = tasks.prompts.prompt_mask
+    rows = jnp.repeat(groups, tasks.prompts.row_ids.shape[-1], axis=1)
+    num_rows, num_groups = jnp.maximum(1, rows.sum()), jnp.maximum(1, groups.sum())
+    lengths, width = rollouts.mask.sum(-1), predictions.bytes.shape[-1]
+
+    def fraction(flags_UR):
+        return jnp.sum(rows & flags_UR) / num_rows
+
+    degenerate = degenerate_groups(earned.rewards)
+    return {
+        "reward": jnp.sum(earned.rewards * groups[..., None]) / num_rows,
+        "reward_any_in_group": jnp.sum(groups & (earned.rewards.max(-1) > 0)) / num_groups,
+        "reward_fault_fraction": jnp.sum(earned.faults & groups[..., None]) / num_rows,
+        "degenerate_group_fraction": jnp.sum(groups & degenerate) / num_groups,
+        "completion_tokens": jnp.sum(lengths) / num_rows,
+        "truncated_fraction": fraction(rollouts.truncated),
+        "no_think_end_fraction": fraction(predictions.think_end_tokens == 0),
+        "no_prediction_fraction": fraction(~predictions.found),
+        # Longer than any continuation: cannot match, and bytes past the horizon are unknown.
+        "prediction_overflow_fraction": fraction(predictions.lengths > width),
+        "excluded_mass": jnp.sum(rollouts.num_rejected) / jnp.maximum(1, jnp.sum(lengths)),
+        "padded_prompt_fraction": 1 - jnp.mean(groups),
+    } | {name: jnp.sum(jnp.where(groups[..., None], x, 0)) / num_rows for name, x in earned.metrics.items()}
+
+
+# Sums over tokens with the loss's own weights, which need not sum to 1.
+_WEIGHTED = ("kl", "entropy", "clip_fraction", "sampler_mismatch")
+
+
+class Recorder:
+    """Holds one step's outcome until the next step is under way, then writes it: the devices never wait for the disk.
+
+    Args:
+        run: where records go; None: nowhere.
+    Attributes:
+        flops: of all steps that are written. num_skipped: updates skipped in a row by then. note: for the progress bar.
+    """
+
+    def __init__(self, name: str, run: RunDirectory | None):
+        self._name, self._run = name, run
+        self._pending: tuple[int, Outcome, bool] | None = None
+        self.flops = 0.0
+        self.num_skipped = 0
+        self.note = ""
+
+    def add(self, step: int, outcome: Outcome, *, keep: bool) -> None:
+        """Take a step's outcome; writes the previous step's. keep: log its record."""
+        self.flush()
+        self._pending = (step, outcome, keep)
+
+    def flops_with(self, outcome: Outcome) -> float:
+        """FLOPs so far and of this outcome, which has not been added."""
+        return self.flush() + outcome.flops()
+
+    def flush(self) -> float:
+        """Write what is held; FLOPs so far."""
+        if self._pending is None:
+            return self.flops
+        (step, outcome, keep), self._pending = self._pending, None
+        record = outcome.record()
+        self.flops += outcome.flops()
+        self.num_skipped = int(record["skipped"])
+        names = [name for name in ("reward", "loss", "completion_tokens") if name in record]
+        self.note = "  ".join(f"{name} {record[name]:.3f}" for name in names)
+        if keep and self._run is not None:
+            self._run.log(self._name, step, record | {"flops": self.flops})
+        return self.flops
+
+
+def step_record(rounds: list[dict], counts: list[dict], updates: list[dict], masked: float) -> dict:
+    """The record of one step of RL, of floats.
+
+    Args:
+        rounds: `experience_metrics`, counts: `work.count_tokens`, of every rollout round. What dynamic sampling kept
+            would flatter the rewards.
+        updates: metrics of every update.
+        masked: share of prompts that took no part in the update.
+    """
+    record = {name: float(np.mean([m[name] for m in rounds])) for name in rounds[0]}
+    record |= {name: sum(r[name] for r in counts) for name in counts[0]}
+    weight = sum(u["token_weight"] for u in updates)
+    for name in (n for n in updates[0] if n != "token_weight"):
+        values = [u[name] for u in updates]
+        if name in _WEIGHTED:
+            # Of no tokens there is no mean: the step then has no such metric.
+            record |= {name: sum(values) / weight} if weight else {}
+        else:
+            record[name] = max(values) if name.endswith("_max") else float(np.mean(values))
+    return record | {
+        "skipped": int(updates[-1]["skipped"]),
+        "masked_group_fraction": float(masked),
+        "rollout_rounds": len(rounds),
+    }
+
+
+def completion_columns(experience: Experience, tokenizer, columns: Callable[[int], dict]) -> dict[str, list]:
+    """One row per rollout of a real task: context, completion, prediction, truth, reward, and the token ids.
+
+    Args:
+        columns: of a task id (`batches.Source.columns`).
+    """
+    tasks, rollouts, predictions, rewards = to_host(
+        (experience.tasks, experience.rollouts, experience.predictions, experience.earned.rewards)
+    )
+    U, M, G = rewards.shape
+    rows = []
+    for u, m, g in np.ndindex(U, M, G):
+        if not tasks.prompts.prompt_mask[u, m]:
+            continue
+        r, task_id = m * G + g, int(tasks.references.task_ids[u, m])
+        trunk, completion = (
+            tasks.prompts.trunk_tokens[u, : tasks.prompts.cuts[u, m]],
+            rollouts.tokens[u, r][rollouts.mask[u, r]],
+        )
+        prediction = predictions.bytes[u, r, : predictions.lengths[u, r]].tobytes()
+        rows.append(
+            {
+                "position_id": task_id,
+                "rollout": g,
+                "context": tokenizer.decode(trunk),
+                "completion": tokenizer.decode(completion),
+                "prediction": prediction.decode("utf-8", errors="replace") if predictions.found[u, r] else None,
+                "truth": _truth(columns(task_id)),
+                "reward": float(rewards[u, m, g]),
+                "tokens": len(completion),
+                "truncated": bool(rollouts.truncated[u, r]),
+                "trunk_tokens": trunk.tolist(),
+                "completion_tokens": completion.tolist(),
+            }
+        )
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def to_floats(metrics: dict) -> dict:
+    """Device scalars to Python floats."""
+    return {name: float(np.asarray(value)) for name, value in metrics.items()}
+
+
+def _truth(columns: dict) -> str:
+    """How the text goes on, as far as a prediction may reach, or the accepted answers."""
+    if "answers" in columns:
+        return " or ".join(columns["answers"])
+    return columns["continuation"][: columns["boundaries"][-1]].decode("utf-8", errors="replace")

@@ -1,0 +1,192 @@
+"""A run, read and checked: what its stages share. Everything that can be wrong with the input is found here, before
+anything compiles."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from rpt_jax.config import Config
+from rpt_jax.data.examples import Example
+from rpt_jax.data.templates import Template
+from rpt_jax.errors import CheckpointError, ConfigError
+from rpt_jax.models import lora
+from rpt_jax.models.families import config_json
+from rpt_jax.models.lora import Frozen
+from rpt_jax.parallel.distributed import is_main, main_first
+from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.rewards.catalog import check_rewards, make_reward, requested_policies
+from rpt_jax.rewards.host import check_function
+from rpt_jax.scoring.requests import Scorer
+from rpt_jax.tokenizer import Tokenizer
+from rpt_jax.train.checkpoint import Checkpoints
+from rpt_jax.train.domains import Domain, Source, open_domain
+from rpt_jax.train.policies import find_tokenizer, fingerprint, fresh_state, resolve, start_params
+from rpt_jax.train.resume import begin_as_copy
+from rpt_jax.train.run_directory import RunDirectory, read_config
+from rpt_jax.types import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A checked run.
+
+    Attributes:
+        config: with the model's shape filled in.
+        directory: where it keeps its records. domain: what its tasks are made of.
+        warm_examples: what the warm start learns.
+    """
+
+    config: Config
+    mesh: Mesh
+    directory: RunDirectory
+    tokenizer: Tokenizer
+    domain: Domain
+    warm_examples: Sequence[Example] = ()
+
+    @property
+    def template(self) -> Template:
+        return self.domain.template
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        return [self.tokenizer.token_bytes(i) for i in range(self.tokenizer.vocab_size)]
+
+    @property
+    def policy_names(self) -> set[str]:
+        """Policies that the reward's scoring passes need."""
+        return requested_policies(self.config.reward)
+
+    def checkpoints(self, stage: str, *, read_only: bool = False) -> Checkpoints:
+        directory = self.directory.path / "checkpoints" / stage
+        return Checkpoints(directory, keep=self.config.checkpoint.keep, read_only=read_only)
+
+    def make_reward(self, source: Source) -> Any:
+        """The run's reward for tasks of the source."""
+        config = self.config
+        scorer = Scorer(config.model, self.tokenizer, len(self.template.header), _at_once(config))
+        return make_reward(config.reward, self.tokenizer, source.columns, scorer)
+
+    def start_params(self) -> Any:
+        """The policy's parameters before any training. A policy that is read must stay the one it was."""
+        params = start_params(self.config, self.mesh)
+        if self.config.policy.path:
+            # Adapters, warm starts and references are only good on the weights that they were made with.
+            self.directory.remember("policy", {"path": self.config.policy.path, "checksum": fingerprint(params)})
+        return params
+
+
+def _at_once(config: Config):
+    """Trunks that a scoring pass runs at a time: as many as an update's microbatch, where U and the mesh divide."""
+
+    def number(U: int) -> int:
+        limit, shards = config.mesh.microbatch_trunks or U, config.mesh.trunk_shards
+        return max(n for n in range(shards, U + 1, shards) if U % n == 0 and n <= max(limit, shards))
+
+    return number
+
+
+def prepare(config: Config, *, read_only: bool = False) -> Run:
+    """Read and check everything; nothing compiles here.
+
+    Args:
+        read_only: an existing run, which may be going on elsewhere and is not written to.
+    Raises:
+        ConfigError, DataError, CheckpointError: see the modules that do the reading.
+    """
+    config.validate()
+    check_rewards(config)
+    mesh, path = make_mesh(config.mesh), Path(config.run.directory)
+    kept = read_config(path, say=not read_only) if (path / "config.json").exists() else None
+    tokenizer = find_tokenizer(config)
+    config = resolve(config, tokenizer, kept)
+    check_model(config, mesh)
+    if config.reward.function:
+        check_function(config.reward.function)
+    with main_first("corpus"):
+        domain = open_domain(config, tokenizer)
+    check_positions(config, domain.template)
+    examples = domain.warm_examples(config, tokenizer) if config.supervised.num_steps else ()
+    # The template too: a chat template may write the day's date into every prompt.
+    identity = domain.identity | {
+        "tokenizer": {"sha256": tokenizer.fingerprint},
+        "template": {"sha256": domain.template.fingerprint},
+    }
+    begin_as_copy(config, identity)
+    directory = RunDirectory(config, identity, read_only=read_only)
+    run = Run(config=config, mesh=mesh, directory=directory, tokenizer=tokenizer, domain=domain, warm_examples=examples)
+    if not read_only:
+        if config.run.resume.isdigit():
+            Checkpoints(
+                directory.path / "checkpoints" / "rpt", keep=config.checkpoint.keep, step=int(config.run.resume)
+            )
+        if is_main():
+            tokenizer.save(directory.path / "tokenizer")
+    return run
+
+
+def check_model(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError where the model cannot be trained so, or could not be exported in the end."""
+    lora.check_targets(config.model, config.lora)
+    if config.model.activation_dtype == "bfloat16" and mesh.devices.flat[0].platform == "cpu":
+        raise ConfigError(
+            "model.activation_dtype='bfloat16' on a CPU, whose compiler lacks these products. Use float32 there."
+        )
+    if config.policy.param_dtype == "bfloat16" and not config.lora.rank:
+        raise ConfigError(
+            "policy.param_dtype='bfloat16' without adapters: most updates are smaller than the spacing of bfloat16 and "
+            "would be lost. Use float32, or --lora.rank."
+        )
+    config_json(config.model, "float32", {})
+
+
+def check_positions(config: Config, template: Template) -> None:
+    """Raises ConfigError where a prompt and its completion are longer than the model."""
+    longest = config.data.trunk_length + len(template.tail) + config.rollout.max_completion_tokens
+    if longest > config.model.max_positions:
+        raise ConfigError(
+            f"data.trunk_length={config.data.trunk_length}, a tail of {len(template.tail)} and "
+            f"rollout.max_completion_tokens={config.rollout.max_completion_tokens} make {longest} positions; the model "
+            f"has {config.model.max_positions}. Lower one of the two."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedPolicy:
+    """A policy to judge, without a run around it."""
+
+    config: Config
+    mesh: Mesh
+    tokenizer: Tokenizer
+    params: Any
+
+
+def load_policy(config: Config, template_of) -> LoadedPolicy:
+    """The model and tokenizer that the config names, to be judged without a run.
+
+    Args:
+        template_of: tokenizer -> Template, whose prompts must fit.
+    """
+    mesh, tokenizer = make_mesh(config.mesh), find_tokenizer(config)
+    config = resolve(config, tokenizer)
+    check_positions(config, template_of(tokenizer))
+    return LoadedPolicy(config=config, mesh=mesh, tokenizer=tokenizer, params=start_params(config, mesh))
+
+
+def newest_state(run: Run, params) -> tuple[TrainState, Frozen | None, int]:
+    """(state of the newest RL checkpoint, what its adapters sit on, its step).
+
+    Args:
+        params: that RL started from: their shapes, and where there are adapters their values.
+    Raises:
+        CheckpointError: there is none.
+    """
+    checkpoints = run.checkpoints("rpt", read_only=True)
+    if checkpoints.latest_step is None:
+        raise CheckpointError(f"{run.directory.path} has no checkpoint of RPT yet. Train on, or name another --run.")
+    like, frozen = fresh_state(run.config, run.mesh, params, "rpt")
+    state, record = checkpoints.restore(like)
+    return state, frozen, record["step"]

@@ -1,0 +1,142 @@
+"""Reinforcement pre-training: take tasks, roll out, reward, turn rewards into advantages, update."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax.numpy as jnp
+
+from rpt_jax.data.batches import TrainIterator
+from rpt_jax.models.lora import join
+from rpt_jax.parallel.distributed import is_main
+from rpt_jax.parallel.mesh import local_trunks, shard_batch
+from rpt_jax.rl.dynamic_sampling import collect
+from rpt_jax.rl.trainer import Trainer
+from rpt_jax.scoring.companions import AVERAGE, START, follow, with_companions
+from rpt_jax.train.domains import Tasks
+from rpt_jax.train.evaluation import Evaluations
+from rpt_jax.train.loop import fit
+from rpt_jax.train.policies import fresh_state, stage_optimizer
+from rpt_jax.train.recorder import completion_columns, experience_metrics, step_record, to_floats
+from rpt_jax.train.run import Run
+from rpt_jax.train.run_directory import RunDirectory
+from rpt_jax.train.training import Outcome, Until
+from rpt_jax.types import Experience, TrainState
+from rpt_jax.work import count_tokens, num_parameters, step_flops
+
+NAME = "rpt"
+
+
+@dataclass(kw_only=True)
+class ReinforcementLearning:
+    """Steps of RL (`loop.Training`)."""
+
+    trainer: Trainer
+    tasks: TrainIterator
+    directory: RunDirectory
+    name: str = NAME
+    also_records: tuple[str, ...] = ("evaluation",)
+    log_every_steps: int = 1
+
+    def step(self, state: TrainState, number: int) -> tuple[TrainState, Outcome]:
+        trainer, tasks, settings = self.trainer, self.tasks, self.trainer.config.rollout
+        policies = trainer.policies(state)
+        is_dynamic = 0 <= settings.dynamic_sampling_from_step <= number
+        experience, spent = collect(
+            lambda: shard_batch(trainer.mesh, next(tasks), num_trunks=tasks.num_trunks),
+            partial(trainer.roll_out, policies, number),
+            rounds=settings.dynamic_sampling_rounds if is_dynamic else 1,
+        )
+        for rollouts in spent:
+            tasks.observe(rollouts.tasks.references, rollouts.earned.rewards)
+        state, updates = trainer.learn(state, experience)
+        state = follow(state, trainer.config.companion)
+        num_params = num_parameters(trainer.policy(state))
+        return state, self._outcome(number, experience, spent, updates, num_params)
+
+    def _outcome(self, number: int, experience: Experience, spent: list, updates: list, num_params: int) -> Outcome:
+        config, passed_over = self.trainer.config, self.tasks.position[1]
+        metrics, counts = [experience_metrics(e) for e in spent], [count_tokens(e) for e in spent]
+        taking_part = jnp.sum(experience.group_mask)
+        masked = 1 - taking_part / jnp.maximum(1, jnp.sum(experience.tasks.prompts.prompt_mask))
+        every = config.run.completions_every_steps
+        if every and number % every == 0:
+            columns = completion_columns(experience, self.trainer.tokenizer, self.trainer.columns)
+            if is_main():
+                self.directory.write_completions(number + 1, columns)
+
+        def flops() -> float:
+            return step_flops(
+                num_params, [to_floats(c) for c in counts], float(updates[0]["tokens_updated"]),
+                has_adapters=self.trainer.frozen is not None,
+                num_scorings=(config.loss.kl_coef > 0) + (config.loss.num_minibatches > 1),
+            )  # fmt: skip
+
+        def record() -> dict:
+            floats = [list(map(to_floats, which)) for which in (metrics, counts, updates)]
+            return step_record(*floats, float(masked)) | {"trunks_passed_over": passed_over}
+
+        return Outcome(flops=flops, record=record)
+
+    def get_cursor(self) -> dict:
+        return self.tasks.get_state()
+
+    def set_cursor(self, cursor: dict) -> None:
+        self.tasks.set_state(cursor)
+
+
+def make_trainer(run: Run, params, tasks: Tasks) -> tuple[Trainer, TrainState]:
+    """The trainer of RL and its state at step 0."""
+    config, names = run.config, run.policy_names
+    state, frozen = fresh_state(config, run.mesh, params, NAME)
+    trainer = Trainer(
+        config=config,
+        mesh=run.mesh,
+        tokenizer=run.tokenizer,
+        header_length=len(run.template.header),
+        reward=run.make_reward(tasks.source),
+        optimizer=stage_optimizer(config, NAME),
+        columns=tasks.source.columns,
+        frozen=frozen,
+        # With adapters these are the very arrays under them: the adapter switched off.
+        start=params if config.loss.kl_coef or START in names else None,
+    )
+    return trainer, with_companions(state, names & {AVERAGE})
+
+
+def run_rl(run: Run, params, tasks: Tasks, evaluations: Evaluations, *, stop_at_step: int | None = None) -> float:
+    """Reinforcement learning from `params` on the chosen tasks; its FLOPs. The result is the run's checkpoints.
+
+    Args:
+        stop_at_step: stop and save here as an interruption would.
+    """
+    config = run.config
+    iterator = TrainIterator(
+        tasks.source,
+        tasks.ids,
+        num_trunks=config.rollout.num_trunks,
+        prompts_per_trunk=config.rollout.prompts_per_trunk,
+        group_size=config.rollout.group_size,
+        seed=config.run.seed,
+        corpora=tasks.corpora,
+        weights=tasks.weights,
+        band=tasks.band,
+        rows=local_trunks(run.mesh, config.rollout.num_trunks),
+    )
+    trainer, state = make_trainer(run, params, tasks)
+
+    def at_boundary(step, state, flops):
+        evaluations.at_step(step, join(trainer.frozen, state.params), flops)
+
+    with run.checkpoints(NAME) as checkpoints:
+        _, flops = fit(
+            ReinforcementLearning(trainer=trainer, tasks=iterator, directory=run.directory),
+            state,
+            run.directory,
+            checkpoints,
+            Until(steps=config.run.num_steps),
+            save_every_steps=config.checkpoint.every_steps,
+            max_skipped_updates=config.run.max_skipped_updates,
+            at_boundary=at_boundary,
+            stop_at_step=stop_at_step,
+        )
+    return flops

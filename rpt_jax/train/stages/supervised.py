@@ -1,0 +1,164 @@
+"""Next-token and completion-only training: the objective of RPT with likelihood terms alone.
+
+It is the warm start (documents and worked thoughts) and the control (documents at matched compute).
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grain
+import numpy as np
+
+from rpt_jax.config import Config
+from rpt_jax.data.examples import Example
+from rpt_jax.models.lora import Frozen, join
+from rpt_jax.parallel.mesh import shard_batch
+from rpt_jax.rl.objective import objective_fn
+from rpt_jax.rl.update import update
+from rpt_jax.sequences import one_completion_each, trunks_alone
+from rpt_jax.train.recorder import to_floats
+from rpt_jax.train.training import Outcome
+from rpt_jax.types import Rows, Sequences, TrainState
+from rpt_jax.work import num_parameters, update_flops
+
+
+@dataclass(kw_only=True)
+class Supervised:
+    """Steps of supervised training (`loop.Training`).
+
+    Attributes:
+        name: of the stage. also_records: see `loop.Training`.
+        examples: in training order; shuffle: reshuffled each epoch instead.
+        frozen: what the state's adapters sit on; None: the state holds the whole policy.
+        tail: ids behind a prompt.
+    """
+
+    name: str
+    config: Config
+    mesh: Any
+    optimizer: Any
+    examples: Sequence[Example]
+    tail: Any
+    shuffle: bool
+    frozen: Frozen | None = None
+    also_records: tuple[str, ...] = ()
+    log_every_steps: int = 10
+    _position: int = 0
+    _stream: Iterator | None = field(default=None, repr=False)
+
+    def step(self, state: TrainState, number: int) -> tuple[TrainState, Outcome]:
+        if self._stream is None:
+            self._stream = batches(self.examples, self.config, self.tail, shuffle=self.shuffle, position=self._position)
+        rows, num_tokens, self._position = next(self._stream)
+        num_params = num_parameters(join(self.frozen, state.params))
+        state, metrics = update(
+            state,
+            [shard_batch(self.mesh, rows)],
+            loss_fn=objective_fn(self.config.model, self.config.loss),
+            optimizer=self.optimizer,
+            frozen=self.frozen,
+        )
+        flops = update_flops(num_params, num_tokens, has_adapters=self.frozen is not None)
+        return state, Outcome(flops=lambda: flops, record=lambda: to_floats(metrics))
+
+    def get_cursor(self) -> dict:
+        return {"position": self._position}
+
+    def set_cursor(self, cursor: dict) -> None:
+        self._position, self._stream = cursor["position"], None
+
+
+def make_batch(examples: list[Example], config: Config, tail) -> Rows:
+    """Dense numpy Rows, an example a row; R is 1 where any example has a completion, else 0."""
+    U, L, C = len(examples), config.data.trunk_length, config.rollout.max_completion_tokens
+    trunk_tokens, trunk_weights = np.zeros((U, L), np.int32), np.zeros((U, L), np.float32)
+    cuts, tokens, mask = np.ones(U, np.int32), np.zeros((U, C), np.int32), np.zeros((U, C), bool)
+    for u, e in enumerate(examples):
+        trunk_tokens[u, : len(e.trunk)] = e.trunk
+        trunk_weights[u, e.first : len(e.trunk)] = e.weight
+        if e.completion is not None:
+            cuts[u] = len(e.trunk)
+            tokens[u, : len(e.completion)] = e.completion
+            mask[u, : len(e.completion)] = True
+    if not mask.any():
+        return _weighted(trunks_alone(trunk_tokens), trunk_weights)
+    return _weighted(one_completion_each(trunk_tokens, cuts, tail, tokens, mask), trunk_weights)
+
+
+def make_packed_batch(
+    next_example: Callable[[], Example], num_rows: int, config: Config, tail
+) -> tuple[Rows, int, int]:
+    """(Rows of rows filled in order, examples taken, their tokens); the last example drawn is not among them.
+
+    A row is trunk_length + tail + max_completion_tokens long, so that every example fits. Examples go to the first row
+    with room; the batch is complete when one finds none, and that one begins the next batch. Prompt, tail and
+    completion are one segment of the trunk, completions weighted 1.
+    """
+    L = config.data.trunk_length + len(tail) + config.rollout.max_completion_tokens
+    tokens, weights = np.zeros((num_rows, L), np.int32), np.zeros((num_rows, L), np.float32)
+    segments, used = np.zeros((num_rows, L), np.int32), np.zeros(num_rows, int)
+    taken = 0
+    while True:
+        example = next_example()
+        size = example.num_tokens(len(tail))
+        rows = np.flatnonzero(used + size <= L)
+        if not len(rows):
+            break
+        row, start = rows[0], used[rows[0]]
+        completion = [] if example.completion is None else [*tail, *example.completion]
+        tokens[row, start : start + size] = [*example.trunk, *completion]
+        weights[row, start + example.first : start + len(example.trunk)] = example.weight
+        weights[row, start + size - len(example.completion or ()) : start + size] = (
+            1.0 if completion else example.weight
+        )
+        segments[row, start : start + size] = taken + 1
+        used[row] += size
+        taken += 1
+    return _weighted(trunks_alone(tokens, segments), weights), taken, int(used.sum())
+
+
+def _weighted(sequences: Sequences, trunk_weights) -> Rows:
+    """Rows whose weights sum to 1; there is no policy term."""
+    total, mask = max(1e-9, trunk_weights.sum() + sequences.branch_mask.sum()), sequences.branch_mask
+    return Rows(
+        sequences=sequences,
+        row=np.where(mask, np.arange(mask.shape[1], dtype=np.int32)[:, None], -1),
+        policy_weights=None,
+        advantages=None,
+        likelihood_weights=(mask / total).astype(np.float32),
+        trunk_weights=(trunk_weights / total).astype(np.float32),
+        temperature=np.ones(mask.shape, np.float32),
+        sampler_logprobs=None,
+        old_logprobs=None,
+        ref_logprobs=None,
+    )
+
+
+def example_order(num_examples: int, *, shuffle: bool, seed: int) -> grain.MapDataset:
+    """Endless indices: file order, or reshuffled each epoch."""
+    order = grain.MapDataset.range(num_examples)
+    return (order.seed(seed).shuffle() if shuffle else order).repeat()
+
+
+def batches(
+    examples: Sequence[Example], config: Config, tail, *, shuffle: bool, position: int = 0
+) -> Iterator[tuple[Rows, int, int]]:
+    """Endless (rows, tokens in them, examples taken by then), one batch after the other, each example once an epoch.
+
+    Args:
+        position: examples taken before the first batch.
+    """
+    order = example_order(len(examples), shuffle=shuffle, seed=config.run.seed)
+    size = config.supervised.batch_size
+    while True:
+        if config.supervised.pack:
+            following = (examples[order[i]] for i in itertools.count(position))
+            batch, taken, num_tokens = make_packed_batch(following.__next__, size, config, tail)
+        else:
+            rows = [examples[order[position + i]] for i in range(size)]
+            batch, taken = make_batch(rows, config, tail), size
+            num_tokens = sum(e.num_tokens(len(tail)) for e in rows)
+        position += taken
+        yield batch, num_tokens, position
