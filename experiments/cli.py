@@ -78,7 +78,7 @@ def print_help(flags: list[str], config: Config) -> None:
         tyro.cli(Config, default=config, args=["--help"], prog="experiment")
     texts = help_texts(config)
     for path, f, value in walk(config):
-        if f.metadata.get("shown"):
+        if f.metadata.get("shown") and path.count(".") == 1:
             print(f"{_flag(path)} {json.dumps(value)}")
             print(textwrap.fill(texts[path], 110, initial_indent="    ", subsequent_indent="    "))
     print("\n--help-all: every setting")

@@ -19,8 +19,9 @@ import jax
 from experiments.cli import parse_config, run_script
 from rpt_jax.config import Config
 from rpt_jax.errors import ConfigError
-from rpt_jax.planning import plan as plan_lib
-from rpt_jax.planning.plan import Plan
+from rpt_jax.planning.estimate import nearest_settings
+from rpt_jax.planning.plan import Plan, make_plan
+from rpt_jax.planning.topologies import describe_topology, fit_mesh, larger_topologies
 from rpt_jax.train.progress import console
 
 
@@ -34,11 +35,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--no-nearest", action="store_true")
     args, rest = parser.parse_known_args(argv)
     config, _ = parse_config(rest)
-    chip, devices = plan_lib.describe_topology(args.topology)
-    config = plan_lib.fit_mesh(config, len(devices))
+    chip, devices = describe_topology(args.topology)
+    config = fit_mesh(config, len(devices))
 
     def make(config: Config, topology: str) -> Plan:
-        return plan_lib.make_plan(config, topology, args.tail_tokens, lambda name: console.print(f"compiling: {name}"))
+        return make_plan(config, topology, args.tail_tokens, lambda name: console.print(f"compiling: {name}"))
 
     plan = make(config, args.topology)
     result = {"preset": rest, "mesh": vars(config.mesh)} | plan.to_json()
@@ -62,14 +63,14 @@ def main(argv: list[str]) -> None:
 
 def nearest(config: Config, topology: str, num_tail: int, memory: float) -> Iterator[tuple[list[str], str, Config]]:
     """(changes, topology, config) worth compiling: two on these chips, then one on each larger topology."""
-    for changes, nearer in itertools.islice(plan_lib.nearest_settings(config, num_tail, memory), 2):
+    for changes, nearer in itertools.islice(nearest_settings(config, num_tail, memory), 2):
         yield changes, topology, nearer
-    for larger in plan_lib.larger_topologies(topology):
+    for larger in larger_topologies(topology):
         try:
-            bigger = plan_lib.fit_mesh(config, len(plan_lib.describe_topology(larger)[1]))
+            bigger = fit_mesh(config, len(describe_topology(larger)[1]))
         except ConfigError:  # more chips than the batch can be split over
             return
-        for changes, nearer in itertools.islice(plan_lib.nearest_settings(bigger, num_tail, memory), 1):
+        for changes, nearer in itertools.islice(nearest_settings(bigger, num_tail, memory), 1):
             yield [f"--topology {larger}", *changes], larger, nearer
 
 

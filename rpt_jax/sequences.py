@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpt_jax.types import Prompts, References, Sequences, TaskBatch
+from rpt_jax.types import Prompts, References, Rollouts, Sequences, TaskBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,17 @@ def completions(prompts: Prompts, tokens_URC, mask_URC) -> Sequences:
         branch_mask=mask_URC,
         branch_prompts=jnp.broadcast_to(prompts_R[:, None], tokens_URC.shape),
         branch_index=jnp.broadcast_to(jnp.arange(tokens_URC.shape[-1]), tokens_URC.shape),
+    )
+
+
+def continued(prompts: Prompts, rollouts: Rollouts, lengths_UMG) -> Prompts:
+    """Prompts whose rows go on behind the first `lengths` tokens of these rollouts; 0: the row begins anew."""
+    shape = (*prompts.row_ids.shape, rollouts.tokens.shape[-1])
+    return replace(
+        prompts,
+        prefix_tokens=rollouts.tokens.reshape(shape),
+        prefix_lengths=jnp.minimum(lengths_UMG, rollouts.mask.sum(-1).reshape(shape[:3])),
+        prefix_logprobs=rollouts.sampler_logprobs.reshape(shape),
     )
 
 

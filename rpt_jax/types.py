@@ -31,6 +31,12 @@ class Prompts:
     tail_lengths: Any  # i32 [U, M], at least 1
     prompt_mask: Any  # bool [U, M], False for the padding of a trunk with fewer than M prompts
     row_ids: Any  # i32 [U, M, G], unique per rollout; keys the sampling noise
+    prefix_tokens: Any = None  # i32 [U, M, G, C'], first tokens of completions that go on, right-padded; None: none do
+    prefix_lengths: Any = None  # i32 [U, M, G], tokens that are given; 0: the row begins anew
+    prefix_logprobs: Any = None  # f32 [U, M, G, C'], that they were sampled with; None: nobody knows
+    born_step: Any = (
+        None  # i32 [U], the step that the trunk's rows were born in, which keys their noise; None: this one
+    )
 
 
 @record

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.cli import describe, parse_config
 from experiments.presets import PRESETS
-from rpt_jax.config import Config, MeshConfig
+from rpt_jax.config import Config, MeshConfig, schema
 from rpt_jax.errors import ConfigError
 from rpt_jax.parallel.mesh import make_mesh
 
@@ -30,14 +30,14 @@ def test_presets_are_valid_and_survive_json(preset):
         ("optimizer", {"learning_rate": -1.0}, "optimizer.learning_rate=-1.0"),
         ("model", {"num_heads": 0}, "model.num_heads=0"),
         ("data", {"heldout_fraction": 1.0}, "data.heldout_fraction=1.0; it must lie between 0 and 1"),
-        ("positions", {"difficulty_thresholds": (1.0, 0.5, 2.0)}, "must not decrease"),
+        ("eval", {"difficulty_thresholds": (1.0, 0.5, 2.0)}, "must not decrease"),
         ("positions", {"unfiltered_fraction": 1.0}, "unfiltered_fraction"),
         ("model", {"num_heads": 5}, "model.num_heads=5 is not divisible by model.num_kv_heads=2"),
         ("model", {"head_size": 7}, "model.head_size=7"),
         ("mesh", {"tensor": 4}, "model.num_kv_heads=2 is not divisible by mesh.tensor=4"),
         ("mesh", {"fsdp": 3}, "not divisible"),
         ("loss", {"num_minibatches": 5}, "rollout.num_trunks=32 is not divisible by loss.num_minibatches=5"),
-        ("loss", {"microbatch_trunks": 5}, "mesh.microbatch_trunks=5"),
+        ("mesh", {"microbatch_trunks": 5}, "mesh.microbatch_trunks=5"),
         ("eval", {"num_positions": 1}, "eval.num_positions=1"),
         ("checkpoint", {"keep": 0}, "checkpoint.keep=0"),
     ],
@@ -53,7 +53,7 @@ def test_settings_that_cannot_run_are_refused(section, changes, message):
 def test_microbatch_must_fill_the_mesh():
     config = Config(mesh=MeshConfig(data=2, fsdp=2))
     config.validate()
-    broken = dataclasses.replace(config, loss=dataclasses.replace(config.loss, microbatch_trunks=2))
+    broken = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, microbatch_trunks=2))
     with pytest.raises(ConfigError, match="trunks of a microbatch=2 is not divisible by mesh.data"):
         broken.validate()
 
@@ -67,7 +67,9 @@ def test_a_mesh_larger_than_the_machine_is_refused():
     ("change", "message"),
     [
         (lambda v: v | {"extra": 1}, r"unknown fields \['extra'\]"),
-        (lambda v: {k: x for k, x in v.items() if k != "loss"}, r"lacks \['loss'\]"),
+        (lambda v: v | {"loss": v["loss"] | {"epsilon": 1}}, r"config.loss has unknown fields \['epsilon'\]"),
+        (lambda v: v | {"format": 99}, "format 99; this version reads 1 to"),
+        (lambda v: v | {"format": True}, "format True"),
         (lambda v: v | {"run": 3}, "config.run is int"),
     ],
 )
@@ -83,7 +85,8 @@ def test_json_with_other_fields_is_refused(change, message):
     [
         ("run", "num_steps", "abc"), ("run", "num_steps", None), ("run", "num_steps", 2.5), ("run", "num_steps", True),
         ("rollout", "temperature", float("nan")), ("reward", "time_limit_seconds", float("inf")),
-        ("reward", "name", "best"), ("positions", "selector", 3), ("supervised", "pack", "no"),
+        ("reward", "terms", "best"), ("reward", "compose", "best"), ("positions", "selector", 3),
+        ("supervised", "pack", "no"),
         ("positions", "pass_rate_band", [0.1, 0.2, 0.3]), ("lora", "targets", "q_proj"),
         ("lora", "targets", ["x_proj"]), ("model", "rope_scaling", 3), ("data", "path", 7),
     ],
@@ -95,6 +98,83 @@ def test_ill_typed_values_are_refused_by_name(section, name, value):
         Config.from_json(json.dumps(values))
     with pytest.raises(ConfigError, match="not a JSON config"):
         Config.from_json("[" * 100_000)
+
+
+def as_format_1(config) -> dict:
+    """What the first format would hold: settings where they stood, no format, none of the later fields."""
+    values = json.loads(config.to_json())
+    del values["format"]
+    for name in ("max_skipped_updates", "microbatch_trunks", "dynamic_sampling_from_step", "dynamic_sampling_rounds"):
+        section = {"max_skipped_updates": "run", "microbatch_trunks": "mesh"}.get(name, "rollout")
+        values["loss"][name] = values[section].pop(name)
+    values["positions"]["difficulty_thresholds"] = values["eval"].pop("difficulty_thresholds")
+    values["reward"]["name"] = values["reward"].pop("terms")[0]
+    del values["reward"]["compose"], values["rollout"]["stop_ids"], values["companion"]
+    return values
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_config_of_the_first_format_is_read_as_it_was_meant(preset):
+    config, notes = schema.from_json(Config, json.dumps(as_format_1(PRESETS[preset])))
+    assert config == PRESETS[preset]
+    said = " ".join(notes)
+    assert "loss.microbatch_trunks is mesh.microbatch_trunks=" in said and "rollout.stop_ids is missing" in said
+    assert schema.from_json(Config, config.to_json()) == (config, [])
+
+
+def test_fields_that_a_file_lacks_take_what_held_before_them():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Section:
+        old: int = schema.setting(1, at_least=0)
+        new: str = schema.setting("better", before="as ever")
+        other: float = 2.0
+
+    built, notes = schema.from_json(Section, '{"old": 3}')
+    assert built == Section(old=3, new="as ever", other=2.0) and Section().new == "better"
+    assert notes == ["new is missing: as ever", "other is missing: 2.0"]
+    with pytest.raises(ConfigError, match=r"unknown fields \['gone'\]"):
+        schema.from_json(Section, '{"old": 3, "gone": 1}')
+
+
+def test_bounds_and_help_stand_at_every_field():
+    texts = schema.help_texts(Config())
+    fields = {path: f for path, f, _ in schema.walk(Config())}
+    assert set(texts) == set(fields)
+    assert (
+        fields["rollout.group_size"].metadata["at_least"] == 2
+        and "Rollouts per position" in texts["rollout.group_size"]
+    )
+    shown = [path for path, f in fields.items() if f.metadata.get("shown")]
+    assert 18 <= len(shown) <= 30 and all(texts[path] for path in shown)
+
+
+def test_help_shows_first_what_people_vary(capsys):
+    for flag, has_all in (("--help", False), ("--help-all", True)):
+        with pytest.raises(SystemExit):
+            parse_config(["--preset", "tiny_worked", flag])
+        out = capsys.readouterr().out
+        assert "group-size" in out and ("norm-eps" in out) == has_all
+
+
+def test_a_flag_that_moved_says_where_to():
+    with pytest.raises(ConfigError, match="--loss.microbatch-trunks is --mesh.microbatch-trunks now"):
+        parse_config(["--preset", "tiny_worked", "--loss.microbatch-trunks", "3"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reward.terms", "best"], "names 'best'; there are prefix"),
+        (["--reward.terms", "prefix", "prefix"], "each once"),
+        (["--reward.terms", "x*prefix"], "WEIGHT\\*NAME"),
+        (["--reward.terms", "math"], "'math', and there are no questions"),
+        (["--reward.terms", "custom"], "custom needs a function"),
+        (["--reward.compose", "normalize_then_sum", "--loss.advantage", "mean"], "must be left at 'grpo'"),
+    ],
+)
+def test_rewards_that_cannot_be_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(["--preset", "tiny_worked", *flags])
 
 
 def test_command_line_precedence():

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from rpt_jax.rewards.reward import Reward
 
 from rpt_jax.config import Config, DistributedConfig, LossConfig, MeshConfig, RolloutConfig
 from rpt_jax.errors import ConfigError
@@ -19,10 +18,12 @@ from rpt_jax.parallel import distributed
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import local_trunks, make_mesh, shard_batch
 from rpt_jax.rewards.answer import Predictions
+from rpt_jax.rewards.base import Reward
+from rpt_jax.rl.optimizer import init_state, make_optimizer
 from rpt_jax.rl.trainer import Trainer
-from rpt_jax.rl.update import init_state, make_optimizer
 from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.recorder import to_floats
+from rpt_jax.types import Earned
 from tests.processes import ROOT, finish
 from tests.test_rollout import make_tasks
 
@@ -58,7 +59,7 @@ def first_step():
 
     optimizer = make_optimizer(settings.optimizer, 10)
     trainer = Trainer(
-        config=settings, mesh=mesh, tokenizer=SimpleNamespace(eos_id=1, stop_ids=(1,), bos_id=None, vocab_size=61), header_length=0,
+        config=settings, mesh=mesh, tokenizer=SimpleNamespace(bos_id=None, vocab_size=61), header_length=0,
         reward=Reward(odd_tokens, read=read), optimizer=optimizer, columns=None,
     )  # fmt: skip
     state = init_state(decoder.init_params(config, mesh, jax.random.key(3)), optimizer, mesh)

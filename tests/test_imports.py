@@ -9,11 +9,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Lower layers first; a module imports from its own layer or lower ones.
 LAYERS = [
-    ["rpt_jax", "rpt_jax.config", "rpt_jax.types", "rpt_jax.errors"],
-    ["rpt_jax.tokenizer", "rpt_jax.tokenizer_formats", "rpt_jax.parallel"],
+    ["rpt_jax", "rpt_jax.config", "rpt_jax.types", "rpt_jax.errors", "rpt_jax.work"],
+    ["rpt_jax.tokenizer", "rpt_jax.parallel"],
     ["rpt_jax.sequences", "rpt_jax.models"],
-    ["rpt_jax.data", "rpt_jax.rewards", "rpt_jax.rl.advantages", "rpt_jax.rl.surrogates", "rpt_jax.scoring.logprobs"],
-    ["rpt_jax.rollout", "rpt_jax.rl.update", "rpt_jax.rl.packing"],
+    ["rpt_jax.scoring"],
+    ["rpt_jax.data", "rpt_jax.rollout", "rpt_jax.rewards", "rpt_jax.rl.advantages", "rpt_jax.rl.surrogates"],
+    ["rpt_jax.rl"],
     ["rpt_jax.evals"],
     ["rpt_jax.train"],
     ["rpt_jax.analysis", "rpt_jax.planning", "rpt_jax.scaling"],
@@ -54,7 +55,7 @@ def test_imports_go_one_way():
 
 def test_importing_starts_no_backend():
     code = (
-        "import rpt_jax, rpt_jax.train.stages, rpt_jax.analysis.reports.run, jax._src.xla_bridge as bridge; "
+        "import rpt_jax, rpt_jax.train.pipeline, rpt_jax.analysis.reports, jax._src.xla_bridge as bridge; "
         "assert not bridge._backends, bridge._backends"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

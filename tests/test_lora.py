@@ -16,7 +16,8 @@ from rpt_jax.models import decoder, lora
 from rpt_jax.models.families import LAYER_TENSORS
 from rpt_jax.models.hf import save_hf
 from rpt_jax.parallel.mesh import make_mesh
-from rpt_jax.rl.update import init_state, make_optimizer, update
+from rpt_jax.rl.optimizer import init_state, make_optimizer
+from rpt_jax.rl.update import update
 
 ALL = LoraConfig(
     rank=3, alpha=6.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "head")

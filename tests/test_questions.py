@@ -15,6 +15,7 @@ from rpt_jax.models import decoder
 from rpt_jax.rewards.answer import Predictions
 from rpt_jax.rewards.base import Reward
 from rpt_jax.tokenizer import load_tokenizer, train_byte_level
+from rpt_jax.types import Earned
 
 VERL = {
     "data_source": "x", "prompt": [{"role": "user", "content": "1+1?"}], "ability": "math",
@@ -200,7 +201,8 @@ def test_figures_against_plain_recomputation(mesh):
     data = DataConfig(trunk_length=128)
     source, _ = make_question_source(questions, tokenizer, QuestionsConfig(), data)
     config = Config(
-        data=data, model=model, rollout=RolloutConfig(max_completion_tokens=6, temperature=1.0, stop_ids=tokenizer.stop_ids),
+        data=data, model=model,
+        rollout=RolloutConfig(max_completion_tokens=6, temperature=1.0, stop_ids=tokenizer.stop_ids),
         reward=RewardConfig(terms=("choice",)), eval=EvalConfig(num_samples=4, batch_trunks=2),
     )  # fmt: skip
     rewards = {i: [i % 2, 1, 0, 0] for i in range(5)}

@@ -131,8 +131,8 @@ def rows_of(experience: Experience, loss: LossConfig, *, header_length: int) -> 
 def experience(tiny_config, tiny_params):
     tasks = make_tasks(tiny_config, U=4)
     rollouts = generate(
-        tiny_config, tiny_params, tasks.prompts, rollout_key(0, 0), max_completion_tokens=10, temperature=1.0, top_p=1.0,
-        top_k=0, stop_ids=(EOS,), vocab_size=tiny_config.vocab_size,
+        tiny_config, tiny_params, tasks.prompts, rollout_key(0, 0), max_completion_tokens=10, temperature=1.0,
+        top_p=1.0, top_k=0, stop_ids=(EOS,), vocab_size=tiny_config.vocab_size,
     )  # fmt: skip
     rewards = jnp.asarray(np.random.default_rng(0).integers(0, 2, (4, 2, 4)), jnp.float32)
     rewards = rewards.at[0, 0].set(1.0)  # a degenerate group

@@ -216,14 +216,14 @@ def count_calls(monkeypatch, *names):
 def test_a_schedule_changes_nothing_that_is_sampled(tiny_config, tiny_params, monkeypatch, options):
     """Against the static schedule: the same tokens but for near-ties (none here), log-probabilities within 1e-5."""
     tasks, key = make_tasks(tiny_config, U=4, M=2, G=6).prompts, rollout_key(0, 1)
-    counts = count_calls(monkeypatch, "_widen", "_regroup")
+    counts = count_calls(monkeypatch, "widen", "regroup")
     static = generate(
         tiny_config, tiny_params, tasks, key, top_p=1.0, top_k=0, stop_ids=(EOS,), schedule=STATIC, **SHORT
     )
-    assert counts == {"_widen": 0, "_regroup": 0}
+    assert counts == {"widen": 0, "regroup": 0}
     other = generate(tiny_config, tiny_params, tasks, key, top_p=1.0, top_k=0, stop_ids=(EOS,), **options, **SHORT)
     if options["schedule"].compact:
-        assert counts["_widen"] == 3 and counts["_regroup"] >= 2
+        assert counts["widen"] == 3 and counts["regroup"] >= 2
     lengths = np.asarray(static.mask).sum(-1)
     assert lengths.max() == 20 and np.median(lengths[lengths > 0]) < 12
     for name in ("tokens", "mask", "truncated", "num_rejected"):
@@ -234,18 +234,18 @@ def test_a_schedule_changes_nothing_that_is_sampled(tiny_config, tiny_params, mo
 def test_live_rows_move_through_one_chain_of_shapes():
     """4 trunks with 16 slots: 64, then 48, 32, 24, 16, 8, 4 of them in groups of 2."""
     chain = [(24, 2), (16, 2), (12, 2), (8, 2), (4, 2), (2, 2)]
-    assert engine._shapes(4, 16, 10, 50, True) == chain
+    assert engine.chain_of_shapes(4, 16, 10, 50, True) == chain
     # The whole batch keeps 4 x (600 + 16 x 50) = 5,600 tokens; 12 groups would keep 8,400, and 8 still 5,600.
-    assert engine._shapes(4, 16, 600, 50, True) == chain[4:]
+    assert engine.chain_of_shapes(4, 16, 600, 50, True) == chain[4:]
     # Without regrouping a trunk's slots alone become fewer.
-    assert engine._shapes(4, 16, 600, 50, False) == [(4, 12), (4, 8), (4, 6), (4, 4), (4, 2), (4, 1)]
-    assert engine._shapes(1, 1, 10, 50, True) == []
+    assert engine.chain_of_shapes(4, 16, 600, 50, False) == [(4, 12), (4, 8), (4, 6), (4, 4), (4, 2), (4, 1)]
+    assert engine.chain_of_shapes(1, 1, 10, 50, True) == []
 
 
 def test_a_trunk_with_many_live_rows_takes_several_groups():
     live = np.array([8, 1, 1, 0])  # in groups of 2 slots: 4 + 1 + 1
-    assert engine._holds(6, 2, live, True) and not engine._holds(5, 2, live, True)
-    assert engine._holds(4, 8, live, False) and not engine._holds(4, 7, live, False)
+    assert engine.holds(6, 2, live, True) and not engine.holds(5, 2, live, True)
+    assert engine.holds(4, 8, live, False) and not engine.holds(4, 7, live, False)
 
 
 def test_sampling_on_a_mesh_uses_the_same_noise(tiny_config, monkeypatch):
@@ -257,12 +257,12 @@ def test_sampling_on_a_mesh_uses_the_same_noise(tiny_config, monkeypatch):
     many = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     abstract = jax.eval_shape(decoder.Decoder(config).init, jax.random.key(0), trunks_alone(np.zeros((1, 2), np.int32)))
     sharded = jax.device_put(params, param_shardings(many, abstract)["params"])
-    counts = count_calls(monkeypatch, "_shrink")
+    counts = count_calls(monkeypatch, "shrink")
     options = dict(key=rollout_key(0, 0), top_p=1.0, top_k=0, stop_ids=(EOS,), **SHORT)
     a = generate(config, params, shard_batch(single, tasks), **options)
-    assert counts["_shrink"] == 0
+    assert counts["shrink"] == 0
     b = generate(config, sharded, shard_batch(many, tasks), **options)
-    assert counts["_shrink"] > 0  # rows end, and the others move together on their own device
+    assert counts["shrink"] > 0  # rows end, and the others move together on their own device
     same = (np.asarray(a.tokens) == np.asarray(b.tokens)).all(-1)
     assert same.mean() > 0.9
     np.testing.assert_allclose(np.asarray(a.sampler_logprobs)[same], np.asarray(b.sampler_logprobs)[same], atol=1e-5)

@@ -161,7 +161,7 @@ def test_sampled_ids_are_read_as_they_were_written(tmp_path, letters):
     (example,) = read_examples(str(path), letters, template, CONFIG)
     assert example == Example(trunk=[5, 6, 7], first=1, weight=0.0, completion=[8, letters.eos_id])
     batch = make_batch([example], CONFIG, template.tail)
-    assert batch.trunk_weights.sum() == 0 and batch.token_weights.sum() == pytest.approx(1)
+    assert batch.trunk_weights.sum() == 0 and batch.likelihood_weights.sum() == pytest.approx(1)
 
 
 GOOD = {"trunk_tokens": [5], "completion_tokens": [6]}

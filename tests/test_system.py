@@ -192,9 +192,8 @@ def run_hashes(run, state):
 
 
 def rpt_only(config, stop_at_step=None):
-    run = run_stages(
-        dataclasses.replace(config, run=dataclasses.replace(config.run, control=False)), stop_at_step=stop_at_step
-    )
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, control=False))
+    run = run_stages(config, stop_at_step=stop_at_step)
     return run, newest_state(run, warm_start(run))[0]
 
 

@@ -14,14 +14,15 @@ from rpt_jax.config import (
     DecoderConfig,
     EvalConfig,
     LoraConfig,
-    LossConfig,
     MeshConfig,
     RolloutConfig,
     SupervisedConfig,
 )
 from rpt_jax.errors import ConfigError
 from rpt_jax.parallel.mesh import make_mesh
-from rpt_jax.planning import plan
+from rpt_jax.planning.estimate import estimate_memory
+from rpt_jax.planning.plan import make_plan
+from rpt_jax.planning.topologies import describe_topology, fit_mesh, larger_topologies
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed: pip install -e '.[tpu]'")
 
@@ -32,8 +33,7 @@ CONFIG = Config(
         activation_dtype="bfloat16",
     ),
     rollout=RolloutConfig(num_trunks=4, prompts_per_trunk=2, group_size=4, max_completion_tokens=32, top_p=0.95),
-    loss=LossConfig(microbatch_trunks=2),
-    mesh=MeshConfig(data=1, fsdp=2, tensor=2),
+    mesh=MeshConfig(data=1, fsdp=2, tensor=2, microbatch_trunks=2),
     supervised=SupervisedConfig(batch_size=4),
     eval=EvalConfig(batch_trunks=4, num_samples=4),
 )  # fmt: skip
@@ -41,7 +41,7 @@ CONFIG = Config(
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=4)])
 def test_a_step_compiles_for_a_slice_and_is_accounted_for(lora):
-    found = plan.make_plan(dataclasses.replace(CONFIG, lora=lora), "v5e:2x2", num_tail=8)
+    found = make_plan(dataclasses.replace(CONFIG, lora=lora), "v5e:2x2", num_tail=8)
     assert found.fits and [p.name for p in found.programs] == [
         "gather weights", "prefill", "decode", "gradients", "optimizer",
     ]  # fmt: skip
@@ -72,20 +72,20 @@ def test_what_does_not_fit_says_what_would():
         model=dataclasses.replace(CONFIG.model, num_layers=16, max_positions=2**20),
         rollout=dataclasses.replace(CONFIG.rollout, max_completion_tokens=2**17),
     )
-    found = plan.make_plan(long, "v5e:2x2", num_tail=8)
+    found = make_plan(long, "v5e:2x2", num_tail=8)
     assert not found.fits and "no room" in plan_script.describe(found, long)
     changes, topology, nearer = next(plan_script.nearest(long, "v5e:2x2", 8, found.chip.memory))
-    assert plan.estimate_memory(nearer, 8) < found.chip.memory < plan.estimate_memory(long, 8)
+    assert estimate_memory(nearer, 8) < found.chip.memory < estimate_memory(long, 8)
     assert changes and topology.startswith("v5e:")
 
 
 def test_evaluations_must_fit_into_what_was_planned():
     larger = dataclasses.replace(CONFIG, eval=EvalConfig(batch_trunks=8, num_samples=2))
     with pytest.raises(ConfigError, match="--eval.batch-trunks 4"):
-        plan.make_plan(larger, "v5e:2x2", num_tail=8)
+        make_plan(larger, "v5e:2x2", num_tail=8)
     more = dataclasses.replace(CONFIG, eval=EvalConfig(batch_trunks=4, num_samples=8))
     with pytest.raises(ConfigError, match="keeps 64 rollouts at once, more than a step's 32 .* --eval.batch-trunks 2"):
-        plan.make_plan(more, "v5e:2x2", num_tail=8)
+        make_plan(more, "v5e:2x2", num_tail=8)
 
 
 @pytest.mark.parametrize(
@@ -94,15 +94,15 @@ def test_evaluations_must_fit_into_what_was_planned():
 )
 def test_topologies_that_there_are_not(topology, message):
     with pytest.raises(ConfigError, match=message):
-        plan.describe_topology(topology)
+        describe_topology(topology)
 
 
 def test_meshes_follow_topologies():
-    _, devices = plan.describe_topology("v5e:4x4")
-    fitted = plan.fit_mesh(CONFIG, 4)
+    _, devices = describe_topology("v5e:4x4")
+    fitted = fit_mesh(CONFIG, 4)
     assert fitted == CONFIG
     with pytest.raises(ConfigError, match="no multiple"):
-        plan.fit_mesh(dataclasses.replace(CONFIG, mesh=MeshConfig(data=3, tensor=2)), 16)
+        fit_mesh(dataclasses.replace(CONFIG, mesh=MeshConfig(data=3, tensor=2)), 16)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=4), devices)
     assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
     # Neighbours along tensor are neighbours of the torus.
@@ -112,7 +112,7 @@ def test_meshes_follow_topologies():
 
 
 def test_slices_are_the_outer_part_of_data():
-    _, _ = plan.describe_topology("v5e:2x2")
+    _, _ = describe_topology("v5e:2x2")
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
     for number, part in enumerate(mesh.devices):
@@ -122,5 +122,5 @@ def test_slices_are_the_outer_part_of_data():
 
 
 def test_larger_topologies():
-    assert list(plan.larger_topologies("v5p:2x2x4"))[:2] == ["v5p:2x4x4", "v5p:4x4x4"]
+    assert list(larger_topologies("v5p:2x2x4"))[:2] == ["v5p:2x4x4", "v5p:4x4x4"]
     assert jax.default_backend() == "cpu"

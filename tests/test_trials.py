@@ -30,6 +30,7 @@ from rpt_jax.parallel.mesh import make_mesh, shard_batch
 from rpt_jax.rl import packing, trainer
 from rpt_jax.rollout.engine import generate, rollout_key
 from rpt_jax.train.checkpoint import Checkpoints, find_damage
+from rpt_jax.train.pipeline import run_stages
 from rpt_jax.train.run import newest_state
 from rpt_jax.train.run_directory import read_records
 from rpt_jax.train.stages.warm_start import warm_start

@@ -25,10 +25,13 @@ from experiments.benchmarks.common import MODEL_S, alternate, keep, make_tasks, 
 from rpt_jax.config import DecoderConfig, LossConfig, MeshConfig, OptimizerConfig
 from rpt_jax.models.decoder import init_params
 from rpt_jax.parallel.mesh import make_mesh, shard_batch
-from rpt_jax.rl.update import init_state, make_optimizer, policy_loss, update
+from rpt_jax.rl.objective import objective_fn
+from rpt_jax.rl.optimizer import init_state, make_optimizer
+from rpt_jax.rl.update import update
 from rpt_jax.rollout.engine import generate, rollout_key
 from rpt_jax.sequences import completions
-from rpt_jax.types import Prompts, Rollouts, TaskBatch, TrainBatch
+from rpt_jax.types import Prompts, Rollouts, Rows, TaskBatch
+from rpt_jax.work import Shape as ModelShape
 
 MODEL_1_5B = DecoderConfig(
     family="qwen2",
@@ -110,26 +113,26 @@ def decode_bytes(shape: Shape, num_params: int, *, is_repeated: bool) -> float:
     return (shape.new - 1) * (num_params * itemsize + token * (contexts + tails + own))
 
 
-def update_flops(shape: Shape, num_params: int) -> float:
+def update_flops(shape: Shape) -> float:
     """Arithmetic of forward and backward of a batch, each token of a document once."""
-    c = shape.model
     stem = shape.documents * (shape.context + shape.positions * shape.tail)
     tokens = stem + shape.rows * shape.new
     pairs = shape.documents * shape.context**2 / 2 + shape.documents * shape.positions * shape.tail * shape.context
     pairs += shape.rows * shape.new * (shape.context + shape.tail + shape.new / 2)
-    # The output head meets completion tokens only; the embedding is looked up.
-    head = c.vocab_size * c.width
-    body = num_params - head * (1 if c.tie_embeddings else 2)
-    return 6 * (body * tokens + head * shape.rows * shape.new) + 12 * pairs * c.num_layers * c.num_heads * c.head_size
+    # The output head meets completion tokens only; the embedding is looked up. Backward costs twice the forward pass.
+    return 3 * ModelShape(shape.model).forward_flops(tokens, shape.rows * shape.new, pairs)
 
 
-def microbatches(tasks: TaskBatch, rollouts: Rollouts, size: int) -> list[TrainBatch]:
+def microbatches(tasks: TaskBatch, rollouts: Rollouts, size: int) -> list[Rows]:
     """All rows, `size` trunks at a time, advantages 1 and -1 in turn."""
     shape = rollouts.mask.shape
-    batch = TrainBatch(
+    batch = Rows(
         sequences=completions(tasks.prompts, rollouts.tokens, rollouts.mask),
-        token_weights=rollouts.mask / rollouts.mask.sum(),
-        trunk_weights=jnp.zeros(tasks.prompts.trunk_tokens.shape),
+        row=jnp.broadcast_to(jnp.arange(shape[1])[:, None], shape),
+        policy_weights=rollouts.mask / rollouts.mask.sum(),
+        likelihood_weights=None,
+        trunk_weights=None,
+        temperature=jnp.ones(shape),
         advantages=jnp.broadcast_to(1.0 - 2.0 * (tasks.prompts.row_ids.reshape(shape[:2]) % 2)[..., None], shape),
         sampler_logprobs=rollouts.sampler_logprobs,
         old_logprobs=None,
@@ -143,9 +146,9 @@ def measure(shape: Shape, rounds: int) -> dict:
     mesh, optimizer = make_mesh(MeshConfig()), make_optimizer(OptimizerConfig(), 100)
     params = init_params(shape.model, mesh, jax.random.key(0))
     num_params = sum(p.size for p in jax.tree.leaves(params))
-    loss_fn = partial(policy_loss, shape.model, LossConfig(), 1.0)
+    loss_fn = objective_fn(shape.model, LossConfig())
     no_stop = shape.model.vocab_size - 1
-    law = dict(temperature=1.0, top_p=1.0, top_k=0, eos_id=no_stop, vocab_size=no_stop)
+    law = dict(temperature=1.0, top_p=1.0, top_k=0, stop_ids=(no_stop,), vocab_size=no_stop)
     held = {"state": init_state(params, optimizer, mesh)}
     figures = {"parameters": num_params, "peaks": peak, "decode": {}, "update": {}}
     for name, tasks, size in (
@@ -156,7 +159,7 @@ def measure(shape: Shape, rounds: int) -> dict:
 
         def decode(new, tasks=tasks):
             params, key = held["state"].params, rollout_key(0, 0)
-            return generate(shape.model, params, tasks, key, max_completion_tokens=new, **law)
+            return generate(shape.model, params, tasks.prompts, key, max_completion_tokens=new, **law)
 
         batches = microbatches(tasks, decode(shape.new), size)
 
@@ -173,7 +176,7 @@ def measure(shape: Shape, rounds: int) -> dict:
             "tokens_per_second": shape.rows * (shape.new - 1) / seconds,
             "share_of_limit": limit / seconds,
         }
-        arithmetic = update_flops(shape, num_params) / peak["flops_per_second"]
+        arithmetic = update_flops(shape) / peak["flops_per_second"]
         figures["update"][name] = timings["update"] | {"share_of_limit": arithmetic / timings["update"]["median"]}
     return figures
 

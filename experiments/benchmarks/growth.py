@@ -17,14 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.ticker import EngFormatter
-from rpt_jax.rewards.reward import Reward
 
 from experiments.benchmarks.common import MODEL_S, keep, make_tasks, parser
-from rpt_jax.config import Config, DecoderConfig, LossConfig, OptimizerConfig, RolloutConfig
+from rpt_jax.config import Config, DecoderConfig, MeshConfig, OptimizerConfig, RolloutConfig
 from rpt_jax.models.decoder import init_params
 from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.rewards.base import Reward
+from rpt_jax.rl.optimizer import init_state, make_optimizer
 from rpt_jax.rl.trainer import Trainer
-from rpt_jax.rl.update import init_state, make_optimizer
+from rpt_jax.types import Earned
+from rpt_jax.work import num_parameters
 
 TAIL, NEW = 24, 64
 
@@ -74,21 +76,26 @@ def make_step(point: Point):
     config = Config(
         model=point.model,
         rollout=RolloutConfig(
-            num_trunks=U, prompts_per_trunk=M, group_size=G, max_completion_tokens=NEW, temperature=1.0
+            num_trunks=U,
+            prompts_per_trunk=M,
+            group_size=G,
+            max_completion_tokens=NEW,
+            temperature=1.0,
+            stop_ids=(point.model.vocab_size - 1,),
         ),
-        loss=LossConfig(microbatch_trunks=1),
+        mesh=MeshConfig(microbatch_trunks=1),
         optimizer=OptimizerConfig(),
     )
     mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer, 100)
     params = init_params(config.model, mesh, jax.random.key(0))
     rewards = jnp.asarray(np.tile(np.arange(G) % 2, (U, M, 1)), jnp.float32)
-    no_stop = point.model.vocab_size - 1
     trainer = Trainer(
         config=config,
         mesh=mesh,
-        tokenizer=SimpleNamespace(eos_id=no_stop, bos_id=None, vocab_size=no_stop),
+        # The stop token is never sampled.
+        tokenizer=SimpleNamespace(bos_id=None, vocab_size=point.model.vocab_size - 1),
         header_length=0,
-        reward=Reward((), lambda rollouts, tasks, _: (rewards, None, jnp.zeros(rewards.shape, bool))),
+        reward=Reward(lambda _: Earned(rewards=rewards, faults=jnp.zeros(rewards.shape, bool), metrics={})),
         optimizer=optimizer,
         columns=None,
     )
@@ -96,11 +103,11 @@ def make_step(point: Point):
     held = {"state": init_state(params, optimizer, mesh)}
 
     def step():
-        experience = trainer.roll_out(held["state"].params, 0, tasks, 0)
+        experience = trainer.roll_out(trainer.policies(held["state"]), 0, tasks, 0)
         held["state"], _ = trainer.learn(held["state"], experience)
         return jax.block_until_ready(held["state"])
 
-    return step, sum(p.size for p in jax.tree.leaves(params))
+    return step, num_parameters(params)
 
 
 def measure(axis: str, rounds: int) -> list[dict]:

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rpt_jax.rewards.reward import Reward
 
 from experiments.benchmarks.common import MODEL_S, make_tasks
 from experiments.benchmarks.peers import (
@@ -22,13 +21,14 @@ from experiments.benchmarks.peers import (
     Shape,
     as_worker,
 )
-from rpt_jax.config import Config, LossConfig, MeshConfig, OptimizerConfig, RolloutConfig
+from rpt_jax.config import Config, MeshConfig, OptimizerConfig, RolloutConfig
 from rpt_jax.models.decoder import init_params
 from rpt_jax.parallel.distributed import split_cpu
 from rpt_jax.parallel.mesh import make_mesh, shard_batch
+from rpt_jax.rewards.base import Reward
+from rpt_jax.rl.optimizer import init_state, make_optimizer
 from rpt_jax.rl.trainer import Trainer
-from rpt_jax.rl.update import init_state, make_optimizer
-from rpt_jax.types import TaskBatch
+from rpt_jax.types import Earned, Evidence, TaskBatch
 
 # Documents of one forward-backward pass, on all devices.
 MICROBATCH_TRUNKS = 4
@@ -43,9 +43,9 @@ def make_config(shape: Shape) -> Config:
             group_size=GROUP_SIZE,
             max_completion_tokens=shape.new_tokens,
             temperature=1.0,
+            stop_ids=(STOP_ID,),
         ),
-        loss=LossConfig(microbatch_trunks=MICROBATCH_TRUNKS),
-        mesh=MeshConfig(data=NUM_CORES),
+        mesh=MeshConfig(data=NUM_CORES, microbatch_trunks=MICROBATCH_TRUNKS),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, max_grad_norm=1.0),
     )
 
@@ -57,14 +57,11 @@ def make_batch(shape: Shape) -> TaskBatch:
     return replace(tasks, prompts=replace(tasks.prompts, trunk_tokens=shape.documents(), tail_tokens=tails))
 
 
-def rewards(rollouts, tasks, requested):
+def rewards(evidence: Evidence) -> Earned:
     """`peers.reward` of every rollout."""
-    means_UR = jnp.mean(rollouts.tokens.astype(jnp.float32), axis=-1)
-    return (
-        means_UR.reshape(tasks.prompts.row_ids.shape) / VOCABULARY,
-        None,
-        jnp.zeros(tasks.prompts.row_ids.shape, bool),
-    )
+    means_UR = jnp.mean(evidence.rollouts.tokens.astype(jnp.float32), axis=-1)
+    shape = evidence.tasks.prompts.row_ids.shape
+    return Earned(rewards=means_UR.reshape(shape) / VOCABULARY, faults=jnp.zeros(shape, bool), metrics={})
 
 
 def main() -> None:
@@ -78,9 +75,9 @@ def main() -> None:
         config=config,
         mesh=mesh,
         # Ids from the stop token on are never sampled.
-        tokenizer=SimpleNamespace(eos_id=STOP_ID, bos_id=None, vocab_size=STOP_ID),
+        tokenizer=SimpleNamespace(bos_id=None, vocab_size=STOP_ID),
         header_length=0,
-        reward=Reward(requests=(), fn=rewards),
+        reward=Reward(rewards),
         optimizer=optimizer,
         columns=lambda task_id: {},
     )
@@ -88,7 +85,7 @@ def main() -> None:
     tasks = shard_batch(mesh, make_batch(shape))
     step = 0
     while turns.wait():
-        experience = jax.block_until_ready(trainer.roll_out(trainer.policy(state), step, tasks, 0))
+        experience = jax.block_until_ready(trainer.roll_out(trainer.policies(state), step, tasks, 0))
         turns.rolled_out(int(experience.rollouts.mask.sum()))
         state, metrics = trainer.learn(state, experience)
         jax.block_until_ready(state)

@@ -72,7 +72,9 @@ def _law_at(params, tasks, rollouts, u, r, step):
 def run_shape(params, tasks, schedules: dict, static: str, rounds: int) -> dict:
     """Figures of one shape. A schedule is (options of `generate`, batches it takes in turn)."""
     key = rollout_key(0, 0)
-    law = dict(max_completion_tokens=LIMIT, temperature=TEMPERATURE, top_p=1.0, top_k=0, eos_id=EOS, vocab_size=MEAN)
+    law = dict(
+        max_completion_tokens=LIMIT, temperature=TEMPERATURE, top_p=1.0, top_k=0, stop_ids=(EOS,), vocab_size=MEAN
+    )
 
     def call(options, batches):
         return [generate(MODEL_S, params, batch, key, **law, **options) for batch in batches]

@@ -18,17 +18,16 @@ import numpy as np
 import optax
 
 from experiments.benchmarks.common import MODEL_S, alternate, keep, make_tasks, parser
-from rpt_jax.config import Config, DecoderConfig, LossConfig, MeshConfig, OptimizerConfig, RolloutConfig
+from rpt_jax.config import Config, DecoderConfig, MeshConfig, OptimizerConfig, RolloutConfig
 from rpt_jax.models.decoder import forward, init_params
 from rpt_jax.models.vocabulary_head import next_logits, token_loss
 from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.rl.optimizer import init_state, make_optimizer
 from rpt_jax.rl.trainer import Trainer
-from rpt_jax.rl.update import init_state, make_optimizer
 from rpt_jax.sequences import trunks_alone
-from rpt_jax.types import Experience, Rollouts
+from rpt_jax.types import Earned, Experience, Rollouts
 
 CUTS, TAIL, NEW, GROUP = (464, 480, 496, 512), 24, 64, 8
-LOSS = LossConfig(microbatch_trunks=1)
 
 
 def make_experience(lengths=None, idle_share: float = 0.0) -> Experience:
@@ -50,10 +49,10 @@ def make_experience(lengths=None, idle_share: float = 0.0) -> Experience:
     return Experience(
         tasks=tasks,
         rollouts=rollouts,
-        rewards=rewards,
         predictions=None,
-        faults=np.zeros(rewards.shape, bool),
+        earned=Earned(rewards=rewards, faults=np.zeros(rewards.shape, bool), metrics={}),
         group_mask=tasks.prompts.prompt_mask,
+        tokens_scored=np.zeros(U, np.int32),
     )
 
 
@@ -61,7 +60,7 @@ def repeated_prompts(experience: Experience):
     """[num_microbatches, 16, tokens], right-padded, and the loss weights -A / number of tokens of each place."""
     prompts, rollouts = experience.tasks.prompts, experience.rollouts
     U, M, G = prompts.row_ids.shape
-    rewards = experience.rewards
+    rewards = experience.earned.rewards
     advantages = (rewards - rewards.mean(-1, keepdims=True)) / (rewards.std(-1, keepdims=True) + 1e-6)
     tokens = np.zeros((U * M * G, max(CUTS) + TAIL + NEW), np.int32)
     weights = np.zeros(tokens.shape, np.float32)
@@ -95,7 +94,7 @@ def time_updates(rounds: int) -> dict:
     mesh, optimizer = make_mesh(MeshConfig()), make_optimizer(OptimizerConfig(max_grad_norm=0.0), 100)
     params = init_params(MODEL_S, mesh, jax.random.key(0))
     trainer = Trainer(
-        config=Config(model=MODEL_S, loss=LOSS, rollout=RolloutConfig(temperature=1.0)),
+        config=Config(model=MODEL_S, mesh=MeshConfig(microbatch_trunks=1), rollout=RolloutConfig(temperature=1.0)),
         mesh=mesh,
         tokenizer=None,
         header_length=0,
@@ -148,7 +147,8 @@ def vocabulary_memory() -> dict:
     )
 
     def chunked(params, hidden, targets, weights):
-        return token_loss(config, lambda x, w: -w * x, params, hidden, targets, weights, temperature=1.0)[0]
+        one = jnp.ones(targets.shape)
+        return token_loss(config, lambda x, w: -w * x, params, hidden, targets, weights, temperature=one)[0]
 
     def whole(params, hidden, targets, weights):
         law = jax.nn.log_softmax(next_logits(params, hidden))

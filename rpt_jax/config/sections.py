@@ -42,7 +42,7 @@ class DataConfig:
     """Several corpora instead of data.path, each WEIGHT=PATH or WEIGHT=PATH=TEMPLATE; trunks are drawn by weight."""
     cache: str = ""
     """Directory of tokenised documents and scored positions, shared by runs. Empty: the run directory."""
-    heldout_path: str = setting("", shown=True)
+    heldout_path: str = ""
     """Held-out documents for evaluation. Empty: the last `heldout_fraction` of the training documents."""
     heldout_fraction: float = setting(0.1, inside=(0, 1))
     """Share of documents kept for evaluation when `heldout_path` is empty; in (0, 1)."""
@@ -52,7 +52,7 @@ class DataConfig:
     """Tokenizer directory. Empty: train a byte-level BPE on the training documents."""
     tokenizer_vocab_size: int = setting(1024, at_least=300)
     """Vocabulary size of the trained tokenizer when `tokenizer` is empty."""
-    template: Literal["minimal", "v0", "v6"] = setting("v6", shown=True)
+    template: Literal["minimal", "v0", "v6"] = "v6"
     """Prompt around a context: minimal (text, then <think>), or the paper's v0-like or v6-like wording."""
     chat: bool = setting(False, shown=True)
     """Wrap the prompt in the tokenizer's chat template."""
@@ -197,7 +197,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
-    path: str = setting("", shown=True)
+    path: str = ""
     """jsonl of {"text", "completion"?, "text_weight"?}, or of token ids as experiments.rejection_sample writes them, in
     training order. Empty: the training documents."""
     num_steps: int = setting(0, at_least=0, shown=True)
@@ -290,14 +290,14 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    advantage: Literal["grpo", "mean", "rloo", "batch_std", "opo"] = setting("grpo", shown=True)
+    advantage: Literal["grpo", "mean", "rloo", "batch_std", "opo"] = "grpo"
     """Baseline and scale of the reward; see rl/advantages.py."""
     aggregation: Literal["seq_mean", "token_mean", "constant"] = "token_mean"
     """How token terms become one number; see rl/objective.py."""
     clip_eps_low: float = setting(0.2, at_least=0.0)
     clip_eps_high: float = setting(0.2, at_least=0.0)
     """Ratio bounds 1 - low and 1 + high; inert with one update per rollout batch."""
-    kl_coef: float = setting(0.0, at_least=0.0, shown=True)
+    kl_coef: float = setting(0.0, at_least=0.0)
     """Weight of the KL term towards the policy that RPT started from. 0: no reference policy is kept."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     ntp_coef: float = setting(0.0, at_least=0.0)

@@ -52,11 +52,12 @@ class Trainer:
 
     def roll_out(self, policies: dict[str, Any], step: int, tasks: TaskBatch, round_number: int) -> Experience:
         """Sample G completions for each prompt with the current policy, read their predictions and reward them."""
+        born = step if tasks.prompts.born_step is None else tasks.prompts.born_step
         rollouts = generate(
             self.config.model,
             policies[CURRENT],
             tasks.prompts,
-            rollout_key(self.config.run.seed, step, round_number),
+            rollout_key(self.config.run.seed, born, round_number),
             vocab_size=self.tokenizer.vocab_size,
             **self.config.rollout.sampling,
         )

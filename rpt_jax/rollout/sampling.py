@@ -11,8 +11,10 @@ _BLOCK = 128
 
 
 def row_keys(key, row_ids):
-    """One key per row, [...] like `row_ids`."""
+    """One key per row, [...] like `row_ids`; key: one, or [U] for the leading dimension."""
     fold = jax.random.fold_in
+    if key.ndim:
+        return jax.vmap(row_keys)(key, row_ids)
     for _ in range(row_ids.ndim):
         fold = jax.vmap(fold, in_axes=(None, 0))
     return fold(key, row_ids)

@@ -74,7 +74,9 @@ def run_control(run: Run, params, max_flops: float, evaluations: Evaluations, *,
         return
     marks = np.linspace(0, max_flops, num_evaluations + 1)[1:-1]
     with run.checkpoints(NAME) as checkpoints:
-        done = checkpoints.latest_step or 0
+        # An evaluation at the very step that training resumes from is made again.
+        done = (checkpoints.latest_step or 0) - 1
+        run.directory.cut_metrics(EVALUATION, done)
         reached = max((r["flops"] for r in evaluated if r["step"] <= done), default=0.0)
         num_passed = from_main(int((marks <= reached).sum()))
 

@@ -1,0 +1,90 @@
+"""Which other settings would fit: a rough account of memory, to choose what to compile."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from rpt_jax.config import Config
+from rpt_jax.errors import ConfigError
+from rpt_jax.work import Shape
+
+# Of a chip's memory, what an estimate may reach to be worth compiling.
+MARGIN = 0.9
+
+
+def estimate_memory(config: Config, num_tail: int) -> float:
+    """Bytes that each chip needs at most, roughly: to choose what to compile, not to be trusted."""
+    m, r, mesh = config.model, config.rollout, config.mesh
+    t, shards, size = mesh.tensor, mesh.trunk_shards, 2 if m.activation_dtype == "bfloat16" else 4
+    shape, D = Shape(m), m.width
+    heads, count = shape.heads_width, shape.stored
+    held = count * (2 if config.policy.param_dtype == "bfloat16" else 4) / mesh.num_devices
+    trained = 0.02 * count if config.lora.rank else count
+    state = (1 if config.lora.rank else 2) * held + 8 * trained / mesh.num_devices
+    kv = 2 * m.num_layers * m.num_kv_heads * m.head_size * size / t
+    R = r.prompts_per_trunk * r.group_size
+    slots = min(r.slots_per_trunk or R, R)
+    stem = config.data.trunk_length + r.prompts_per_trunk * num_tail
+    per_shard = r.num_trunks / shards
+    rollout = count * size / t + per_shard * (stem + 1.5 * slots * r.max_completion_tokens) * kv
+    per_token = (4 * D + (6 * m.mlp_width + 8 * heads) / t) * size
+    trunks = (config.mesh.microbatch_trunks or r.num_trunks // config.loss.num_minibatches) / shards
+    tokens = trunks * (stem + R * r.max_completion_tokens)
+    kept = m.num_layers * D / t * size if m.remat else m.num_layers * per_token
+    head = 2 * 4 * m.vocab_size * D / t  # its gradient, whole on every shard of the trunks
+    return state + max(rollout, 4 * trained / mesh.num_devices + head + tokens * (kept + per_token))
+
+
+def nearest_settings(config: Config, num_tail: int, memory: float) -> Iterator[tuple[list[str], Config]]:
+    """Changes of the config that would fit by the estimate, the fewest and gentlest first.
+
+    Rollouts in flight and trunks' sizes cost time only; more tensor shards need links; adapters train something else.
+    """
+    found = []
+    r, mesh = config.rollout, config.mesh
+    R = r.prompts_per_trunk * r.group_size
+    for use_lora in (False, True) if not config.lora.rank else (False,):
+        for tensor in (mesh.tensor * 2**i for i in range(4)):
+            for prompts in (r.prompts_per_trunk // 2**i for i in range(8) if r.prompts_per_trunk >= 2**i):
+                for parts in (1, 2, 4, 8, 16):
+                    slots = prompts * r.group_size // parts
+                    if not slots:
+                        continue
+                    change = _changed(config, use_lora, tensor, prompts, 0 if parts == 1 else slots)
+                    try:
+                        change.validate()
+                    except ConfigError:
+                        continue
+                    if change.mesh.num_devices != config.mesh.num_devices:
+                        continue
+                    if estimate_memory(change, num_tail) <= MARGIN * memory:
+                        words = [
+                            f"--rollout.num-trunks {change.rollout.num_trunks} --rollout.prompts-per-trunk {prompts}"
+                            if prompts != r.prompts_per_trunk
+                            else "",
+                            f"--rollout.slots-per-trunk {slots}" if slots != min(r.slots_per_trunk or R, R) else "",
+                            f"--mesh.fsdp {change.mesh.fsdp} --mesh.tensor {tensor}" if tensor != mesh.tensor else "",
+                            "--lora.rank 32 --policy.param-dtype bfloat16" if use_lora else "",
+                            f"--mesh.microbatch-trunks {change.mesh.microbatch_trunks}"
+                            if change.mesh.microbatch_trunks != config.mesh.microbatch_trunks
+                            else "",
+                        ]
+                        words = [w for w in words if w]
+                        if words:  # without any it is the config itself
+                            gentleness = 8 * use_lora + 2 * (tensor != mesh.tensor) + parts / 16 + len(words)
+                            found.append((gentleness, words, change))
+    for _, words, change in sorted(found, key=lambda f: f[0]):
+        yield words, change
+
+
+def _changed(config: Config, use_lora: bool, tensor: int, prompts: int, slots: int) -> Config:
+    mesh = config.mesh
+    mesh = replace(mesh, tensor=tensor, fsdp=max(1, mesh.fsdp * mesh.tensor // tensor))
+    mesh = replace(mesh, microbatch_trunks=mesh.trunk_shards)
+    trunks = config.rollout.num_trunks * config.rollout.prompts_per_trunk // prompts
+    return replace(
+        config,
+        mesh=mesh,
+        rollout=replace(config.rollout, num_trunks=trunks, prompts_per_trunk=prompts, slots_per_trunk=slots),
+        lora=replace(config.lora, rank=32) if use_lora else config.lora,
+        policy=replace(config.policy, param_dtype="bfloat16") if use_lora else config.policy,
+    )

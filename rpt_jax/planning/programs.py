@@ -1,0 +1,243 @@
+"""The programs of a step, compiled for a slice at their largest shapes, with the compiler's account of their memory."""
+
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rpt_jax.config import Config
+from rpt_jax.models import decoder, lora
+from rpt_jax.models.lora import Frozen
+from rpt_jax.parallel.mesh import on_mesh_of, replicated, spec_without, trunk_sharding
+from rpt_jax.planning.traffic import Traffic, read_traffic
+from rpt_jax.rl import update
+from rpt_jax.rl.objective import objective_fn
+from rpt_jax.rl.optimizer import make_optimizer, state_shardings
+from rpt_jax.rollout import engine
+from rpt_jax.sequences import build_tasks, completions, shapes_of
+from rpt_jax.types import Rows, TaskBatch, TrainState
+
+
+def _shapes(tree, sharding):
+    """Shapes of arrays, all lying in one way or each in its own."""
+    if not isinstance(sharding, jax.sharding.Sharding):
+        return jax.tree.map(_shapes, tree, sharding)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def abstract_tasks(config: Config, num_tail: int) -> TaskBatch:
+    """Shapes of a rollout batch."""
+    r = config.rollout
+    row_ids = np.zeros((r.num_trunks, r.prompts_per_trunk, r.group_size), np.int32)
+    tasks = build_tasks(
+        [], tail=[0] * num_tail, row_ids=row_ids, trunk_length=config.data.trunk_length, num_bytes=64,
+        num_tokens=config.data.continuation_tokens,
+    )  # fmt: skip
+    return shapes_of(tasks)
+
+
+def abstract_microbatch(config: Config, tasks: TaskBatch) -> Rows:
+    """Shapes of the largest microbatch: every row teaches, and all are of full length."""
+    U = config.mesh.microbatch_trunks or config.rollout.num_trunks // config.loss.num_minibatches
+    R, C = config.rollout.prompts_per_trunk * config.rollout.group_size, config.rollout.max_completion_tokens
+    prompts = jax.tree.map(lambda x: jax.ShapeDtypeStruct((U, *x.shape[1:]), x.dtype), tasks.prompts)
+    f32, mask = jax.ShapeDtypeStruct((U, R, C), np.float32), jax.ShapeDtypeStruct((U, R, C), bool)
+    tokens = jax.ShapeDtypeStruct((U, R, C), np.int32)
+    trunk_weights = jax.ShapeDtypeStruct((U, config.data.trunk_length), np.float32)
+    return Rows(
+        sequences=jax.eval_shape(completions, prompts, tokens, mask),
+        row=tokens,
+        policy_weights=f32,
+        advantages=f32,
+        likelihood_weights=None,
+        trunk_weights=trunk_weights if config.loss.ntp_coef else None,
+        temperature=f32,
+        sampler_logprobs=f32,
+        old_logprobs=f32 if config.loss.num_minibatches > 1 else None,
+        ref_logprobs=f32 if config.loss.kl_coef else None,
+    )
+
+
+def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, Frozen | None]:
+    """Shapes of the train state, and of what its adapters sit on."""
+    params = decoder.abstract_params(config.model, mesh)
+    # A warm start's adapters are merged in float32.
+    merged = config.lora.targets if config.lora.rank and config.supervised.num_steps else ()
+
+    def held(path, p):
+        kind = np.float32 if path[-1].key in merged else np.dtype(config.policy.param_dtype)
+        return jax.ShapeDtypeStruct(p.shape, kind, sharding=p.sharding)
+
+    params = jax.tree_util.tree_map_with_path(held, params)
+    trained, frozen = params, None
+    if config.lora.rank:
+        trained = lora.abstract_adapters(config.model, config.lora, mesh)
+        frozen = Frozen(params=params, scale=_shapes(jax.ShapeDtypeStruct((), np.float32), replicated(mesh)))
+    optimizer = make_optimizer(config.optimizer, config.num_updates)
+    moments = jax.eval_shape(optimizer.init, trained)
+    moments = _shapes(moments, state_shardings(moments, trained, mesh))
+    number = _shapes(jax.ShapeDtypeStruct((), np.int32), replicated(mesh))
+    return TrainState(step=number, params=trained, opt_state=moments, skipped=number, companions={}), frozen
+
+
+def bytes_per_chip(tree) -> int:
+    """Of arrays with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """One compiled program, as each chip runs it."""
+
+    name: str
+    runs: float
+    """Times that it is run in a step."""
+    peak: int
+    """Bytes of its arguments, of results in buffers of their own, and of what it needs on the way."""
+    temporary: int
+    """Bytes of the last."""
+    resident: int
+    """Bytes of what a run keeps on the chip meanwhile and this program does not see."""
+    fits: bool
+    """The compiler found room for it."""
+    compile_seconds: float
+    traffic: list[Traffic]
+    """Of one run."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """Compiles the programs of one config for one mesh, and accounts for them.
+
+    Attributes:
+        params: shapes of the policy's parameters. note: told the name of each program before it is compiled.
+    """
+
+    mesh: Mesh
+    params: Any
+    note: Callable[[str], None]
+
+    def __call__(self, name: str, runs: float, resident: int, function, *args, trips: float = 1.0, **options):
+        """(the program, shapes of its results, or None where it found no room).
+
+        Args:
+            runs, resident: see `Program`. trips: of loops whose number of rounds the program does not tell.
+        """
+        self.note(name)
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory() as dump, on_mesh_of(self.params):
+            lowered = function.lower(*args, **options)
+            try:
+                # The text comes from a dump: what libtpu writes is newer than jaxlib's own reader.
+                program = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
+            except jax.errors.JaxRuntimeError as error:
+                if not (needed := re.search(r"(?:temporaries \(|Used )([\d.]+)([KMG])", str(error))):
+                    raise
+                peak = int(float(needed[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[needed[2]])
+                return Program(
+                    name=name, runs=runs, peak=peak, temporary=0, resident=resident, fits=False,
+                    compile_seconds=time.monotonic() - begin, traffic=[],
+                ), None  # fmt: skip
+            (text,) = Path(dump).glob(f"*.jit_{function.__name__}.*after_optimizations.txt")
+            traffic = read_traffic(text.read_text(), dict(self.mesh.shape), unknown_trips=trips)
+        memory = program.memory_analysis()
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        found = Program(
+            name=name, runs=runs, peak=peak, temporary=memory.temp_size_in_bytes, resident=resident, fits=True,
+            compile_seconds=time.monotonic() - begin, traffic=traffic,
+        )  # fmt: skip
+        return found, _shapes(lowered.out_info, program.output_shardings)
+
+
+def compile_programs(
+    config: Config, mesh: Mesh, num_tail: int, note: Callable[[str], None] = lambda _: None
+) -> Iterator[Program]:
+    """The programs of a step at their largest: every rollout of full length, in one window as wide as that.
+
+    Passes that only score (old or reference log-probabilities, requests of rewards) are left out: they need less.
+
+    Args:
+        num_tail: tokens of the prompt behind the text.
+        note: told the name of each before it is compiled.
+    """
+    state, frozen = abstract_state(config, mesh)
+    compiler = Compiler(mesh, _joined(frozen, state.params), note)
+    # The policy that RL started from stays: the control begins with it, and a KL term refers to it.
+    kept = bytes_per_chip((state, frozen) if frozen else (state, state.params))
+    tasks = abstract_tasks(config, num_tail)
+    for phase in (_rollout_programs(config, compiler, tasks, kept), _update_programs(config, compiler, tasks, kept)):
+        for program in phase:
+            yield program
+            if not program.fits and program.name != "decode":
+                return
+
+
+def _rollout_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept: int) -> Iterator[Program]:
+    rollout, params = config.rollout, compiler.params
+    on_trunks = partial(_shapes, sharding=trunk_sharding(compiler.mesh))
+    C, R = rollout.max_completion_tokens, rollout.prompts_per_trunk * rollout.group_size
+    slots = min(rollout.slots_per_trunk or R, R)
+    law = engine.Law(
+        max_completion_tokens=C,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop_ids=rollout.stop_ids or (0,),
+        vocab_size=config.model.vocab_size,
+    )
+    key = _shapes(jax.eval_shape(lambda: jax.random.key(0)), replicated(compiler.mesh))
+    not_params = kept - bytes_per_chip(params)
+    specs = tuple(spec_without(p, "fsdp") for p in jax.tree.leaves(params))
+    program, weights = compiler(
+        "gather weights", 1, not_params, decoder.lay_out_for_decoding, config.model, params, specs=specs
+    )
+    yield program
+    resident = not_params + bytes_per_chip(weights)
+    program, started = compiler(
+        "prefill", 1, resident, engine.start, config.model, law, params, on_trunks(tasks.prompts), key, slots=slots,
+        window=C,
+    )  # fmt: skip
+    yield program
+    # While caches are widened for the last time, their first half is still there.
+    halves = bytes_per_chip(started[1].cache) // 2
+    program, _ = compiler(
+        "decode", R / slots, kept + halves, engine.run_segment, config.model, law, weights, *started,
+        jax.ShapeDtypeStruct((), np.int32), trips=C,
+    )  # fmt: skip
+    yield program
+
+
+def _update_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept: int) -> Iterator[Program]:
+    state, frozen = abstract_state(config, compiler.mesh)
+    gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), state.params)
+    rows = _shapes(abstract_microbatch(config, tasks), trunk_sharding(compiler.mesh))
+    microbatches = config.rollout.num_trunks / rows.policy_weights.shape[0]
+    program, results = compiler(
+        "gradients", microbatches, kept - bytes_per_chip((state.params, frozen)),
+        update.add_gradients, gradients, state.params, frozen, rows,
+        loss_fn=objective_fn(config.model, config.loss),
+        shardings=tuple(p.sharding for p in jax.tree.leaves(state.params)),
+    )  # fmt: skip
+    yield program
+    program, _ = compiler(
+        "optimizer", config.loss.num_minibatches, kept - bytes_per_chip(state), update.apply_gradients, state,
+        gradients, results[1], optimizer=make_optimizer(config.optimizer, config.num_updates),
+    )  # fmt: skip
+    yield program
+
+
+def _joined(frozen: Frozen | None, trained):
+    """Shapes of the policy's parameters."""
+    if frozen is None:
+        return trained
+    return frozen.params | trained | {"layers": frozen.params["layers"] | trained["layers"]}
