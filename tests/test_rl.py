@@ -269,6 +269,76 @@ def test_lanes_hold_whole_rows_and_every_row_once():
     assert (lengths * keep).sum() > 0.6 * places
 
 
+@pytest.mark.parametrize("microbatch_trunks", [0, 1])
+def test_packing_keeps_a_row_whole_in_one_lane_whatever_the_lengths(tiny_config, experience, microbatch_trunks):
+    """What sequence ratios (GSPO, arXiv:2507.18071) need: of a row with a weight, every token lies in one lane, in
+    order and once."""
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(1, 11, (4, 8)) if seed else np.full((4, 8), 10)
+        rollouts = dataclasses.replace(experience.rollouts, mask=jnp.arange(10) < lengths[..., None])
+        rewards = jnp.asarray(rng.integers(0, 2, (4, 2, 4)), jnp.float32)
+        changed = with_rewards(dataclasses.replace(experience, rollouts=rollouts), rewards)
+        [microbatches], _ = packed(changed, microbatch_trunks=microbatch_trunks)
+        rows = rows_of(changed, LOSS, header_length=0)
+        kept = np.argwhere(np.asarray((rows.policy_weights != 0) & (rows.advantages != 0)).any(-1))
+        seen = {}
+        for batch in microbatches:
+            trunks = [
+                next(u for u in range(4) if (tokens == rows.sequences.trunk_tokens[u]).all())
+                for tokens in np.asarray(batch.sequences.trunk_tokens)
+            ]
+            for n, lane in np.ndindex(batch.row.shape[:2]):
+                fields = batch.row, batch.sequences.branch_index, batch.sequences.branch_mask
+                own, index, mask = (np.asarray(x)[n, lane] for x in fields)
+                assert ((own >= 0) == mask).all()
+                for r in set(own[mask].tolist()):
+                    assert (trunks[n], r) not in seen, "a row in two lanes"
+                    seen[trunks[n], r] = index[own == r].tolist()
+        assert seen == {(u, r): list(range(lengths[u, r])) for u, r in kept.tolist()}
+
+
+def test_masked_rows_and_tokens_have_no_term_and_the_others_keep_their_baseline(experience):
+    """Earned's masks: a row out of the loss counts in its group's baseline, not in the aggregation."""
+    rng = np.random.default_rng(1)
+    row_mask, token_mask = rng.random((4, 2, 4)) < 0.7, rng.random((4, 8, 10)) < 0.6
+    masked = dataclasses.replace(experience.earned, row_mask=jnp.asarray(row_mask), token_mask=jnp.asarray(token_mask))
+    plain = rows_of(experience, LOSS, header_length=0)
+    rows = rows_of(dataclasses.replace(experience, earned=masked), LOSS, header_length=0)
+    np.testing.assert_array_equal(rows.advantages, plain.advantages)
+    counts = np.asarray(experience.rollouts.mask) & token_mask & row_mask.reshape(4, 8)[..., None]
+    np.testing.assert_allclose(rows.policy_weights, counts / counts.sum(), rtol=1e-6)
+    given = dataclasses.replace(experience.earned, advantages=jnp.asarray(rng.random((4, 2, 4)), jnp.float32))
+    rows = rows_of(dataclasses.replace(experience, earned=given), LOSS, header_length=0)
+    groups = np.asarray(experience.group_mask)[..., None]
+    np.testing.assert_allclose(rows.advantages[..., 0].reshape(4, 2, 4), given.advantages * groups, rtol=1e-6)
+
+
+def test_appended_tokens_are_learned_beside_the_policy_term(tiny_config, tiny_params, experience):
+    """A row may be a thought and a reference behind it: each token at its own temperature, each with its own term."""
+    loss = LossConfig(clip_eps_low=0.1, clip_eps_high=0.3)
+    rows = policy_rows(experience, loss=loss, temperature=0.7, header_length=0)
+    is_reference = (rows.sequences.branch_index >= 6) & rows.sequences.branch_mask
+    likelihood = jnp.where(is_reference, 0.3, 0.0)
+    both = dataclasses.replace(
+        rows, policy_weights=jnp.where(is_reference, 0.0, rows.policy_weights), likelihood_weights=likelihood,
+        temperature=jnp.where(is_reference, 1.0, rows.temperature),
+    )  # fmt: skip
+    value, metrics = objective(tiny_config, loss, tiny_params, both)
+    plain = score(tiny_config, tiny_params, rows.sequences, temperature=1.0)
+    policy = -jnp.sum(both.policy_weights * both.advantages)  # the ratio is 1
+    np.testing.assert_allclose(value, policy - jnp.sum(likelihood * plain), rtol=1e-4)
+    np.testing.assert_allclose(metrics["completion_loss"], -jnp.sum(likelihood * plain), rtol=1e-4)
+
+    def by_hand(params):
+        sampled, plain = (score(tiny_config, params, rows.sequences, temperature=t) for t in (0.7, 1.0))
+        return -jnp.sum(both.policy_weights * both.advantages * sampled) - jnp.sum(likelihood * plain)
+
+    expected = flat(jax.jit(jax.grad(by_hand))(tiny_params))
+    found = flat(gradient(tiny_config, tiny_params, both, loss))
+    assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+
+
 def test_nothing_to_learn_from_is_an_update_of_padding(tiny_config, tiny_params, experience, mesh):
     level = with_rewards(experience, jnp.ones((4, 2, 4)))
     [microbatches], counts = packed(level)

@@ -201,7 +201,6 @@ def extract_predictions(
     C, W = tokens_BC.shape[1], byte_table_VW.shape[1]
     X = max_prediction_bytes or min(C * W, _DEFAULT_MAX_BYTES)
     tokens_BC = jnp.where(mask_BC, tokens_BC, 0)
-
     ends_BC = jnp.cumsum(jnp.where(mask_BC, byte_lengths_V[tokens_BC], 0), axis=1)
     starts_BC = jnp.pad(ends_BC[:, :-1], ((0, 0), (1, 0)))
     think_BC, box_BC = _scan_marks(tables, tokens_BC, mask_BC)
@@ -212,32 +211,16 @@ def extract_predictions(
     box_position = _at(starts_BC, box_token) + box_offset
     # Marks cannot overlap, so the box follows the think end iff it ends after it.
     allowed = has_box & (has_think & (box_position > think_position) if require_think_end else True)
-
     close_token, close_offset, balanced = _balanced_close(
         tables, tokens_BC, mask_BC, byte_table_VW, byte_lengths_V, box_token, box_offset
     )
     balanced_end = _at(starts_BC, close_token) + close_offset
-    close_BC = jnp.where(mask_BC, tables.last_close[tokens_BC], 0)
-    tail_token, _ = _last(close_BC > 0)
-    tail_end = _at(starts_BC, tail_token) + _at(close_BC, tail_token) - 1
-    has_tail = tail_end >= box_position
-    if mode == "balanced":
-        end, closed = balanced_end, balanced
-    elif mode == "tail":
-        end, closed = tail_end, has_tail
-    else:
-        use_tail = has_tail & (~balanced | (balanced_end == box_position))
-        end, closed = jnp.where(use_tail, tail_end, balanced_end), balanced | has_tail
-
+    end, closed = _box_end(mode, tables, tokens_BC, mask_BC, starts_BC, box_position, balanced_end, balanced)
     found = allowed & closed
     lengths = jnp.where(found, end - box_position, 0)
     # Unescaping shortens a prediction to no less than half.
     width = 2 * X if unescape_newline else X
-    positions_BX = box_position[:, None] + jnp.arange(width)
-    index_BX = jax.vmap(partial(jnp.searchsorted, side="right"))(ends_BC, positions_BX)
-    index_BX = jnp.minimum(index_BX, C - 1)
-    offset_BX = positions_BX - jnp.take_along_axis(starts_BC, index_BX, axis=1)
-    bytes_BX = byte_table_VW[jnp.take_along_axis(tokens_BC, index_BX, axis=1), jnp.clip(offset_BX, 0, W - 1)]
+    bytes_BX = _bytes_from(box_position, width, tokens_BC, starts_BC, ends_BC, byte_table_VW)
     bytes_BX = jnp.where(jnp.arange(width) < lengths[:, None], bytes_BX, 0).astype(jnp.uint8)
     if unescape_newline:
         bytes_BX, lengths = _unescape_newlines(bytes_BX, lengths)
@@ -247,3 +230,27 @@ def extract_predictions(
         found=found,
         think_end_tokens=jnp.where(has_think, think_token + 1, 0),
     )
+
+
+def _box_end(mode: str, tables, tokens_BC, mask_BC, starts_BC, box_position, balanced_end, balanced):
+    """(byte position of the box's end, whether it has one), each [B], by the mode's rule."""
+    if mode == "balanced":
+        return balanced_end, balanced
+    close_BC = jnp.where(mask_BC, tables.last_close[tokens_BC], 0)
+    tail_token, _ = _last(close_BC > 0)
+    tail_end = _at(starts_BC, tail_token) + _at(close_BC, tail_token) - 1
+    has_tail = tail_end >= box_position
+    if mode == "tail":
+        return tail_end, has_tail
+    use_tail = has_tail & (~balanced | (balanced_end == box_position))
+    return jnp.where(use_tail, tail_end, balanced_end), balanced | has_tail
+
+
+def _bytes_from(position_B, width: int, tokens_BC, starts_BC, ends_BC, byte_table_VW):
+    """u8 [B, width]: the completion's bytes from a position on; arbitrary past its end."""
+    C, W = tokens_BC.shape[1], byte_table_VW.shape[1]
+    positions_BX = position_B[:, None] + jnp.arange(width)
+    index_BX = jax.vmap(partial(jnp.searchsorted, side="right"))(ends_BC, positions_BX)
+    index_BX = jnp.minimum(index_BX, C - 1)
+    offset_BX = positions_BX - jnp.take_along_axis(starts_BC, index_BX, axis=1)
+    return byte_table_VW[jnp.take_along_axis(tokens_BC, index_BX, axis=1), jnp.clip(offset_BX, 0, W - 1)]

@@ -150,15 +150,21 @@ def generate(
             if not live and not is_waiting:
                 return _rollouts(law, written)
             if shapes and not is_waiting and live <= floor:
-                while shapes and holds(*shapes[0], live_U, may_regroup):
-                    groups, size = shapes.pop(0)
-                    if may_regroup:
-                        stems, flight = regroup(stems, flight, num_trunks=U, groups=groups, slots=size)
-                    else:
-                        flight = shrink(flight, slots=size)
+                stems, flight = _compacted(stems, flight, shapes, live_U, may_regroup)
                 floor = min(math.prod(shapes[0]), live * 7 // 8) if shapes else 0
             if clock == window < limit:
                 flight = widen(config, flight, window=min(2 * window, limit))
+
+
+def _compacted(stems: Stems, flight: Flight, shapes: list, live_U, may_regroup: bool) -> tuple[Stems, Flight]:
+    """Live rows in the smallest shape that holds them; shapes that are passed are taken off the list."""
+    while shapes and holds(*shapes[0], live_U, may_regroup):
+        groups, size = shapes.pop(0)
+        if may_regroup:
+            stems, flight = regroup(stems, flight, num_trunks=len(live_U), groups=groups, slots=size)
+        else:
+            flight = shrink(flight, slots=size)
+    return stems, flight
 
 
 def num_shards_of(array) -> int:

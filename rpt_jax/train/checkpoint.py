@@ -105,7 +105,7 @@ class Checkpoints:
             return
         path = self._directory / str(step)
         try:
-            response = ocp.save_checkpointables_async(path, {"state": state, "record": record})
+            response = ocp.save_checkpointables_async(path, {"state": _saved(state), "record": record})
         except OSError as error:
             raise _unwritten(path, error) from error
 
@@ -164,7 +164,7 @@ class Checkpoints:
         step = self.latest_step
         if step is None:
             raise CheckpointError(f"no checkpoint in {self._directory}; start the stage from its beginning.")
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(like))
         try:
             restored = ocp.load_checkpointables(self._directory / str(step), {"state": abstract, "record": None})
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
@@ -172,13 +172,26 @@ class Checkpoints:
                 f"checkpoint {self._directory} step {step} does not fit this run ({error}); the model and optimizer "
                 "settings must be those that wrote it. Choose another --run.directory."
             ) from error
-        return restored["state"], restored["record"]
+        return TrainState(**{"companions": {}} | restored["state"]), _current(restored["record"])
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
         self.wait()
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+    """What is written of a state: a run without companions, such as every one of an earlier version, keeps none."""
+    return {name: value for name, value in vars(state).items() if name != "companions" or value}
+
+
+def _current(record: dict) -> dict:
+    """A record as `loop.fit` reads it; earlier versions named the data cursor after the stage's own."""
+    if "cursor" in record or "flops" not in record:
+        return record
+    rest = {name: value for name, value in record.items() if name not in ("tasks", "position")}
+    return rest | {"cursor": record["tasks"] if "tasks" in record else {"position": record["position"]}}
 
 
 def _unwritten(path: Path, error: Exception) -> CheckpointError:

@@ -1,0 +1,108 @@
+"""Recipes: runs in order, each from the policy that the one before ended with; exact after an interruption anywhere."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_interruption import on_call, terminate
+from test_system import corpus, evaluated_at_the_ends, run_hashes, tiny_run  # noqa: F401  (a fixture)
+
+from rpt_jax.config import LoraConfig, MeshConfig
+from rpt_jax.errors import CheckpointError, ConfigError, Interrupted
+from rpt_jax.models.lora import merge
+from rpt_jax.parallel.interruption import watching
+from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.rl import trainer
+from rpt_jax.train import pipeline
+from rpt_jax.train.policies import start_params
+from rpt_jax.train.run import newest_state, prepare
+from rpt_jax.train.run_directory import read_config
+from rpt_jax.train.stages import supervised
+from rpt_jax.train.stages.warm_start import warm_start
+
+
+def recipe(corpus):  # noqa: F811
+    """A warm start and RL with adapters, then RL of all parameters from where that ended."""
+    base = evaluated_at_the_ends(tiny_run(corpus, "set by the recipe"))
+    base = dataclasses.replace(base, run=dataclasses.replace(base.run, control=False, num_steps=2))
+    base = dataclasses.replace(base, eval=dataclasses.replace(base.eval, every_steps=2))
+    second = dataclasses.replace(
+        base,
+        supervised=dataclasses.replace(base.supervised, num_steps=0),
+        run=dataclasses.replace(base.run, num_steps=2, seed=5),
+    )
+    return (("first", dataclasses.replace(base, lora=LoraConfig(rank=2))), ("second", second))
+
+
+def reopened(directory):
+    config = read_config(Path(directory), say=False)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, directory=str(directory)))
+    return prepare(config, read_only=True)
+
+
+def hashes(directories):
+    runs = [reopened(directory) for directory in directories]
+    return [run_hashes(run, newest_state(run, warm_start(run))[0]) for run in runs]
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory):  # noqa: F811
+    directory, ran = tmp_path_factory.mktemp("recipe"), []
+    directories = pipeline.run_recipe(recipe(corpus), directory, after_each=lambda r: ran.append(r.directory.path.name))
+    assert ran == ["first", "second"]
+    return directories, hashes(directories)
+
+
+def test_each_run_starts_from_the_one_before(straight):
+    (first, second), _ = straight
+    run = reopened(first)
+    state, frozen, step = newest_state(run, warm_start(run))
+    assert step == 2
+    ended = merge(frozen, state.params)
+    following = read_config(second, say=False)
+    assert following.policy.path == str(first) and following.model == run.config.model
+    jax.tree.map(np.testing.assert_array_equal, start_params(following, run.mesh), ended)
+    # Its first evaluation is of that policy: the same positions, other noise.
+    records = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["stage"] == "evaluation"] == [0, 2]
+
+
+def test_a_finished_recipe_is_not_run_again(corpus, straight):  # noqa: F811
+    (first, _), before = straight
+    ran = []
+    pipeline.run_recipe(recipe(corpus), first.parent, after_each=ran.append)
+    assert ran == [] and hashes(straight[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "number"),
+    [(supervised, "update", 3), (trainer, "update", 2), (trainer, "update", 4)],
+    ids=["in the first warm start", "in the first RL", "in the second run"],
+)
+def test_an_interruption_anywhere_changes_nothing(corpus, straight, tmp_path, monkeypatch, place, name, number):  # noqa: F811
+    on_call(monkeypatch, place, name, number, terminate)
+    with watching(0), pytest.raises(Interrupted):
+        pipeline.run_recipe(recipe(corpus), tmp_path)
+    monkeypatch.undo()
+    with watching(0):
+        directories = pipeline.run_recipe(recipe(corpus), tmp_path)
+    arrays = [(h[0], h[2]) for h in hashes(directories)]
+    assert arrays == [(h[0], h[2]) for h in straight[1]]
+
+
+def test_recipes_that_cannot_be(corpus, straight, tmp_path):  # noqa: F811
+    (name, first), (_, second) = recipe(corpus)
+    with pytest.raises(ConfigError, match="each needs a name of its own"):
+        pipeline.run_recipe(((name, first), (name, second)), tmp_path)
+    elsewhere = dataclasses.replace(second, policy=dataclasses.replace(second.policy, path="somewhere"))
+    with pytest.raises(ConfigError, match="it starts from the run before"):
+        pipeline.run_recipe(((name, first), ("other", elsewhere)), tmp_path)
+    # A run that has no policy yet.
+    prepare(dataclasses.replace(first, run=dataclasses.replace(first.run, directory=str(tmp_path / "begun"))))
+    (tmp_path / "begun" / "checkpoints").mkdir()
+    begun = dataclasses.replace(second, policy=dataclasses.replace(second.policy, path=str(tmp_path / "begun")))
+    with pytest.raises(CheckpointError, match="warm_start is not finished"):
+        start_params(begun, make_mesh(MeshConfig()))
