@@ -1,0 +1,6 @@
+"""Text to ids and back: the vocabulary and its exact bytes, the files it is read from, chat templates."""
+
+from rpt_jax.tokenizer.loading import load_tokenizer, train_byte_level, word_level
+from rpt_jax.tokenizer.vocabulary import BOX_OPEN, THINK_CLOSE, THINK_OPEN, Tokenizer
+
+__all__ = ["BOX_OPEN", "THINK_CLOSE", "THINK_OPEN", "Tokenizer", "load_tokenizer", "train_byte_level", "word_level"]
