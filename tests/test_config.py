@@ -167,7 +167,7 @@ def test_a_flag_that_moved_says_where_to():
         (["--reward.terms", "best"], "names 'best'; there are prefix"),
         (["--reward.terms", "prefix", "prefix"], "each once"),
         (["--reward.terms", "x*prefix"], "WEIGHT\\*NAME"),
-        (["--reward.terms", "math"], "'math', and there are no questions"),
+        (["--reward.terms", "math"], "'math', which needs questions"),
         (["--reward.terms", "custom"], "custom needs a function"),
         (["--reward.compose", "normalize_then_sum", "--loss.advantage", "mean"], "must be left at 'grpo'"),
     ],

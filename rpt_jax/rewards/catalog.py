@@ -93,13 +93,18 @@ def check_rewards(config: Config) -> None:
     kind = "questions" if config.questions.path else "documents"
     names = [term.name for term in parse_terms(config.reward.terms)]
     for name in names:
-        if kind not in _row(name).tasks:
-            fitting = ", ".join(n for n, row in CATALOG.items() if kind in row.tasks)
-            asked = "questions.path asks for questions" if kind == "questions" else "there are no questions"
+        if kind in _row(name).tasks:
+            continue
+        fitting = ", ".join(n for n, row in CATALOG.items() if kind in row.tasks)
+        if kind == "questions":
             raise ConfigError(
-                f"reward.terms names {name!r}, and {asked}; of {kind} there are {fitting}. Set --reward.terms to some "
-                "of these, or change --questions.path."
+                f"reward.terms names {name!r}, which reads a text's continuation, and questions.path asks for "
+                f"questions. Set --reward.terms to one of {fitting}."
             )
+        raise ConfigError(
+            f"reward.terms names {name!r}, which needs questions. Set --questions.path, or --reward.terms to one of "
+            f"{fitting}."
+        )
     if ("custom" in names) != bool(config.reward.function):
         raise ConfigError(
             f"reward.terms={config.reward.terms} with reward.function={config.reward.function!r}; custom needs a "
