@@ -3,10 +3,11 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_system import corpus, evaluated_at_the_ends, tiny_run  # noqa: F401  (a fixture)
+from test_system import corpus, evaluated_at_the_ends, run_hashes, tiny_run  # noqa: F401  (a fixture)
 
 from rpt_jax.errors import ConfigError
 from rpt_jax.rewards import catalog
@@ -14,6 +15,8 @@ from rpt_jax.rewards.base import Reward, Term, compose, parse_terms
 from rpt_jax.scoring.requests import Request
 from rpt_jax.sequences import Task, build_tasks
 from rpt_jax.train.pipeline import run_stages
+from rpt_jax.train.run import newest_state
+from rpt_jax.train.stages.warm_start import warm_start
 from rpt_jax.types import Earned, Evidence
 
 A = [[[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]]
@@ -121,3 +124,32 @@ def test_a_new_reward_is_one_function_and_one_line(corpus, tmp_path, monkeypatch
     np.testing.assert_allclose(
         figures["sampled_reward"], figures["sampled_prefix"] + 0.5 * figures["sampled_reward/likely_answer"], rtol=1e-4
     )
+
+
+def test_a_run_whose_reward_asks_for_the_average_resumes_exactly(corpus, tmp_path, monkeypatch):  # noqa: F811
+    """The average is in the checkpoint: stopping after one step and going on equals going straight."""
+    average = dataclasses.replace(LIKELY, policy="average")
+    monkeypatch.setattr(catalog, "CATALOG", catalog.CATALOG | {
+        "likely_answer": dataclasses.replace(TOY["likely_answer"], requests=(average,))
+    })  # fmt: skip
+
+    def config(name):
+        base = evaluated_at_the_ends(tiny_run(corpus, tmp_path / name))
+        return dataclasses.replace(
+            base,
+            run=dataclasses.replace(base.run, num_steps=2, control=False),
+            reward=dataclasses.replace(base.reward, terms=("likely_answer",)),
+            companion=dataclasses.replace(base.companion, decay=0.5),
+        )
+
+    def end(name, **options):
+        run = run_stages(config(name), **options)
+        state, *_ = newest_state(run, warm_start(run))
+        assert set(state.companions) == {"average"}
+        return run_hashes(run, state), state
+
+    straight, state = end("straight")
+    end("stopped", stop_at_step=1)
+    assert end("stopped")[0] == straight
+    moved = [(a != p).any() for a, p in zip(*map(jax.tree.leaves, (state.companions["average"], state.params)))]
+    assert any(moved)

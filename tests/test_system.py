@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
+from test_config import as_format_1
 
 from experiments import quickstart, train
 from experiments.presets import TINY_WORKED
@@ -21,9 +22,12 @@ from rpt_jax.data import synthetic
 from rpt_jax.data.documents import Document
 from rpt_jax.data.examples import document_examples, read_examples
 from rpt_jax.data.templates import make_template
-from rpt_jax.errors import CheckpointError, DataError
+from rpt_jax.errors import CheckpointError, ConfigError, DataError
+from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.pipeline import run_stages
+from rpt_jax.train.policies import fresh_state
 from rpt_jax.train.run import newest_state, prepare
+from rpt_jax.train.run_directory import read_config
 from rpt_jax.train.stages.supervised import make_batch
 from rpt_jax.train.stages.warm_start import warm_start
 
@@ -240,6 +244,39 @@ def test_a_run_directory_keeps_its_config(corpus, finished):
     longer = dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=6))
     prepare(longer)
     prepare(config)
+
+
+def test_a_run_of_the_first_format_opens_and_says_what_moved(corpus, finished, tmp_path, capsys):
+    """Its settings are read from where they stood; what it resolved at its first start is used again."""
+    shutil.copytree(finished, tmp_path / "old")
+    kept = read_config(finished, say=False)
+    (tmp_path / "old" / "config.json").write_text(json.dumps(as_format_1(kept)))
+    run = prepare(tiny_run(corpus, tmp_path / "old"))
+    said = capsys.readouterr().err
+    assert "made by an earlier version" in said and "loss.microbatch_trunks is mesh.microbatch_trunks=4" in said
+    assert run.config.rollout.stop_ids == (run.tokenizer.eos_id,) == kept.rollout.stop_ids
+    assert read_config(tmp_path / "old", say=False) == run.config
+    # What a checkpoint of that format held of the data's cursor is where the loop looks for it.
+    with Checkpoints(tmp_path / "stage", keep=3) as checkpoints:
+        state, _ = fresh_state(run.config, run.mesh, run.start_params(), "rpt")
+        for step, old in ((1, {"tasks": {"next": 3, "passed_over": 0}}), (2, {"position": 7})):
+            checkpoints.save(step, state, {"step": step, "flops": 1.0} | old)
+            _, record = checkpoints.restore(state)
+            assert record == {"step": step, "flops": 1.0, "cursor": old.get("tasks", {"position": 7})}
+
+
+def test_resolved_values_are_kept_with_the_run(corpus, finished, tmp_path):
+    """Stop ids that were given once hold for every resume, and others are refused."""
+    config = tiny_run(corpus, tmp_path / "run")
+    given = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, stop_ids=(0, 3)))
+    prepare(given)
+    assert prepare(config).config.rollout.stop_ids == (0, 3)
+    other = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, stop_ids=(3,)))
+    with pytest.raises(CheckpointError, match=r"rollout.stop_ids: \(0, 3\) -> \(3,\)"):
+        prepare(other)
+    beyond = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, stop_ids=(10**6,)))
+    with pytest.raises(ConfigError, match="they must be ids of the tokenizer"):
+        prepare(beyond)
 
 
 def test_a_report_needs_a_run(tmp_path):

@@ -147,8 +147,7 @@ def vocabulary_memory() -> dict:
     )
 
     def chunked(params, hidden, targets, weights):
-        one = jnp.ones(targets.shape)
-        return token_loss(config, lambda x, w: -w * x, params, hidden, targets, weights, temperature=one)[0]
+        return token_loss(config, lambda x, w: -w * x, params, hidden, targets, weights, temperature=1.0)[0]
 
     def whole(params, hidden, targets, weights):
         law = jax.nn.log_softmax(next_logits(params, hidden))

@@ -183,6 +183,7 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """muon: orthogonalised momentum on the layers' matrices, Adam without decay on everything else."""
     learning_rate: float = setting(1e-6, at_least=0, shown=True)
+    """Highest rate, after the warm-up."""
     matrix_learning_rate: float = setting(0.02, at_least=0)
     """Muon's own rate for the layers' matrices; adapters are none of them."""
     b1: float = 0.9

@@ -92,13 +92,14 @@ def token_loss(config: DecoderConfig, term_fn, params, hidden_UND, targets_UN, i
     Args:
         term_fn: (logprobs [U, n], inputs [U, n]) -> terms f32 [U, n], elementwise.
         hidden_UND, targets_UN: as in `token_logprobs`.
-        temperature: f32 [U, N], of each token's law; > 0.
+        temperature: of the law, one number or f32 [U, N]; > 0.
         inputs: tree of arrays [U, N], constants of the loss.
     Returns:
         (scalar loss, (logprobs f32 [U, N], entropy f32 [U, N])); the last two carry no gradient.
     """
     head_VD = _head_for(params, hidden_UND)
-    return _token_loss(config, term_fn, head_VD, hidden_UND, targets_UN, inputs, 1 / temperature)
+    sharpness_UN = jnp.broadcast_to(1 / jnp.asarray(temperature, jnp.float32), targets_UN.shape)
+    return _token_loss(config, term_fn, head_VD, hidden_UND, targets_UN, inputs, sharpness_UN)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

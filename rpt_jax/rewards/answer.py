@@ -41,6 +41,28 @@ class AnswerTables:
     last_close: Any  # i32 [V], bytes up to and including the last closing brace; 0: none
 
 
+@record
+class _Text:
+    """Completions laid out in bytes: where each token stands, and the vocabulary that spells it."""
+
+    tokens: Any  # i32 [B, C], 0 where the mask is False
+    mask: Any  # bool [B, C]
+    starts: Any  # i32 [B, C], byte position of the token's first byte
+    ends: Any  # i32 [B, C], byte position behind its last
+    byte_table: Any  # u8 [V, W]
+    byte_lengths: Any  # i32 [V]
+
+
+@record
+class _Mark:
+    """The last mark of each row; of a row without one, only `found` means anything."""
+
+    token: Any  # i32 [B], index of the token that completes it
+    offset: Any  # i32 [B], bytes of that token up to the mark's end
+    position: Any  # i32 [B], byte position behind the mark
+    found: Any  # bool [B]
+
+
 def _automaton(mark: str, table_VW, lengths_V):
     """Transitions of the automaton that looks for `mark`, for every token and state.
 
@@ -107,7 +129,28 @@ def _first(flags_BC):
     return jnp.argmax(flags_BC, axis=1), jnp.any(flags_BC, axis=1)
 
 
-def _scan_marks(tables: AnswerTables, tokens_BC, mask_BC):
+def _lay_out(tokens_BC, mask_BC, byte_table_VW, byte_lengths_V) -> _Text:
+    byte_table_VW, byte_lengths_V = jnp.asarray(byte_table_VW), jnp.asarray(byte_lengths_V)
+    tokens_BC = jnp.where(mask_BC, tokens_BC, 0)
+    ends_BC = jnp.cumsum(jnp.where(mask_BC, byte_lengths_V[tokens_BC], 0), axis=1)
+    return _Text(
+        tokens=tokens_BC,
+        mask=mask_BC,
+        starts=jnp.pad(ends_BC[:, :-1], ((0, 0), (1, 0))),
+        ends=ends_BC,
+        byte_table=byte_table_VW,
+        byte_lengths=byte_lengths_V,
+    )
+
+
+def _last_mark(text: _Text, mark_end_BC) -> _Mark:
+    """The last mark, from the bytes of each token up to the end of the last one that it completes (0: none)."""
+    token_B, found_B = _last(mark_end_BC > 0)
+    offset_B = _at(mark_end_BC, token_B)
+    return _Mark(token=token_B, offset=offset_B, position=_at(text.starts, token_B) + offset_B, found=found_B)
+
+
+def _scan_marks(tables: AnswerTables, text: _Text):
     """Bytes of each token up to the end of the last mark it completes, for </think> and for the box; i32 [B, C]."""
 
     def step(states, inputs):
@@ -121,33 +164,59 @@ def _scan_marks(tables: AnswerTables, tokens_BC, mask_BC):
         box = jnp.where(mask_B, tables.box_next[token_B, box], box)
         return (think, box), ends
 
-    start = jnp.zeros(tokens_BC.shape[0], jnp.int32)
-    _, (think_end_CB, box_end_CB) = jax.lax.scan(step, (start, start), (tokens_BC.T, mask_BC.T))
+    start = jnp.zeros(text.tokens.shape[0], jnp.int32)
+    _, (think_end_CB, box_end_CB) = jax.lax.scan(step, (start, start), (text.tokens.T, text.mask.T))
     return think_end_CB.T, box_end_CB.T
 
 
-def _balanced_close(tables, tokens_BC, mask_BC, byte_table_VW, byte_lengths_V, box_token_B, box_offset_B):
-    """Where the brace that balances the box lies: (token, byte offset in it, found), each [B].
+def _balanced_close(tables: AnswerTables, text: _Text, box: _Mark):
+    """(byte position of the brace that balances the box, whether there is one), each [B].
 
     The box's own token is read from its byte offset on; later tokens by their tabulated brace counts; only the token
     that closes is read bytewise.
     """
-    W = byte_table_VW.shape[1]
+    C, W = text.tokens.shape[1], text.byte_table.shape[1]
 
-    def depth_inside(token_index_B, depth_B, from_byte_B):
-        token = _at(tokens_BC, token_index_B)
-        in_token = (jnp.arange(W) >= from_byte_B[:, None]) & (jnp.arange(W) < byte_lengths_V[token][:, None])
-        return depth_B[:, None] + jnp.cumsum(_braces(byte_table_VW[token], in_token), axis=1)
+    def depth_inside(index_B, depth_B, from_byte_B):
+        token_B = _at(text.tokens, index_B)
+        inside_BW = (jnp.arange(W) >= from_byte_B[:, None]) & (jnp.arange(W) < text.byte_lengths[token_B][:, None])
+        return depth_B[:, None] + jnp.cumsum(_braces(text.byte_table[token_B], inside_BW), axis=1)
 
-    depth_BW = depth_inside(box_token_B, jnp.ones_like(box_token_B), box_offset_B)
-    near_offset, near = _first(depth_BW == 0)
+    depth_BW = depth_inside(box.token, jnp.ones_like(box.token), box.offset)
+    near_offset_B, near_B = _first(depth_BW == 0)
 
-    later = (jnp.arange(tokens_BC.shape[1]) > box_token_B[:, None]) & mask_BC
-    net_BC = jnp.where(later, tables.net[tokens_BC], 0)
+    later_BC = (jnp.arange(C) > box.token[:, None]) & text.mask
+    net_BC = jnp.where(later_BC, tables.net[text.tokens], 0)
     before_BC = depth_BW[:, -1:] + jnp.cumsum(net_BC, axis=1) - net_BC
-    far_token, far = _first(later & (before_BC + tables.low[tokens_BC] <= 0))
-    far_offset, _ = _first(depth_inside(far_token, _at(before_BC, far_token), jnp.zeros_like(far_token)) == 0)
-    return jnp.where(near, box_token_B, far_token), jnp.where(near, near_offset, far_offset), near | far
+    far_token_B, far_B = _first(later_BC & (before_BC + tables.low[text.tokens] <= 0))
+    far_depth_BW = depth_inside(far_token_B, _at(before_BC, far_token_B), jnp.zeros_like(far_token_B))
+    far_offset_B, _ = _first(far_depth_BW == 0)
+
+    token_B = jnp.where(near_B, box.token, far_token_B)
+    return _at(text.starts, token_B) + jnp.where(near_B, near_offset_B, far_offset_B), near_B | far_B
+
+
+def _box_end(mode: str, tables: AnswerTables, text: _Text, box: _Mark):
+    """(byte position of the box's end, whether it has one), each [B], by the mode's rule."""
+    balanced_end_B, balanced_B = _balanced_close(tables, text, box)
+    if mode == "balanced":
+        return balanced_end_B, balanced_B
+    tail_end_B = _last_mark(text, jnp.where(text.mask, tables.last_close[text.tokens], 0)).position - 1
+    has_tail_B = tail_end_B >= box.position
+    if mode == "tail":
+        return tail_end_B, has_tail_B
+    use_tail_B = has_tail_B & (~balanced_B | (balanced_end_B == box.position))
+    return jnp.where(use_tail_B, tail_end_B, balanced_end_B), balanced_B | has_tail_B
+
+
+def _bytes_from(text: _Text, position_B, width: int):
+    """u8 [B, width]: the completion's bytes from a position on; arbitrary past its end."""
+    C, W = text.tokens.shape[1], text.byte_table.shape[1]
+    positions_BX = position_B[:, None] + jnp.arange(width)
+    index_BX = jax.vmap(partial(jnp.searchsorted, side="right"))(text.ends, positions_BX)
+    index_BX = jnp.minimum(index_BX, C - 1)
+    offset_BX = positions_BX - jnp.take_along_axis(text.starts, index_BX, axis=1)
+    return text.byte_table[jnp.take_along_axis(text.tokens, index_BX, axis=1), jnp.clip(offset_BX, 0, W - 1)]
 
 
 def _unescape_newlines(bytes_BX, lengths_B):
@@ -161,6 +230,17 @@ def _unescape_newlines(bytes_BX, lengths_B):
     replaced = jnp.where(starts, jnp.uint8(ord("\n")), bytes_BX)
     out = jnp.zeros((B, X), jnp.uint8).at[jnp.arange(B)[:, None], target].set(replaced, mode="drop")
     return out, lengths_B - dropped.sum(1)
+
+
+def _read(text: _Text, position_B, lengths_B, X: int, unescape_newline: bool):
+    """(the first X bytes of the strings at these positions, zero-padded; their whole lengths)."""
+    # Unescaping shortens a prediction to no less than half.
+    width = 2 * X if unescape_newline else X
+    bytes_BX = _bytes_from(text, position_B, width)
+    bytes_BX = jnp.where(jnp.arange(width) < lengths_B[:, None], bytes_BX, 0).astype(jnp.uint8)
+    if unescape_newline:
+        bytes_BX, lengths_B = _unescape_newlines(bytes_BX, lengths_B)
+    return bytes_BX[:, :X], lengths_B
 
 
 @partial(jax.jit, static_argnames=("mode", "require_think_end", "unescape_newline", "max_prediction_bytes"))
@@ -196,61 +276,15 @@ def extract_predictions(
     """
     if mode not in _MODES:
         raise ValueError(f"mode {mode!r}; it must be one of {_MODES}")
-    byte_table_VW, byte_lengths_V = jnp.asarray(byte_table_VW), jnp.asarray(byte_lengths_V)
     tables = answer_tables(byte_table_VW, byte_lengths_V) if tables is None else tables
-    C, W = tokens_BC.shape[1], byte_table_VW.shape[1]
-    X = max_prediction_bytes or min(C * W, _DEFAULT_MAX_BYTES)
-    tokens_BC = jnp.where(mask_BC, tokens_BC, 0)
-    ends_BC = jnp.cumsum(jnp.where(mask_BC, byte_lengths_V[tokens_BC], 0), axis=1)
-    starts_BC = jnp.pad(ends_BC[:, :-1], ((0, 0), (1, 0)))
-    think_BC, box_BC = _scan_marks(tables, tokens_BC, mask_BC)
-    think_token, has_think = _last(think_BC > 0)
-    box_token, has_box = _last(box_BC > 0)
-    think_position = _at(starts_BC, think_token) + _at(think_BC, think_token)
-    box_offset = _at(box_BC, box_token)
-    box_position = _at(starts_BC, box_token) + box_offset
+    text = _lay_out(tokens_BC, mask_BC, byte_table_VW, byte_lengths_V)
+    X = max_prediction_bytes or min(tokens_BC.shape[1] * text.byte_table.shape[1], _DEFAULT_MAX_BYTES)
+    think, box = (_last_mark(text, end_BC) for end_BC in _scan_marks(tables, text))
     # Marks cannot overlap, so the box follows the think end iff it ends after it.
-    allowed = has_box & (has_think & (box_position > think_position) if require_think_end else True)
-    close_token, close_offset, balanced = _balanced_close(
-        tables, tokens_BC, mask_BC, byte_table_VW, byte_lengths_V, box_token, box_offset
-    )
-    balanced_end = _at(starts_BC, close_token) + close_offset
-    end, closed = _box_end(mode, tables, tokens_BC, mask_BC, starts_BC, box_position, balanced_end, balanced)
-    found = allowed & closed
-    lengths = jnp.where(found, end - box_position, 0)
-    # Unescaping shortens a prediction to no less than half.
-    width = 2 * X if unescape_newline else X
-    bytes_BX = _bytes_from(box_position, width, tokens_BC, starts_BC, ends_BC, byte_table_VW)
-    bytes_BX = jnp.where(jnp.arange(width) < lengths[:, None], bytes_BX, 0).astype(jnp.uint8)
-    if unescape_newline:
-        bytes_BX, lengths = _unescape_newlines(bytes_BX, lengths)
-    return Predictions(
-        bytes=bytes_BX[:, :X],
-        lengths=lengths,
-        found=found,
-        think_end_tokens=jnp.where(has_think, think_token + 1, 0),
-    )
-
-
-def _box_end(mode: str, tables, tokens_BC, mask_BC, starts_BC, box_position, balanced_end, balanced):
-    """(byte position of the box's end, whether it has one), each [B], by the mode's rule."""
-    if mode == "balanced":
-        return balanced_end, balanced
-    close_BC = jnp.where(mask_BC, tables.last_close[tokens_BC], 0)
-    tail_token, _ = _last(close_BC > 0)
-    tail_end = _at(starts_BC, tail_token) + _at(close_BC, tail_token) - 1
-    has_tail = tail_end >= box_position
-    if mode == "tail":
-        return tail_end, has_tail
-    use_tail = has_tail & (~balanced | (balanced_end == box_position))
-    return jnp.where(use_tail, tail_end, balanced_end), balanced | has_tail
-
-
-def _bytes_from(position_B, width: int, tokens_BC, starts_BC, ends_BC, byte_table_VW):
-    """u8 [B, width]: the completion's bytes from a position on; arbitrary past its end."""
-    C, W = tokens_BC.shape[1], byte_table_VW.shape[1]
-    positions_BX = position_B[:, None] + jnp.arange(width)
-    index_BX = jax.vmap(partial(jnp.searchsorted, side="right"))(ends_BC, positions_BX)
-    index_BX = jnp.minimum(index_BX, C - 1)
-    offset_BX = positions_BX - jnp.take_along_axis(starts_BC, index_BX, axis=1)
-    return byte_table_VW[jnp.take_along_axis(tokens_BC, index_BX, axis=1), jnp.clip(offset_BX, 0, W - 1)]
+    allowed_B = box.found & (think.found & (box.position > think.position) if require_think_end else True)
+    end_B, closed_B = _box_end(mode, tables, text, box)
+    found_B = allowed_B & closed_B
+    lengths_B = jnp.where(found_B, end_B - box.position, 0)
+    bytes_BX, lengths_B = _read(text, box.position, lengths_B, X, unescape_newline)
+    think_end_B = jnp.where(think.found, think.token + 1, 0)
+    return Predictions(bytes=bytes_BX, lengths=lengths_B, found=found_B, think_end_tokens=think_end_B)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import jax
 
@@ -70,7 +70,7 @@ def make_reward(
     return compose(terms, rewards, config.compose)
 
 
-_compiled = cache(partial(jax.jit))
+_compiled = cache(jax.jit)
 
 
 def _row(name: str) -> Row:

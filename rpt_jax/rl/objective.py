@@ -106,8 +106,7 @@ def _terms(loss: LossConfig, logprobs, inputs):
 def _trunk_terms(config: DecoderConfig, params, rows: Rows, trunk_ULD):
     """The third sum of L, at temperature 1: token l is predicted by the tokens before it."""
     targets, weights = rows.sequences.trunk_tokens[:, 1:], rows.trunk_weights[:, 1:]
-    one = jnp.ones(targets.shape, jnp.float32)
-    return token_loss(config, _likelihood, params, trunk_ULD[:, :-1], targets, weights, temperature=one)[0]
+    return token_loss(config, _likelihood, params, trunk_ULD[:, :-1], targets, weights, temperature=1.0)[0]
 
 
 def _likelihood(logprobs, weights):

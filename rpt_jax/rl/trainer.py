@@ -15,7 +15,7 @@ from rpt_jax.rl.packing import Microbatch, pack, plan_update
 from rpt_jax.rl.rows import policy_rows
 from rpt_jax.rl.update import update
 from rpt_jax.rollout.engine import generate, rollout_key
-from rpt_jax.scoring.companions import AVERAGE, CURRENT, START
+from rpt_jax.scoring.companions import CURRENT, START
 from rpt_jax.scoring.logprobs import score
 from rpt_jax.tokenizer import Tokenizer
 from rpt_jax.types import Experience, Rows, TaskBatch, TrainState
@@ -47,8 +47,8 @@ class Trainer:
 
     def policies(self, state: TrainState) -> dict[str, Any]:
         """Parameters of the policies that requests may name."""
-        average = {name: join(self.frozen, tree) for name, tree in state.companions.items()}
-        return {CURRENT: self.policy(state), START: self.start, AVERAGE: self.start} | average
+        companions = {name: join(self.frozen, tree) for name, tree in state.companions.items()}
+        return {CURRENT: self.policy(state), START: self.start} | companions
 
     def roll_out(self, policies: dict[str, Any], step: int, tasks: TaskBatch, round_number: int) -> Experience:
         """Sample G completions for each prompt with the current policy, read their predictions and reward them."""

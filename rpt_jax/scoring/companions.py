@@ -4,6 +4,7 @@ They live in `TrainState.companions`, lie as the parameters do, are saved with t
 policy has adapters. An update that is skipped leaves them as they are.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ CURRENT, START, AVERAGE = "current", "start", "average"
 def with_companions(state: TrainState, names: set[str]) -> TrainState:
     """The state with a copy of its parameters for each name: updates donate their buffers, so none may stand twice."""
     copies = {name: jax.tree.map(jnp.copy, state.params) for name in sorted(names)}
-    return TrainState(**{**vars(state), "companions": copies})
+    return replace(state, companions=copies)
 
 
 def follow(state: TrainState, config: CompanionConfig) -> TrainState:
@@ -36,7 +37,7 @@ def follow(state: TrainState, config: CompanionConfig) -> TrainState:
         name: _follow(tree, state.params, state.step, state.skipped, config=config, shardings=shardings)
         for name, tree in state.companions.items()
     }
-    return TrainState(**{**vars(state), "companions": companions})
+    return replace(state, companions=companions)
 
 
 @partial(jax.jit, static_argnames=("config", "shardings"), donate_argnames="average")

@@ -131,7 +131,11 @@ class Tokenizer:
         return table, lengths
 
     def chat_parts(self) -> tuple[str, str]:
-        """Text that the chat template puts before and after one user message (`chat.parts`)."""
+        """Text that the chat template puts before and after one user message.
+
+        Raises:
+            DataError: the tokenizer has no chat template, or it does not keep the message intact.
+        """
         return chat.parts(self._render, self._where)
 
     def chat_prompt(self, messages: list[tuple[str, str]]) -> list[int]:

@@ -17,7 +17,9 @@ from rpt_jax.models.decoder import init_params
 from rpt_jax.models.families import read_config as read_model_config
 from rpt_jax.models.hf import load_hf
 from rpt_jax.models.lora import Frozen, merge
+from rpt_jax.rewards.catalog import requested_policies
 from rpt_jax.rl.optimizer import init_state, make_optimizer
+from rpt_jax.scoring.companions import AVERAGE, with_companions
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
 from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.run_directory import read_config
@@ -167,9 +169,11 @@ def stage_optimizer(config: Config, stage: str) -> Any:
 
 
 def fresh_state(config: Config, mesh: Mesh, params, stage: str) -> tuple[TrainState, Frozen | None]:
-    """(a stage's state at step 0, what its adapters sit on)."""
+    """(a stage's state at step 0, with the companions that its reward asks for; what its adapters sit on)."""
     trained, frozen = trainable(config, mesh, params)
-    return init_state(trained, stage_optimizer(config, stage), mesh), frozen
+    state = init_state(trained, stage_optimizer(config, stage), mesh)
+    companions = requested_policies(config.reward) & {AVERAGE} if stage == "rpt" else set()
+    return with_companions(state, companions), frozen
 
 
 @jax.jit

@@ -18,7 +18,7 @@ from rpt_jax.models.families import config_json
 from rpt_jax.models.lora import Frozen
 from rpt_jax.parallel.distributed import is_main, main_first
 from rpt_jax.parallel.mesh import make_mesh
-from rpt_jax.rewards.catalog import check_rewards, make_reward, requested_policies
+from rpt_jax.rewards.catalog import check_rewards, make_reward
 from rpt_jax.rewards.host import check_function
 from rpt_jax.scoring.requests import Scorer
 from rpt_jax.tokenizer import Tokenizer
@@ -54,11 +54,6 @@ class Run:
     @cached_property
     def token_bytes(self) -> list[bytes]:
         return [self.tokenizer.token_bytes(i) for i in range(self.tokenizer.vocab_size)]
-
-    @property
-    def policy_names(self) -> set[str]:
-        """Policies that the reward's scoring passes need."""
-        return requested_policies(self.config.reward)
 
     def checkpoints(self, stage: str, *, read_only: bool = False) -> Checkpoints:
         directory = self.directory.path / "checkpoints" / stage

@@ -9,9 +9,10 @@ from rpt_jax.data.batches import TrainIterator
 from rpt_jax.models.lora import join
 from rpt_jax.parallel.distributed import is_main
 from rpt_jax.parallel.mesh import local_trunks, shard_batch
+from rpt_jax.rewards.catalog import requested_policies
 from rpt_jax.rl.dynamic_sampling import collect
 from rpt_jax.rl.trainer import Trainer
-from rpt_jax.scoring.companions import AVERAGE, START, follow, with_companions
+from rpt_jax.scoring.companions import START, follow
 from rpt_jax.train.domains import Tasks
 from rpt_jax.train.evaluation import Evaluations
 from rpt_jax.train.loop import fit
@@ -86,7 +87,7 @@ class ReinforcementLearning:
 
 def make_trainer(run: Run, params, tasks: Tasks) -> tuple[Trainer, TrainState]:
     """The trainer of RL and its state at step 0."""
-    config, names = run.config, run.policy_names
+    config = run.config
     state, frozen = fresh_state(config, run.mesh, params, NAME)
     trainer = Trainer(
         config=config,
@@ -98,9 +99,9 @@ def make_trainer(run: Run, params, tasks: Tasks) -> tuple[Trainer, TrainState]:
         columns=tasks.source.columns,
         frozen=frozen,
         # With adapters these are the very arrays under them: the adapter switched off.
-        start=params if config.loss.kl_coef or START in names else None,
+        start=params if config.loss.kl_coef or START in requested_policies(config.reward) else None,
     )
-    return trainer, with_companions(state, names & {AVERAGE})
+    return trainer, state
 
 
 def run_rl(run: Run, params, tasks: Tasks, evaluations: Evaluations, *, stop_at_step: int | None = None) -> float:
