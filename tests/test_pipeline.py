@@ -79,8 +79,11 @@ def test_a_finished_recipe_is_not_run_again(corpus, straight):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("place", "name", "number"),
-    [(supervised, "update", 3), (trainer, "update", 2), (trainer, "update", 4)],
-    ids=["in the first warm start", "in the first RL", "in the second run"],
+    [
+        pytest.param(supervised, "update", 3, marks=pytest.mark.slow, id="in the first warm start"),
+        pytest.param(trainer, "update", 2, marks=pytest.mark.slow, id="in the first RL"),
+        pytest.param(trainer, "update", 4, id="in the second run"),
+    ],
 )
 def test_an_interruption_anywhere_changes_nothing(corpus, straight, tmp_path, monkeypatch, place, name, number):  # noqa: F811
     on_call(monkeypatch, place, name, number, terminate)
