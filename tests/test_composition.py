@@ -126,6 +126,7 @@ def test_a_new_reward_is_one_function_and_one_line(corpus, tmp_path, monkeypatch
     )
 
 
+@pytest.mark.slow
 def test_a_run_whose_reward_asks_for_the_average_resumes_exactly(corpus, tmp_path, monkeypatch):  # noqa: F811
     """The average is in the checkpoint: stopping after one step and going on equals going straight."""
     average = dataclasses.replace(LIKELY, policy="average")
