@@ -54,7 +54,8 @@ def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple
 def _with_flags(config: Config, flags: list[str]) -> Config:
     config, unknown = tyro.cli(Config, default=config, args=flags, return_unknown_args=True, prog="experiment")
     if unknown:
-        moved = [f" {_flag(m.old)} is {_flag(m.new)} now." for m in MOVES if _flag(m.old) in unknown]
+        names = {argument.split("=")[0] for argument in unknown}
+        moved = [f" {_flag(m.old)} is {_flag(m.new)} now." for m in MOVES if _flag(m.old) in names]
         raise ConfigError(
             f"unknown argument(s) {' '.join(unknown)}; flags are --section.field VALUE. See --help-all for all of them."
             + "".join(moved)

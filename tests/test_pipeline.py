@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -75,6 +76,22 @@ def test_a_finished_recipe_is_not_run_again(corpus, straight):  # noqa: F811
     ran = []
     pipeline.run_recipe(recipe(corpus), first.parent, after_each=ran.append)
     assert ran == [] and hashes(straight[0]) == before
+    changed = [
+        (n, dataclasses.replace(c, loss=dataclasses.replace(c.loss, clip_eps_low=0.1))) for n, c in recipe(corpus)
+    ]
+    with pytest.raises(CheckpointError, match="another config.*loss.clip_eps_low"):
+        pipeline.run_recipe(changed, first.parent)
+
+
+def test_a_policy_on_other_weights_than_it_was_made_with(straight, tmp_path):
+    (_, second), _ = straight
+    shutil.copytree(second, tmp_path / "second")
+    kept = json.loads((second / "policy.json").read_text())
+    (tmp_path / "second" / "policy.json").write_text(json.dumps(kept | {"checksum": "0-0"}))
+    config = read_config(second, say=False)
+    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, path=str(tmp_path / "second")))
+    with pytest.raises(CheckpointError, match="whose weights have changed"):
+        start_params(config, make_mesh(MeshConfig()))
 
 
 @pytest.mark.parametrize(
@@ -107,5 +124,5 @@ def test_recipes_that_cannot_be(corpus, straight, tmp_path):  # noqa: F811
     prepare(dataclasses.replace(first, run=dataclasses.replace(first.run, directory=str(tmp_path / "begun"))))
     (tmp_path / "begun" / "checkpoints").mkdir()
     begun = dataclasses.replace(second, policy=dataclasses.replace(second.policy, path=str(tmp_path / "begun")))
-    with pytest.raises(CheckpointError, match="warm_start is not finished"):
+    with pytest.raises(CheckpointError, match="without a checkpoint of RL"):
         start_params(begun, make_mesh(MeshConfig()))

@@ -208,11 +208,12 @@ def _rollout_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept
         window=C,
     )  # fmt: skip
     yield program
+    stems, flight, written, _ = started
     # While caches are widened for the last time, their first half is still there.
-    halves = bytes_per_chip(started[1].cache) // 2
+    halves = bytes_per_chip(flight.cache) // 2
     program, _ = compiler(
-        "decode", R / slots, kept + halves, engine.run_segment, config.model, law, weights, *started,
-        jax.ShapeDtypeStruct((), np.int32), trips=C,
+        "decode", R / slots, kept + halves, engine.run_segment, config.model, law, weights, stems, flight,
+        written, jax.ShapeDtypeStruct((), np.int32), trips=C,
     )  # fmt: skip
     yield program
 

@@ -87,15 +87,11 @@ class Scorer:
         if request.view == "direct":
             bos_id = self.tokenizer.bos_id
             prompts = _documents_alone(tasks.prompts, header_length=self.header_length, bos_id=bos_id)
-            width = max(1, targets[0].shape[-1])
-            kept, keep_UR, which_UR = targets[0][..., :0], jnp.zeros_like(targets[1]), jnp.zeros_like(targets[1])
-            stubs = np.zeros((1, 1), np.int32), np.zeros(1, np.int32)
+            tokens, lengths = targets
+            mask, first_UR = jnp.arange(tokens.shape[-1]) < lengths[..., None], jnp.zeros_like(lengths)
         else:
             prompts, (kept, keep_UR, which_UR) = tasks.prompts, _kept(request, rollouts, predictions)
-            stubs, width = self._stubs(request), 0
-        tokens, mask, first_UR = _append(kept, keep_UR, *stubs, which_UR, *targets)
-        if width:  # no stub: nothing lies behind the targets
-            tokens, mask = tokens[..., :width], mask[..., :width]
+            tokens, mask, first_UR = _append(kept, keep_UR, *self._stubs(request), which_UR, *targets)
         sequences = completions(prompts, tokens, mask)
         logprobs = score(self.config, params, sequences, temperature=1.0, trunks_at_once=at_once)
         return _gather(prompts, logprobs, first_UR, targets[1], num_targets=targets[0].shape[-1])

@@ -46,7 +46,7 @@ def run_recipe(
 ) -> list[Path]:
     """Named runs one after the other, each in its own directory, each from the policy that the one before ended with.
 
-    A run that is finished is not run again, and an interrupted one resumes: after an interruption anywhere, the same
+    A finished run is checked, not run again, and an interrupted one resumes: after an interruption anywhere, the same
     call ends with the same policies, bit for bit.
 
     Args:
@@ -57,12 +57,14 @@ def run_recipe(
         The runs' directories.
     Raises:
         ConfigError: names that are not unique, or a policy.path in any run but the first.
+        CheckpointError: a directory holds a run with another config or corpus.
     """
     configs = chained(recipe, Path(directory))
     for config in configs:
         config.validate()
     for config in configs:
         if (Path(config.run.directory) / FINISHED).exists():
+            prepare(config, read_only=True)
             console.print(f"{config.run.directory} is finished")
             continue
         after_each(run_stages(config))

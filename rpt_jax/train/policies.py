@@ -22,7 +22,7 @@ from rpt_jax.rl.optimizer import init_state, make_optimizer
 from rpt_jax.scoring.companions import AVERAGE, with_companions
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
 from rpt_jax.train.checkpoint import Checkpoints
-from rpt_jax.train.run_directory import read_config
+from rpt_jax.train.run_directory import read_config, read_json
 from rpt_jax.types import TrainState
 
 # Documents that a tokenizer is trained on, at most, in characters.
@@ -113,39 +113,33 @@ def start_params(config: Config, mesh: Mesh) -> Any:
 
 
 def _policy_of_run(path: Path, mesh: Mesh) -> Any:
-    """The newest policy of a run directory, adapters merged."""
+    """The newest policy of a run directory, adapters merged.
+
+    Raises:
+        CheckpointError: RL has no checkpoint yet, or the model that the run started from has changed since.
+    """
     config = read_config(path, say=False)
-    params = merge(*_restored(config, mesh, path, "warm_start", start_params(config, mesh)))
-    checkpoints = _checkpoints(path, "rpt", config)
-    if checkpoints.latest_step is None:
-        return params
-    frozen, trained = _restored(config, mesh, path, "rpt", params)
-    return merge(frozen, trained)
+    if _checkpoints(path, "rpt", config).latest_step is None:
+        raise CheckpointError(
+            f"policy.path={str(path)!r} is a run without a checkpoint of RL; it has no policy yet. Train it on, or "
+            "name another."
+        )
+    params = start_params(config, mesh)
+    if config.policy.path and read_json(path / "policy.json")["checksum"] != fingerprint(params):
+        raise CheckpointError(
+            f"policy.path={str(path)!r} is a run that started from {config.policy.path}, whose weights have changed "
+            "since. Restore them, or name another."
+        )
+    # Adapters sit on what the warm start made; without them RL's checkpoint holds all weights.
+    has_base = config.supervised.num_steps and config.lora.rank
+    for stage in ("warm_start", "rpt") if has_base else ("rpt",):
+        state, frozen = fresh_state(config, mesh, params, stage)
+        params = merge(frozen, _checkpoints(path, stage, config).restore(state)[0].params)
+    return params
 
 
 def _checkpoints(path: Path, stage: str, config: Config) -> Checkpoints:
     return Checkpoints(path / "checkpoints" / stage, keep=config.checkpoint.keep, read_only=True)
-
-
-def _restored(config: Config, mesh: Mesh, path: Path, stage: str, params) -> tuple[Frozen | None, Any]:
-    """(what a stage's adapters sit on, what it trained) by its newest checkpoint; `params` where it has no steps.
-
-    Raises:
-        CheckpointError: the stage is not finished, or has no checkpoint.
-    """
-    if stage == "warm_start" and not config.supervised.num_steps:
-        return None, params
-    checkpoints = _checkpoints(path, stage, config)
-    if checkpoints.latest_step is None or (
-        stage == "warm_start" and checkpoints.latest_step != config.supervised.num_steps
-    ):
-        raise CheckpointError(
-            f"policy.path={str(path)!r} is a run whose {stage} is not finished; it has no policy yet. Finish it, or "
-            "name another."
-        )
-    state, frozen = fresh_state(config, mesh, params, stage)
-    state, _ = checkpoints.restore(state)
-    return frozen, state.params
 
 
 def trainable(config: Config, mesh: Mesh, params) -> tuple[Any, Frozen | None]:

@@ -74,7 +74,7 @@ def begin_as_copy(config: Config, identity: dict) -> None:
                 f"run.resume={config.run.resume!r} is a run on other data; a copy goes on with the same corpus, "
                 "tokenizer and template. To train it on others, export its policy and set --policy.path."
             )
-        _check_same_base(read_config(resume.source), config)
+        _check_same_base(read_config(resume.source, say=False), config)
         step = _whole_step(resume)
         target.mkdir(parents=True, exist_ok=True)
         # First a sign of what this directory is to be, last the config: an interrupted copy is made again.

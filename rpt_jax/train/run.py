@@ -18,6 +18,7 @@ from rpt_jax.models.families import config_json
 from rpt_jax.models.lora import Frozen
 from rpt_jax.parallel.distributed import is_main, main_first
 from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.rewards.base import Reward
 from rpt_jax.rewards.catalog import check_rewards, make_reward
 from rpt_jax.rewards.host import check_function
 from rpt_jax.scoring.requests import Scorer
@@ -25,7 +26,7 @@ from rpt_jax.tokenizer import Tokenizer
 from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.domains import Domain, Source, open_domain
 from rpt_jax.train.policies import find_tokenizer, fingerprint, fresh_state, resolve, start_params
-from rpt_jax.train.resume import begin_as_copy
+from rpt_jax.train.resume import Resume, begin_as_copy
 from rpt_jax.train.run_directory import RunDirectory, read_config
 from rpt_jax.types import TrainState
 
@@ -59,7 +60,7 @@ class Run:
         directory = self.directory.path / "checkpoints" / stage
         return Checkpoints(directory, keep=self.config.checkpoint.keep, read_only=read_only)
 
-    def make_reward(self, source: Source) -> Any:
+    def make_reward(self, source: Source) -> Reward:
         """The run's reward for tasks of the source."""
         config = self.config
         scorer = Scorer(config.model, self.tokenizer, len(self.template.header), _at_once(config))
@@ -95,7 +96,7 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     config.validate()
     check_rewards(config)
     mesh, path = make_mesh(config.mesh), Path(config.run.directory)
-    kept = read_config(path, say=not read_only) if (path / "config.json").exists() else None
+    kept = _config_of(path, say=not read_only) or _config_of(Resume.parse(config.run.resume).source, say=True)
     tokenizer = find_tokenizer(config)
     config = resolve(config, tokenizer, kept)
     check_model(config, mesh)
@@ -121,6 +122,11 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
         if is_main():
             tokenizer.save(directory.path / "tokenizer")
     return run
+
+
+def _config_of(path: Path | None, *, say: bool) -> Config | None:
+    """What the run at `path` was made with; None where there is none."""
+    return read_config(path, say=say) if path and (path / "config.json").exists() else None
 
 
 def check_model(config: Config, mesh: Mesh) -> None:

@@ -7,44 +7,29 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from rpt_jax.analysis.reports.run import PAGE_STYLE, completion_examples, plot_training, series
-from rpt_jax.errors import CheckpointError
-from rpt_jax.train.run_directory import read_config, read_records, write_atomically
+from rpt_jax.analysis.reports.run import (
+    PAGE_STYLE,
+    completion_examples,
+    plot_training,
+    read_evaluations,
+    save_figures,
+    series,
+)
+from rpt_jax.train.run_directory import read_records, write_atomically
 
 
 def write_report(directory: Path) -> Path:
     """Write results.json, plots/*.png and report.html into `directory`; the path of the page.
 
     Raises:
-        CheckpointError: the directory holds fewer than two evaluations.
+        CheckpointError: see `read_evaluations`.
     """
-    records = read_records(directory)
-    evaluations = [r for r in records if r["stage"] == "evaluation"]
-    if len(evaluations) < 2:
-        raise CheckpointError(
-            f"{directory} holds {len(evaluations)} evaluation(s); a report compares at least two. Finish the run first."
-        )
-    results = {name: json.loads((directory / f"{name}.json").read_text()) for name in ("versions", "corpus")}
-    results["config"] = json.loads(read_config(directory, say=False).to_json())
-    results |= {
-        "steps": [r["step"] for r in evaluations],
-        "flops": [r["flops"] for r in evaluations],
-        "before": evaluations[0]["splits"],
-        "after": evaluations[-1]["splits"],
-        "curve": [r.get("curve", r["splits"]) for r in evaluations],  # the same questions at every step
-    }
+    results = read_evaluations(directory)
     write_atomically(directory / "results.json", json.dumps(results, indent=2))
-    plots = directory / "plots"
-    plots.mkdir(exist_ok=True)
-    pictures = {
-        "learning": _plot_learning(results),
-        "training": plot_training([r for r in records if r["stage"] == "rpt"]),
-    }
-    for name, figure in pictures.items():
-        figure.savefig(plots / f"{name}.png", dpi=110, bbox_inches="tight")
-        plt.close(figure)
+    steps = [r for r in read_records(directory) if r["stage"] == "rpt"]
+    pictures = save_figures(directory, {"learning": _plot_learning(results), "training": plot_training(steps)})
     page = directory / "report.html"
-    write_atomically(page, _page(directory, results, {name: plots / f"{name}.png" for name in pictures}))
+    write_atomically(page, _page(directory, results, pictures))
     return page
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet
 
 from rpt_jax.analysis.scaling import fit_power_law
 from rpt_jax.errors import CheckpointError, DataError
-from rpt_jax.train.run_directory import read_config, read_records
+from rpt_jax.train.run_directory import read_config, read_records, write_atomically
 
 _EXPLAIN = {
     "all": "every position of the held-out documents",
@@ -26,21 +26,19 @@ _EXPLAIN = {
 _COLORS = {"before": "#9aa5b1", "after": "#1f6feb", "control": "#30363d"}
 
 
-def collect_results(directory: Path) -> dict:
-    """Every figure of the report, each with n and standard error, from the run's own records.
+def read_evaluations(directory: Path) -> dict:
+    """How the run was made, and what its evaluations of RL found, each with n and standard error.
 
     Raises:
         CheckpointError: the directory holds fewer than two evaluations.
     """
-    records = read_records(directory)
-    evaluations = [r for r in records if r["stage"] == "evaluation"]
+    evaluations = [r for r in read_records(directory) if r["stage"] == "evaluation"]
     if len(evaluations) < 2:
         raise CheckpointError(
-            f"{directory} holds {len(evaluations)} evaluation(s) of RPT; a report compares at least two. "
-            "Finish the run first."
+            f"{directory} holds {len(evaluations)} evaluation(s) of RL; a report compares at least two. Finish the run "
+            "first."
         )
-    control = [r for r in records if r["stage"] == "control_evaluation"]
-    results = {
+    return {
         "config": json.loads(read_config(directory, say=False).to_json()),
         "versions": json.loads((directory / "versions.json").read_text()),
         "corpus": json.loads((directory / "corpus.json").read_text()),
@@ -48,7 +46,18 @@ def collect_results(directory: Path) -> dict:
         "flops": [r["flops"] for r in evaluations],
         "before": evaluations[0]["splits"],
         "after": evaluations[-1]["splits"],
-        "curve": [r.get("curve", r["splits"]) for r in evaluations],  # the same positions at every step
+        "curve": [r.get("curve", r["splits"]) for r in evaluations],  # the same positions or questions at every step
+    }
+
+
+def collect_results(directory: Path) -> dict:
+    """Every figure of the report.
+
+    Raises:
+        CheckpointError: see `read_evaluations`.
+    """
+    control = [r for r in read_records(directory) if r["stage"] == "control_evaluation"]
+    results = read_evaluations(directory) | {
         "control": control[-1]["splits"] if control and control[-1].get("final") else None,
         "control_flops": [r["flops"] for r in control],
         "control_curve": [r.get("curve", r["splits"]) for r in control],
@@ -77,24 +86,29 @@ def write_report(directory: Path) -> Path:
         CheckpointError: the directory holds fewer than two evaluations.
     """
     results = collect_results(directory)
-    (directory / "results.json").write_text(json.dumps(results, indent=2))
+    write_atomically(directory / "results.json", json.dumps(results, indent=2))
     steps = [r for r in read_records(directory) if r["stage"] == "rpt"]
-    plots = directory / "plots"
-    plots.mkdir(exist_ok=True)
-    pictures = {
+    figures = {
         "learning": _plot_learning(results),
         "scaling": _plot_scaling(results),
         "training": plot_training(steps),
         "thought_length": _plot_thoughts(results, steps),
     }
     if any("/" in split for split in results["after"]):
-        pictures["labels"] = _plot_labels(results)
-    for name, figure in pictures.items():
-        figure.savefig(plots / f"{name}.png", dpi=110, bbox_inches="tight")
-        plt.close(figure)
+        figures["labels"] = _plot_labels(results)
     page = directory / "report.html"
-    page.write_text(_page(directory, results, {name: plots / f"{name}.png" for name in pictures}))
+    write_atomically(page, _page(directory, results, save_figures(directory, figures)))
     return page
+
+
+def save_figures(directory: Path, figures: dict) -> dict[str, Path]:
+    """Save figures as plots/<name>.png and close them; their paths."""
+    paths = {name: directory / "plots" / f"{name}.png" for name in figures}
+    (directory / "plots").mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(paths[name], dpi=110, bbox_inches="tight")
+        plt.close(figure)
+    return paths
 
 
 def headline_split(results: dict) -> str:
