@@ -83,8 +83,8 @@ def decoder_logits(config, params, tokens) -> np.ndarray:
             g = h // (config.num_heads // config.num_kv_heads)
             for t in positions:
                 scores = k[: t + 1, g] @ q[t, h] / math.sqrt(config.head_size)
-                law = np.exp(scores - scores.max())
-                attended[t, h] = (law / law.sum()) @ v[: t + 1, g]
+                weights = np.exp(scores - scores.max())
+                attended[t, h] = (weights / weights.sum()) @ v[: t + 1, g]
         x = x + np.einsum("thq,hqd->td", attended, w["o_proj"])
         y = norm(x, w["mlp_norm"])
         gate = y @ w["gate_proj"]

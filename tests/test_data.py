@@ -289,15 +289,15 @@ def test_iterator_resumes_exactly_and_reshuffles(monkeypatch):
 def test_direct_statistics_by_definition(tiny_config, tiny_params, renormalize):
     tokens = np.random.default_rng(0).integers(0, tiny_config.vocab_size, (2, 9)).astype(np.int32)
     entropy, argmax, logprob = direct_statistics(tiny_config, tiny_params, tokens, renormalize=renormalize)
-    law = np.asarray(jax.nn.softmax(decoder.logits(tiny_config, tiny_params, tokens)), np.float64)
+    probs = np.asarray(jax.nn.softmax(decoder.logits(tiny_config, tiny_params, tokens)), np.float64)
     for u in range(2):
         for t in range(1, 9):
-            p = np.sort(law[u, t - 1])[::-1][:16]
+            p = np.sort(probs[u, t - 1])[::-1][:16]
             if renormalize:
                 p = p / p.sum()
             np.testing.assert_allclose(entropy[u, t], -(p * np.log(p)).sum(), rtol=1e-4)
-            assert argmax[u, t] == law[u, t - 1].argmax()
-            np.testing.assert_allclose(logprob[u, t], np.log(law[u, t - 1, tokens[u, t]]), rtol=1e-4, atol=1e-5)
+            assert argmax[u, t] == probs[u, t - 1].argmax()
+            np.testing.assert_allclose(logprob[u, t], np.log(probs[u, t - 1, tokens[u, t]]), rtol=1e-4, atol=1e-5)
 
 
 def test_positions_of_long_documents_are_scored_in_their_own_window(tiny_config, tiny_params, mesh, tmp_path):
@@ -314,8 +314,8 @@ def test_positions_of_long_documents_are_scored_in_their_own_window(tiny_config,
         row = np.flatnonzero((table.document == document) & (table.index == index))[0]
         start = window_start(index, window=12, stride=6)
         context = np.array([[2, *documents[document].tokens[start:index]]])
-        law = np.asarray(jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, context)))[0, -1]
-        np.testing.assert_allclose(table.direct_logprob[row], law[documents[document].tokens[index]], atol=1e-4)
+        logprobs = np.asarray(jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, context)))[0, -1]
+        np.testing.assert_allclose(table.direct_logprob[row], logprobs[documents[document].tokens[index]], atol=1e-4)
     short = ScoredCorpus(
         documents=documents[1:], lengths=np.array([5]), facts=token_facts(pieces), proxy=proxy, directory=tmp_path,
         windows=replace(windows, min_context_tokens=5), progress=lambda description, items: items,

@@ -78,8 +78,8 @@ def plain_logprobs(config, params, sequences, completions):
         tokens = np.concatenate([s.trunk_tokens[u, : s.cuts[u, m]], tail, own])
         row[: len(tokens)] = tokens
         starts.append(len(tokens) - length)
-    law = jax.nn.log_softmax(decoder.logits(config, params, jnp.asarray(padded)))
-    chosen = jnp.take_along_axis(law[:, :-1], jnp.asarray(padded)[:, 1:, None], axis=-1)[..., 0]
+    logprobs = jax.nn.log_softmax(decoder.logits(config, params, jnp.asarray(padded)))
+    chosen = jnp.take_along_axis(logprobs[:, :-1], jnp.asarray(padded)[:, 1:, None], axis=-1)[..., 0]
     result = jnp.zeros(s.branch_mask.shape)
     for i, (u, _, r, column, length) in enumerate(completions):
         result = result.at[u, r, column : column + length].set(chosen[i, starts[i] - 1 : starts[i] - 1 + length])
@@ -177,9 +177,9 @@ def test_chunked_laws_and_their_gradients_equal_the_whole(tiny_config, monkeypat
     config = dataclasses.replace(tiny_config, vocab_size=50, platform="cpu")
     logprobs, entropy = token_logprobs(config, params, hidden, targets, temperature=0.7)
     z = (hidden.astype(np.float64) @ params["head"].T) / 0.7
-    law = z - np.log(np.exp(z).sum(-1, keepdims=True))
-    np.testing.assert_allclose(logprobs, np.take_along_axis(law, targets[..., None], -1)[..., 0], atol=1e-5)
-    np.testing.assert_allclose(entropy, -(np.exp(law) * law).sum(-1), atol=1e-5)
+    logprobs = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    np.testing.assert_allclose(logprobs, np.take_along_axis(logprobs, targets[..., None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(entropy, -(np.exp(logprobs) * logprobs).sum(-1), atol=1e-5)
 
     def term(logprobs, inputs):
         return inputs["w"] * jnp.exp(0.1 * logprobs)
@@ -189,8 +189,8 @@ def test_chunked_laws_and_their_gradients_equal_the_whole(tiny_config, monkeypat
         return 3.0 * loss, aux
 
     def whole(params, hidden):
-        law = jax.nn.log_softmax(hidden @ params["head"].T / 0.7)
-        return 3.0 * jnp.sum(term(jnp.take_along_axis(law, targets[..., None], -1)[..., 0], {"w": weights}))
+        logprobs = jax.nn.log_softmax(hidden @ params["head"].T / 0.7)
+        return 3.0 * jnp.sum(term(jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0], {"w": weights}))
 
     (value, aux), gradients = jax.value_and_grad(chunked, (0, 1), has_aux=True)(params, jnp.asarray(hidden))
     expected, slopes = jax.value_and_grad(whole, (0, 1))(params, jnp.asarray(hidden))

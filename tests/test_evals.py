@@ -111,9 +111,9 @@ def test_direct_figures_by_definition(evaluation):
         start = max(0, -(-(index - 24) // 12)) * 12
         context = np.zeros((1, 24), np.int32)
         context[0, : index - start] = tokens[start:index]
-        law = jax.nn.log_softmax(logits_fn(context)[0, index - start - 1])
-        right.append(float(law.argmax() == tokens[index]))
-        logprobs.append(float(law[tokens[index]]))
+        logprobs = jax.nn.log_softmax(logits_fn(context)[0, index - start - 1])
+        right.append(float(logprobs.argmax() == tokens[index]))
+        logprobs.append(float(logprobs[tokens[index]]))
     assert figures["all"]["direct_first"]["n"] == len(right)
     np.testing.assert_allclose(figures["all"]["direct_first"]["value"], np.mean(right), atol=1e-6)
     # Every token of this vocabulary but the longer marks is one byte, so both readings agree.
@@ -160,8 +160,8 @@ def test_reasoned_logprob_by_recomputation(evaluation):
                 thought = row[: len(row) - row[::-1].index(mark[0])] + box
             else:
                 thought = [t for t in row if t != tokenizer.eos_id] + mark + box
-            law = jax.nn.log_softmax(decoder.logits(config.model, params, np.array([prompt + thought])))[0, -1]
-            logs.append(float(law[batch.references.tokens[0, m, 0]]))
+            logprobs = jax.nn.log_softmax(decoder.logits(config.model, params, np.array([prompt + thought])))[0, -1]
+            logs.append(float(logprobs[batch.references.tokens[0, m, 0]]))
         expected.append(np.log(np.mean(np.exp(logs))))
     only = dataclasses.replace(evaluator, splits={str(i): np.array([i]) for i in ids})
     figures = only.evaluate(params)

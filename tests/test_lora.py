@@ -103,8 +103,8 @@ def test_an_export_names_a_type_that_holds_every_weight(tmp_path, tiny_config, t
 
 
 def log_likelihood(config, params, tokens):
-    law = jax.nn.log_softmax(decoder.logits(config, params, tokens))
-    return -jnp.mean(jnp.take_along_axis(law[:, :-1], tokens[:, 1:, None], axis=-1)), {}
+    logprobs = jax.nn.log_softmax(decoder.logits(config, params, tokens))
+    return -jnp.mean(jnp.take_along_axis(logprobs[:, :-1], tokens[:, 1:, None], axis=-1)), {}
 
 
 def test_updates_train_adapters_only_and_learn(tiny_config, tiny_params, mesh, adapted):

@@ -232,9 +232,9 @@ def test_figures_against_plain_recomputation(mesh):
             own = [*source.direct_tail.tolist(), *tokenizer.encode(f" {letter}")]
             tokens = np.array([[*source.direct_prompts[i].tolist(), *own]])
             logits = np.asarray(decoder.logits(model, params, tokens), np.float64)[0]
-            law = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             count = len(tokenizer.encode(f" {letter}"))
-            scores.append(sum(law[j - 1, tokens[0, j]] for j in range(tokens.shape[1] - count, tokens.shape[1])))
+            scores.append(sum(logprobs[j - 1, tokens[0, j]] for j in range(tokens.shape[1] - count, tokens.shape[1])))
         right += "ABC"[int(np.argmax(scores))] in asked.answers
     assert figures["direct"] == pytest.approx(right / 5)
     # Questions 1 and 3 have two right of four, the others one.

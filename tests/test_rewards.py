@@ -401,8 +401,8 @@ def test_scores_by_whole_logits_of_each_row(tiny_config, tiny_params, view, keep
         run[u] += len(target) - 1
         padded = np.zeros((1, 40), np.int32)
         padded[0, : len(before) + len(target)] = before + target
-        law = np.asarray(logits_fn(padded))[0]
-        expected = [law[len(before) + i - 1, t] for i, t in enumerate(target)]
+        logprobs = np.asarray(logits_fn(padded))[0]
+        expected = [logprobs[len(before) + i - 1, t] for i, t in enumerate(target)]
         assert np.asarray(scores.mask)[u, r].sum() == len(target)
         np.testing.assert_allclose(np.asarray(scores.values)[u, r, : len(target)], expected, atol=2e-5)
         assert not np.asarray(scores.values)[u, r, len(target) :].any()

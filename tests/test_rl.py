@@ -505,8 +505,8 @@ def test_supervised_loss_is_the_weighted_mean_of_both_parts(tiny_config, tiny_pa
         old_logprobs=None, ref_logprobs=None,
     )  # fmt: skip
     value, _ = objective(tiny_config, LOSS, tiny_params, batch)
-    law = jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, jnp.asarray(sequences.trunk_tokens)))
-    trunk = np.take_along_axis(np.asarray(law)[:, :-1], np.asarray(sequences.trunk_tokens)[:, 1:, None], -1)[..., 0]
+    logprobs = jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, jnp.asarray(sequences.trunk_tokens)))
+    trunk = np.take_along_axis(np.asarray(logprobs)[:, :-1], np.asarray(sequences.trunk_tokens)[:, 1:, None], -1)[..., 0]
     own = np.asarray(score(tiny_config, tiny_params, sequences, temperature=1.0))
     np.testing.assert_allclose(value, -(trunk_weights[:, 1:] * trunk).sum() - (token_weights * own).sum(), rtol=1e-4)
 
@@ -517,8 +517,8 @@ def test_next_token_term_is_the_mean_over_document_tokens(tiny_config, tiny_para
     loss = LossConfig(ntp_coef=0.3)
     mixed, _ = objective(tiny_config, loss, tiny_params, rows_of(experience, loss, header_length=4))
     trunk = np.asarray(batch.sequences.trunk_tokens)
-    law = np.asarray(jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, trunk)))
-    chosen = np.take_along_axis(law[:, :-1], trunk[:, 1:, None], -1)[..., 0]
+    logprobs = np.asarray(jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, trunk)))
+    chosen = np.take_along_axis(logprobs[:, :-1], trunk[:, 1:, None], -1)[..., 0]
     # Columns 4 and later are document tokens behind a header of four.
     np.testing.assert_allclose(mixed - plain, -0.3 * chosen[:, 3:].mean(), rtol=1e-3)
 

@@ -103,7 +103,7 @@ def parser(doc: str, **defaults) -> argparse.ArgumentParser:
     return result
 
 
-def keep(args: argparse.Namespace, figures: dict, draw: Callable, panels: int = 1) -> None:
+def save_results(args: argparse.Namespace, figures: dict, draw: Callable, panels: int = 1) -> None:
     """Write figures as JSON with the command and the machine, and a picture beside; print the JSON.
 
     Args:

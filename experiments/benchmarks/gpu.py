@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.common import MODEL_S, alternate, keep, make_tasks, parser
+from experiments.benchmarks.common import MODEL_S, alternate, make_tasks, parser, save_results
 from rpt_jax.config import DecoderConfig, LossConfig, MeshConfig, OptimizerConfig
 from rpt_jax.models.decoder import init_params
 from rpt_jax.parallel.mesh import make_mesh, shard_batch
@@ -148,7 +148,7 @@ def measure(shape: Shape, rounds: int) -> dict:
     num_params = sum(p.size for p in jax.tree.leaves(params))
     loss_fn = objective_fn(shape.model, LossConfig())
     no_stop = shape.model.vocab_size - 1
-    law = dict(temperature=1.0, top_p=1.0, top_k=0, stop_ids=(no_stop,), vocab_size=no_stop)
+    sampling = dict(temperature=1.0, top_p=1.0, top_k=0, stop_ids=(no_stop,), vocab_size=no_stop)
     held = {"state": init_state(params, optimizer, mesh)}
     figures = {"parameters": num_params, "peaks": peak, "decode": {}, "update": {}}
     for name, tasks, size in (
@@ -159,7 +159,7 @@ def measure(shape: Shape, rounds: int) -> dict:
 
         def decode(new, tasks=tasks):
             params, key = held["state"].params, rollout_key(0, 0)
-            return generate(shape.model, params, tasks.prompts, key, max_completion_tokens=new, **law)
+            return generate(shape.model, params, tasks.prompts, key, max_completion_tokens=new, **sampling)
 
         batches = microbatches(tasks, decode(shape.new), size)
 
@@ -192,7 +192,7 @@ def main() -> None:
         axes.bar(list(bars), [100 * f["share_of_limit"] for f in bars.values()])
         axes.set(ylabel="% of the limit", title="Decode: bandwidth limit. Update: matrix peak")
 
-    keep(args, {"dry_run": args.dry_run} | figures, draw)
+    save_results(args, {"dry_run": args.dry_run} | figures, draw)
 
 
 if __name__ == "__main__":

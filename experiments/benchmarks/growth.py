@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from experiments.benchmarks.common import MODEL_S, keep, make_tasks, parser
+from experiments.benchmarks.common import MODEL_S, make_tasks, parser, save_results
 from rpt_jax.config import Config, DecoderConfig, MeshConfig, OptimizerConfig, RolloutConfig
 from rpt_jax.models.decoder import init_params
 from rpt_jax.parallel.mesh import make_mesh
@@ -145,7 +145,7 @@ def main() -> None:
     for axis in args.axes:
         results[axis] = measure(axis, args.rounds)
         print(axis, *(f"{r['value']}: {r['seconds']:.2f} s ({r['seconds_over_count']:.2f})" for r in results[axis]))
-    keep(args, {"axes": results}, partial(draw, results), panels=len(results))
+    save_results(args, {"axes": results}, partial(draw, results), panels=len(results))
 
 
 def draw(results, *panels) -> None:

@@ -287,7 +287,7 @@ def measure(names, shape: str, alternations: int, logs: Path) -> dict[str, list[
 
 def main(argv: list[str]) -> None:
     # Not above: the peers' environments import this module too, and TRL's has no JAX.
-    from experiments.benchmarks.common import keep
+    from experiments.benchmarks.common import save_results
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, required=True)
@@ -302,7 +302,7 @@ def main(argv: list[str]) -> None:
     load = os.getloadavg()[0]
     samples = measure(args.implementations, args.shape, args.alternations, args.json.with_suffix(""))
     summary = {"shape": args.shape, "load_average_before": load} | summarise(samples)
-    keep(args, summary, partial(draw, summary))
+    save_results(args, summary, partial(draw, summary))
     show(summary)
 
 

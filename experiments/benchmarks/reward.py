@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.common import alternate, keep, parser
+from experiments.benchmarks.common import alternate, parser, save_results
 from rpt_jax.rewards.prefix import prefix_match_reward
 
 X, Y = 32, 64
@@ -91,7 +91,7 @@ def main() -> None:
         axes.set_title("Prefix reward")
         axes.legend()
 
-    keep(args, {"rows": results}, draw)
+    save_results(args, {"rows": results}, draw)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ queue: 512 rows, 64 of each prompt. Static: 64 rows at a time until each has end
 questions: 64 rows, 8 of each trunk, all in flight: static against fewer slots.
 
 Every row's tokens are compared with the static schedule's. Rows that differ must differ first at a near-tie: a draw
-within 1e-4 of a boundary of the law that a teacher-forced pass gives.
+within 1e-4 of a boundary of the distribution that a teacher-forced pass gives.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.common import MODEL_S, alternate, keep, make_tasks, parser
+from experiments.benchmarks.common import MODEL_S, alternate, make_tasks, parser, save_results
 from rpt_jax.config import MeshConfig
 from rpt_jax.models.decoder import forward, init_params
 from rpt_jax.models.vocabulary_head import next_logits
@@ -41,16 +41,16 @@ def near_ties(params, tasks, key, ours, static) -> dict:
     explained = 0
     for u, r in differ:
         step = int(np.argmax(a[u, r] != b[u, r]))
-        law = _law_at(params, tasks, static, u, r, step)
-        cdf = np.concatenate([[0.0], np.cumsum(law)])
+        probabilities = _probabilities_at(params, tasks, static, u, r, step)
+        cdf = np.concatenate([[0.0], np.cumsum(probabilities)])
         row_id = tasks.row_ids.reshape(len(tasks.cuts), -1)[u, r]
         point = float(uniform(row_keys(key, jnp.asarray([row_id])), step, 0)[0])
         explained += bool(np.abs(cdf - point).min() < NEAR)
     return {"rows_that_differ": len(differ), "of_them_near_ties": explained, "rows": a.shape[0] * a.shape[1]}
 
 
-def _law_at(params, tasks, rollouts, u, r, step):
-    """The law f64 [MEAN] of one token, teacher-forced."""
+def _probabilities_at(params, tasks, rollouts, u, r, step):
+    """The distribution f64 [MEAN] of one token, teacher-forced."""
     one = jax.tree.map(lambda x: np.asarray(x)[u : u + 1], (tasks, rollouts))
     sequences = completions(one[0], jnp.asarray(one[1].tokens), jnp.asarray(one[1].mask))
     sequences = dataclasses.replace(
@@ -72,12 +72,12 @@ def _law_at(params, tasks, rollouts, u, r, step):
 def run_shape(params, tasks, schedules: dict, static: str, rounds: int) -> dict:
     """Figures of one shape. A schedule is (options of `generate`, batches it takes in turn)."""
     key = rollout_key(0, 0)
-    law = dict(
+    sampling = dict(
         max_completion_tokens=LIMIT, temperature=TEMPERATURE, top_p=1.0, top_k=0, stop_ids=(EOS,), vocab_size=MEAN
     )
 
     def call(options, batches):
-        return [generate(MODEL_S, params, batch, key, **law, **options) for batch in batches]
+        return [generate(MODEL_S, params, batch, key, **sampling, **options) for batch in batches]
 
     timings = alternate({name: partial(call, *schedule) for name, schedule in schedules.items()}, rounds)
     results = {name: _joined(call(*schedule), schedule[1], tasks) for name, schedule in schedules.items()}
@@ -148,7 +148,7 @@ def main() -> None:
         axes.set_xlabel("useful tokens per second")
         axes.set_title(f"Completions of geometric length (mean {MEAN}, limit {LIMIT}), model S")
 
-    keep(args, {"shapes": shapes}, draw)
+    save_results(args, {"shapes": shapes}, draw)
 
 
 if __name__ == "__main__":

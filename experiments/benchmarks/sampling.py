@@ -9,7 +9,7 @@ of jax.random.categorical and a log-softmax of the token it draws; `sorted top-p
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks.common import alternate, keep, parser
+from experiments.benchmarks.common import alternate, parser, save_results
 from rpt_jax.rollout.sampling import row_keys, sample
 
 ROWS = 64
@@ -21,11 +21,11 @@ def categorical(logits, keys):
 
 
 def sorted_top_p(logits, keys):
-    law = jax.nn.softmax(logits)
-    descending = -jnp.sort(-law, axis=-1)
+    probabilities = jax.nn.softmax(logits)
+    descending = -jnp.sort(-probabilities, axis=-1)
     above = jnp.cumsum(descending, axis=-1) - descending
     least = jnp.min(jnp.where(above < 0.95, descending, jnp.inf), axis=-1, keepdims=True)
-    return categorical(jnp.where(law >= least, logits, -jnp.inf), keys)
+    return categorical(jnp.where(probabilities >= least, logits, -jnp.inf), keys)
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
         axes.set_title(f"One token for each of {ROWS} rows")
         axes.legend()
 
-    keep(args, {"rows": ROWS, "vocabulary": results}, draw)
+    save_results(args, {"rows": ROWS, "vocabulary": results}, draw)
 
 
 if __name__ == "__main__":

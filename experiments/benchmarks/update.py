@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.benchmarks.common import MODEL_S, alternate, keep, make_tasks, parser
+from experiments.benchmarks.common import MODEL_S, alternate, make_tasks, parser, save_results
 from rpt_jax.config import Config, DecoderConfig, MeshConfig, OptimizerConfig, RolloutConfig
 from rpt_jax.models.decoder import forward, init_params
 from rpt_jax.models.vocabulary_head import next_logits, token_loss
@@ -79,8 +79,8 @@ def repeated_update(state, tokens, weights, optimizer):
 
     def loss_fn(params, tokens, weights):
         hidden, _ = forward(MODEL_S, params, trunks_alone(tokens))
-        law = jax.nn.log_softmax(next_logits(params, hidden[:, :-1]))
-        return jnp.sum(weights[:, 1:] * jnp.take_along_axis(law, tokens[:, 1:, None], axis=-1)[..., 0])
+        logprobs = jax.nn.log_softmax(next_logits(params, hidden[:, :-1]))
+        return jnp.sum(weights[:, 1:] * jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0])
 
     def add(total, batch):
         return jax.tree.map(jnp.add, total, jax.grad(loss_fn)(params, *batch)), None
@@ -150,8 +150,8 @@ def vocabulary_memory() -> dict:
         return token_loss(config, lambda x, w: -w * x, params, hidden, targets, weights, temperature=1.0)[0]
 
     def whole(params, hidden, targets, weights):
-        law = jax.nn.log_softmax(next_logits(params, hidden))
-        return -jnp.sum(weights * jnp.take_along_axis(law, targets[..., None], axis=-1)[..., 0])
+        logprobs = jax.nn.log_softmax(next_logits(params, hidden))
+        return -jnp.sum(weights * jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0])
 
     figures = {}
     for name, loss in (("chunks", chunked), ("full log-softmax", whole)):
@@ -169,7 +169,7 @@ def main() -> None:
         axes.bar(list(updates), [u["seconds"]["median"] for u in updates.values()])
         axes.set(ylabel="seconds", title="One update at RPT's shape, model S")
 
-    keep(args, {"updates": updates, "vocabulary_151936": memory}, draw)
+    save_results(args, {"updates": updates, "vocabulary_151936": memory}, draw)
 
 
 if __name__ == "__main__":

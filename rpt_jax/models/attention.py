@@ -49,24 +49,24 @@ def kernels_of(config: DecoderConfig) -> Kernels:
 
 
 @record
-class Reach:
+class Visibility:
     """What each branch token sees of its stem and of its lane."""
 
     cuts: Any  # i32 [U, R, T], trunk columns below it are visible
     prompts: Any  # i32 [U, R, T], tail columns of this prompt are visible
     first: Any  # i32 [U, R, T], column of the lane at which the token's own completion begins
-    columns: Any  # i32 [U, P], prompt of each stem column; TRUNK in the trunk, PADDING where nothing is
+    stem_layout: Any  # i32 [U, P], prompt of each stem column; TRUNK in the trunk, PADDING where nothing is
 
 
 TRUNK, PADDING = -1, -2
 
 
-def sees_stem(reach: Reach):
+def stem_mask_of(visibility: Visibility):
     """bool [U, R, T, P]."""
-    columns_UP = reach.columns[:, None, None, :]
+    columns_UP = visibility.stem_layout[:, None, None, :]
     index_P = jnp.arange(columns_UP.shape[-1])
-    in_trunk = (columns_UP == TRUNK) & (index_P < reach.cuts[..., None])
-    return in_trunk | (columns_UP == reach.prompts[..., None])
+    in_trunk = (columns_UP == TRUNK) & (index_P < visibility.cuts[..., None])
+    return in_trunk | (columns_UP == visibility.prompts[..., None])
 
 
 def causal_attention(q_ULHQ, k_ULKQ, v_ULKQ, kernels: Kernels, segments_UL=None):
@@ -115,25 +115,25 @@ def _whole(blocks, num_queries: int):
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :num_queries]
 
 
-def branch_attention(q_URTHQ, stem_kv, own_kv, reach: Reach, kernels: Kernels):
+def branch_attention(q_URTHQ, stem_kv, own_kv, visibility: Visibility, kernels: Kernels):
     """Attention of lanes of branch tokens to their stem and, within a completion, to the tokens before them.
 
     Args:
         q_URTHQ: queries.
-        stem_kv, own_kv: from `keep`: of the stem [U, K, ., .], and of the lanes themselves [U, R, K, ., .].
+        stem_kv, own_kv: from `to_cache_layout`: of the stem [U, K, ., .], and of the lanes themselves [U, R, K, ., .].
     Returns:
         [U, R, T, H, Q] in the queries' dtype.
     """
     U, R, T, H, _ = q_URTHQ.shape
-    P = reach.columns.shape[-1]
+    P = visibility.stem_layout.shape[-1]
     columns_T = jnp.arange(T)
 
     def attend(q, own_kv, cuts, prompts, first, columns):
         mask_URTS = (columns_T <= columns[:, None]) & (columns_T >= first[..., None])
-        seen = sees_stem(Reach(cuts=cuts, prompts=prompts, first=first, columns=reach.columns))
+        seen = stem_mask_of(Visibility(cuts=cuts, prompts=prompts, first=first, stem_layout=visibility.stem_layout))
         return merged_attention(q, stem_kv, seen, own_kv, mask_URTS, kernels)
 
-    of_tokens = (q_URTHQ, reach.cuts, reach.prompts, reach.first)
+    of_tokens = (q_URTHQ, visibility.cuts, visibility.prompts, visibility.first)
     per_query = _on_each_device(U, H) * (P + T)
     if per_query * R * T <= kernels.max_scores:
         q, *rest = of_tokens
@@ -160,7 +160,7 @@ def merged_attention(q_URTHQ, stem_kv, stem_mask_URTP, own_kv, own_mask_URTS, ke
 
     Args:
         q_URTHQ: queries.
-        stem_kv: keys and values that all branches of a trunk share, as `keep` leaves them.
+        stem_kv: keys and values that all branches of a trunk share, as `to_cache_layout` leaves them.
         stem_mask_URTP: bool, what each query sees of them.
         own_kv: keys and values of each branch. own_mask_URTS: bool, what each query sees of its own branch's.
     Returns:
@@ -199,7 +199,7 @@ def _one_part(q_TJQ, kv, mask_T1S, kernels: Kernels):
     return sums_XQ.reshape(q_TJQ.shape), weights_TJS.sum(-1, keepdims=True), peak_TJ1
 
 
-def keep(k_SKQ, v_SKQ, kernels: Kernels):
+def to_cache_layout(k_SKQ, v_SKQ, kernels: Kernels):
     """[..., S, K, Q] keys and values as they are kept: keys [..., K, Q, S] or [..., K, S, Q], values [..., K, S, Q]."""
     k = jnp.moveaxis(k_SKQ, -3, -1) if kernels.keys_transposed else jnp.moveaxis(k_SKQ, -3, -2)
     return k, jnp.moveaxis(v_SKQ, -3, -2)

@@ -20,12 +20,12 @@ from rpt_jax.models.attention import (
     PADDING,
     TRUNK,
     Kernels,
-    Reach,
+    Visibility,
     branch_attention,
     causal_attention,
-    keep,
     kernels_of,
     merged_attention,
+    to_cache_layout,
 )
 from rpt_jax.models.vocabulary_head import next_logits, output_head
 from rpt_jax.parallel import mesh as mesh_lib
@@ -94,7 +94,7 @@ class Block(nn.Module):
     """One decoder layer. `project` and `finish` are its two halves around attention; `__call__` is the scanned form."""
 
     config: DecoderConfig
-    keep_stem_kv: bool = False
+    return_stem_kv: bool = False
 
     def setup(self):
         c = self.config
@@ -172,12 +172,12 @@ class Block(nn.Module):
         kernels = kernels_of(self.config)
         q, k, v = self.project(stem_UPD, geometry.stem_rope)
         stem_UPD = self.finish(stem_UPD, _stem_attention(q, k, v, geometry, kernels))
-        stem_kv = _split_by_heads(keep(k, v, kernels))
+        stem_kv = _split_by_heads(to_cache_layout(k, v, kernels))
         if branch_URTD is not None:
             q, k, v = self.project(branch_URTD, geometry.branch_rope)
-            attended = branch_attention(q, stem_kv, keep(k, v, kernels), geometry.reach, kernels)
+            attended = branch_attention(q, stem_kv, to_cache_layout(k, v, kernels), geometry.visibility, kernels)
             branch_URTD = self.finish(branch_URTD, attended)
-        return _between_layers((stem_UPD, branch_URTD)), (stem_kv if self.keep_stem_kv else None)
+        return _between_layers((stem_UPD, branch_URTD)), (stem_kv if self.return_stem_kv else None)
 
 
 def _between_layers(streams):
@@ -196,9 +196,9 @@ def _stem_attention(q_UPHQ, k_UPKQ, v_UPKQ, geometry: "Geometry", kernels: Kerne
     q_tail, k_tail, v_tail = (x.reshape(U, M, E, *x.shape[2:]) for x in (q_tail, k_tail, v_tail))
     tails_UMEHQ = merged_attention(
         q_tail,
-        keep(k, v, kernels),
+        to_cache_layout(k, v, kernels),
         jnp.broadcast_to((jnp.arange(L) < geometry.cuts[..., None])[:, :, None], (U, M, E, L)),
-        keep(k_tail, v_tail, kernels),
+        to_cache_layout(k_tail, v_tail, kernels),
         geometry.tail_mask_UMEE,
         kernels,
     )
@@ -214,7 +214,7 @@ class Geometry:
     cuts: Any  # i32 [U, M]
     tail_mask_UMEE: Any  # bool, what tail tokens see of their own tail
     branch_rope: Any  # (cosines, sines), each f32 [U, R, T, Q / 2]
-    reach: Any  # attention.Reach
+    visibility: Any  # attention.Visibility
 
 
 def geometry_of(config: DecoderConfig, sequences: Sequences) -> Geometry:
@@ -230,15 +230,15 @@ def geometry_of(config: DecoderConfig, sequences: Sequences) -> Geometry:
         columns_E = jnp.arange(E)
         is_real_UME = columns_E >= E - s.tail_lengths[..., None]
         tail_mask = (columns_E <= columns_E[:, None]) & is_real_UME[:, :, None, :]
-    branch_rope = reach = None
+    branch_rope = visibility = None
     if R:
         starts_UM = s.cuts + s.tail_lengths
         branch_rope = rope_angles(config, _of_prompt(starts_UM, s.branch_prompts) + s.branch_index)
-        reach = Reach(
+        visibility = Visibility(
             cuts=_of_prompt(s.cuts, s.branch_prompts),
             prompts=s.branch_prompts,
             first=jnp.arange(s.branch_index.shape[-1]) - s.branch_index,
-            columns=stem_columns(L, s.tail_lengths, E),
+            stem_layout=stem_layout(L, s.tail_lengths, E),
         )
     return Geometry(
         stem_rope=rope_angles(config, positions_UP),
@@ -246,7 +246,7 @@ def geometry_of(config: DecoderConfig, sequences: Sequences) -> Geometry:
         cuts=s.cuts,
         tail_mask_UMEE=tail_mask,
         branch_rope=branch_rope,
-        reach=reach,
+        visibility=visibility,
     )
 
 
@@ -256,7 +256,7 @@ def _of_prompt(values_UM, prompts_URT):
     return jnp.take_along_axis(values_UM, prompts_URT.reshape(U, -1), axis=1).reshape(prompts_URT.shape)
 
 
-def stem_columns(num_trunk: int, tail_lengths_UM, num_tail: int):
+def stem_layout(num_trunk: int, tail_lengths_UM, num_tail: int):
     """i32 [U, P]: the prompt whose tail a stem column belongs to; TRUNK in the trunk, PADDING before short tails."""
     U, M = tail_lengths_UM.shape
     is_real_UME = jnp.arange(num_tail) >= num_tail - tail_lengths_UM[..., None]
@@ -268,7 +268,7 @@ class Decoder(nn.Module):
     """Embedding, scanned blocks, final norm."""
 
     config: DecoderConfig
-    keep_stem_kv: bool = False
+    return_stem_kv: bool = False
 
     def setup(self):
         c = self.config
@@ -286,7 +286,7 @@ class Decoder(nn.Module):
             in_axes=nn.broadcast,
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.keep_stem_kv)
+        )(c, self.return_stem_kv)
 
     def __call__(self, sequences: Sequences):
         s, geometry = sequences, geometry_of(self.config, sequences)
@@ -401,7 +401,7 @@ def lay_out_for_decoding(config: DecoderConfig, params, *, specs: tuple) -> dict
 
 def prefill(config: DecoderConfig, params, stems: Sequences):
     """Run each stem once: (hidden states [U, P, D] after the final norm, a pair of keys and values per layer)."""
-    stem_UPD, _, (k, v) = Decoder(config, keep_stem_kv=True).apply({"params": params}, stems)
+    stem_UPD, _, (k, v) = Decoder(config, return_stem_kv=True).apply({"params": params}, stems)
     return stem_UPD, [(k[i], v[i]) for i in range(config.num_layers)]
 
 
@@ -410,7 +410,7 @@ def empty_cache(config: DecoderConfig, num_trunks: int, num_branches: int, num_c
     zeros = jnp.zeros(
         (num_trunks, num_branches, num_columns, config.num_kv_heads, config.head_size), config.activation_dtype
     )
-    return [_split_by_heads(keep(zeros, zeros, kernels_of(config))) for _ in range(config.num_layers)]
+    return [_split_by_heads(to_cache_layout(zeros, zeros, kernels_of(config))) for _ in range(config.num_layers)]
 
 
 def _split_by_heads(kv):
@@ -418,7 +418,7 @@ def _split_by_heads(kv):
     return tuple(constrain(x, TRUNK_AXES, *(None,) * (x.ndim - 4), "tensor") for x in kv)
 
 
-def columns_axis(kernels: Kernels) -> tuple[int, int]:
+def cache_axes(kernels: Kernels) -> tuple[int, int]:
     """Axis of the columns in the keys and in the values of a cache."""
     return (-1 if kernels.keys_transposed else -2), -2
 
@@ -446,7 +446,7 @@ def extend(config: DecoderConfig, weights, tokens_URT, positions_URT, stem_kv, s
         q, k, v = block.apply({"params": layer}, x, rope, method=Block.project)
         own_kv = _split_by_heads(
             jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=old.ndim + axis)
-            for old, new, axis in zip(own_kv, keep(k, v, kernels), columns_axis(kernels), strict=True)
+            for old, new, axis in zip(own_kv, to_cache_layout(k, v, kernels), cache_axes(kernels), strict=True)
         )
         attended = merged_attention(q, layer_stem_kv, stem_mask, own_kv, own_mask, kernels)
         x = constrain(block.apply({"params": layer}, x, attended, method=Block.finish), TRUNK_AXES)

@@ -1,4 +1,4 @@
-"""From hidden states to laws over the vocabulary, and to losses of them, without a [rows, tokens, vocabulary] array."""
+"""Distributions over the vocabulary and their losses, without ever building a [rows, tokens, vocabulary] array."""
 
 import math
 from functools import partial
@@ -52,7 +52,7 @@ def _joined(chunks, n: int):
 
 
 def _chunk_logprobs(head_VD, hidden_UnD, targets_Un, sharpness):
-    """(log-probability of the targets [U, n], entropy [U, n], the law [U, n, V]).
+    """(log-probability of the targets [U, n], entropy [U, n], the distribution [U, n, V]).
 
     sharpness: 1 / temperature, a scalar or f32 [U, n, 1].
     """
@@ -69,7 +69,7 @@ def _chunk_logprobs(head_VD, hidden_UnD, targets_Un, sharpness):
 
 @partial(jax.jit, static_argnames=("config", "temperature"))
 def token_logprobs(config: DecoderConfig, params, hidden_UND, targets_UN, *, temperature: float):
-    """Log-probability of each target and entropy of its law, softmax(logits / temperature), for scoring.
+    """Log-probability of each target and entropy of its distribution, softmax(logits / temperature), for scoring.
 
     Args:
         hidden_UND: hidden states after the final norm, any token dimension N.
@@ -92,7 +92,7 @@ def token_loss(config: DecoderConfig, term_fn, params, hidden_UND, targets_UN, i
     Args:
         term_fn: (logprobs [U, n], inputs [U, n]) -> terms f32 [U, n], elementwise.
         hidden_UND, targets_UN: as in `token_logprobs`.
-        temperature: of the law, one number or f32 [U, N]; > 0.
+        temperature: of the distribution, one number or f32 [U, N]; > 0.
         inputs: tree of arrays [U, N], constants of the loss.
     Returns:
         (scalar loss, (logprobs f32 [U, N], entropy f32 [U, N])); the last two carry no gradient.
@@ -136,11 +136,11 @@ def _token_loss_fwd(config, term_fn, head_VD, hidden_UND, targets_UN, inputs, sh
 
     def one(head_gradient, chunk):
         hidden, targets, inputs, sharpness_Un = chunk
-        logprobs, entropy, law_UnV = _chunk_logprobs(head_VD, hidden, targets, sharpness_Un[..., None])
+        logprobs, entropy, probs_UnV = _chunk_logprobs(head_VD, hidden, targets, sharpness_Un[..., None])
         terms, pull = jax.vjp(lambda x: term_fn(x, inputs), logprobs)
         (slope_Un,) = pull(jnp.ones_like(terms))
-        is_target = jnp.arange(law_UnV.shape[-1]) == targets[..., None]
-        gradient_UnV = (slope_Un * sharpness_Un)[..., None] * (is_target - law_UnV)
+        is_target = jnp.arange(probs_UnV.shape[-1]) == targets[..., None]
+        gradient_UnV = (slope_Un * sharpness_Un)[..., None] * (is_target - probs_UnV)
         gradient_UnV = gradient_UnV.astype(hidden.dtype)
         hidden_gradient = jnp.einsum("unv,vd->und", gradient_UnV, head_VD, preferred_element_type=jnp.float32)
         head_gradient = laid_out(head_gradient + head_gradient_of(by_shard(gradient_UnV), by_shard(hidden)))

@@ -187,7 +187,7 @@ def _rollout_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept
     on_trunks = partial(_shapes, sharding=trunk_sharding(compiler.mesh))
     C, R = rollout.max_completion_tokens, rollout.prompts_per_trunk * rollout.group_size
     slots = min(rollout.slots_per_trunk or R, R)
-    law = engine.Law(
+    settings = engine.SamplingSettings(
         max_completion_tokens=C,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
@@ -204,15 +204,15 @@ def _rollout_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept
     yield program
     resident = not_params + bytes_per_chip(weights)
     program, started = compiler(
-        "prefill", 1, resident, engine.start, config.model, law, params, on_trunks(tasks.prompts), key, slots=slots,
-        window=C,
+        "prefill", 1, resident, engine.start, config.model, settings, params, on_trunks(tasks.prompts), key,
+        slots=slots, window=C,
     )  # fmt: skip
     yield program
     stems, flight, written, _ = started
     # While caches are widened for the last time, their first half is still there.
     halves = bytes_per_chip(flight.cache) // 2
     program, _ = compiler(
-        "decode", R / slots, kept + halves, engine.run_segment, config.model, law, weights, stems, flight,
+        "decode", R / slots, kept + halves, engine.run_segment, config.model, settings, weights, stems, flight,
         written, jax.ShapeDtypeStruct((), np.int32), trips=C,
     )  # fmt: skip
     yield program

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rpt_jax.config import DecoderConfig
 from rpt_jax.models import decoder
-from rpt_jax.models.attention import Reach, sees_stem
+from rpt_jax.models.attention import Visibility, stem_mask_of
 from rpt_jax.rollout.flight import EMPTY, Entry, Flight, Stems, Written, prompt_of, window_of
 from rpt_jax.types import Prompts, record
 
@@ -53,14 +53,14 @@ def given_rows(prompts: Prompts, stop_ids: tuple[int, ...], limit: int) -> Given
 
 
 @partial(jax.jit, static_argnames=("stop_ids", "limit"))
-def most_going_on(prompts: Prompts, *, stop_ids: tuple[int, ...], limit: int):
+def max_continued_rows(prompts: Prompts, *, stop_ids: tuple[int, ...], limit: int):
     """i32: rows of one trunk that go on, at most. Each needs a slot from the start."""
     given = given_rows(prompts, stop_ids, limit)
     is_real_UR = jnp.repeat(prompts.prompt_mask, prompts.row_ids.shape[-1], axis=1)
     return jnp.max(jnp.sum(is_real_UR & (given.lengths > 0) & ~given.is_done, axis=1), initial=0)
 
 
-def queue_of(is_real_UR, given: Given | None):
+def start_order(is_real_UR, given: Given | None):
     """(rows of each trunk in the order they start i32 [U, R], how many start i32 [U]). Rows that go on come first."""
     starts_UR, rank_UR = is_real_UR, ~is_real_UR
     if given is not None:
@@ -69,7 +69,7 @@ def queue_of(is_real_UR, given: Given | None):
     return jnp.argsort(rank_UR, axis=1, stable=True).astype(jnp.int32), starts_UR.sum(1, dtype=jnp.int32)
 
 
-def blank_written(num_trunks: int, num_rows: int, limit: int, is_real_UR, given: Given | None) -> Written:
+def initial_written(num_trunks: int, num_rows: int, limit: int, is_real_UR, given: Given | None) -> Written:
     """Nothing but what is given."""
     shape = (num_trunks, num_rows, limit)
     written = Written(
@@ -94,28 +94,28 @@ def blank_written(num_trunks: int, num_rows: int, limit: int, is_real_UR, given:
     )
 
 
-def take_in_hand(flight: Flight, given: Given) -> Flight:
+def load_last_given(flight: Flight, given: Given) -> Flight:
     """Slots of rows that go on hold the last token that is given."""
     row = jnp.minimum(flight.row, given.tokens.shape[1] - 1)
     lengths_US = jnp.where(flight.row < EMPTY, jnp.take_along_axis(given.lengths, row, axis=1), 0)
     tokens_USC = jnp.take_along_axis(given.tokens, row[..., None], axis=1)
     last_US = jnp.take_along_axis(tokens_USC, jnp.maximum(lengths_US - 1, 0)[..., None], axis=-1)[..., 0]
-    goes_on = lengths_US > 0
+    is_continued = lengths_US > 0
     return replace(
         flight,
-        index=jnp.where(goes_on, lengths_US - 1, flight.index),
-        token=jnp.where(goes_on, last_US, flight.token),
+        index=jnp.where(is_continued, lengths_US - 1, flight.index),
+        token=jnp.where(is_continued, last_US, flight.token),
     )
 
 
-def leave_out(goes_on_US, before: Flight, after: Flight, entry: Entry) -> tuple[Flight, Entry]:
+def skip_continued(is_continued_US, before: Flight, after: Flight, entry: Entry) -> tuple[Flight, Entry]:
     """A first draw as it is for the other slots: rows that go on have not fed their token in hand yet."""
 
     def pick(old, new):
-        return jnp.where(goes_on_US, old, new)
+        return jnp.where(is_continued_US, old, new)
 
     rows = {name: pick(getattr(before, name), getattr(after, name)) for name in ("row", "index", "token")}
-    return replace(after, **rows), replace(entry, row=jnp.where(goes_on_US, EMPTY, entry.row))
+    return replace(after, **rows), replace(entry, row=jnp.where(is_continued_US, EMPTY, entry.row))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="flight")
@@ -147,14 +147,14 @@ def prefill_rows(config: DecoderConfig, weights, stems: Stems, flight: Flight, g
         queries_T = first + jnp.arange(chunk)
         is_given = columns_W >= (columns - fed_US)[..., None, None]
         own_mask = (columns_W <= queries_T[:, None]) & is_given
-        reach = Reach(
+        visibility = Visibility(
             cuts=jnp.broadcast_to(cuts[..., None], tokens.shape),
             prompts=jnp.broadcast_to(prompts[..., None], tokens.shape),
             first=None,
-            columns=stems.columns,
+            stem_layout=stems.stem_layout,
         )
         _, cache = decoder.extend(
-            config, weights, tokens, positions, stems.kv, sees_stem(reach), cache, first, own_mask
+            config, weights, tokens, positions, stems.kv, stem_mask_of(visibility), cache, first, own_mask
         )
         return cache
 

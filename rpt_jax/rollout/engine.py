@@ -16,20 +16,20 @@ import numpy as np
 
 from rpt_jax.config import DecoderConfig
 from rpt_jax.models import decoder
-from rpt_jax.models.attention import Reach, sees_stem
+from rpt_jax.models.attention import Visibility, stem_mask_of
 from rpt_jax.models.vocabulary_head import next_logits
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.interruption import check
 from rpt_jax.parallel.mesh import on_mesh_of
 from rpt_jax.rollout.continued import (
     Given,
-    blank_written,
     given_rows,
-    leave_out,
-    most_going_on,
+    initial_written,
+    load_last_given,
+    max_continued_rows,
     prefill_rows,
-    queue_of,
-    take_in_hand,
+    skip_continued,
+    start_order,
 )
 from rpt_jax.rollout.flight import (
     EMPTY,
@@ -77,7 +77,7 @@ STATIC = Schedule(window=2**30, compact=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Law:
+class SamplingSettings:
     """What is sampled; see `generate`."""
 
     max_completion_tokens: int
@@ -120,7 +120,7 @@ def generate(
     if any(i < 0 for i in stop_ids):
         raise ValueError(f"stop ids {stop_ids}; they must be token ids, 0 or more")
     limit = max_completion_tokens
-    law = Law(
+    settings = SamplingSettings(
         max_completion_tokens=limit,
         temperature=temperature,
         top_p=top_p,
@@ -131,24 +131,24 @@ def generate(
     U, M, G = prompts.row_ids.shape
     slots, window = min(slots_per_trunk or M * G, M * G), min(schedule.window, limit)
     if prompts.prefix_tokens is not None:
-        slots = max(slots, int(to_host(most_going_on(prompts, stop_ids=law.stop_ids, limit=limit))))
+        slots = max(slots, int(to_host(max_continued_rows(prompts, stop_ids=settings.stop_ids, limit=limit))))
         window = min(max(window, prompts.prefix_tokens.shape[-1]), limit)
     with on_mesh_of(params):
         weights = decoder.decoding_weights(config, params)
-        stems, flight, written, given = start(config, law, params, prompts, key, slots=slots, window=window)
+        stems, flight, written, given = start(config, settings, params, prompts, key, slots=slots, window=window)
         if given is not None:
             flight = prefill_rows(config, weights, stems, flight, given)
         # Trunks of a sharded batch stay on their device.
         may_regroup = num_shards_of(prompts.trunk_tokens) == 1
-        shapes = chain_of_shapes(U, slots, stems.columns.shape[1], limit, may_regroup) if schedule.compact else []
+        shapes = chain_of_shapes(U, slots, stems.stem_layout.shape[1], limit, may_regroup) if schedule.compact else []
         floor = math.prod(shapes[0]) if shapes else 0
         while True:
-            flight, written, status = run_segment(config, law, weights, stems, flight, written, np.int32(floor))
+            flight, written, status = run_segment(config, settings, weights, stems, flight, written, np.int32(floor))
             live_U, clock, is_waiting = to_host(status)
             check()
             live, window = int(live_U.sum()), window_of(flight)
             if not live and not is_waiting:
-                return _rollouts(law, written)
+                return _rollouts(settings, written)
             if shapes and not is_waiting and live <= floor:
                 stems, flight = _compacted(stems, flight, shapes, live_U, may_regroup)
                 floor = min(math.prod(shapes[0]), live * 7 // 8) if shapes else 0
@@ -172,25 +172,25 @@ def num_shards_of(array) -> int:
     return 1 if sharding is None else array.shape[0] // sharding.shard_shape(array.shape)[0]
 
 
-@partial(jax.jit, static_argnames=("config", "law", "slots", "window"))
-def start(config: DecoderConfig, law: Law, params, prompts: Prompts, key, *, slots: int, window: int):
+@partial(jax.jit, static_argnames=("config", "settings", "slots", "window"))
+def start(config: DecoderConfig, settings: SamplingSettings, params, prompts: Prompts, key, *, slots: int, window: int):
     """Prefill the stems, fill the slots, draw the first token of each row that begins anew.
 
     Returns:
         (stems, flight, written, what is given of rows that go on or None).
     """
     U, M, G = prompts.row_ids.shape
-    R, C, E = M * G, law.max_completion_tokens, prompts.tail_tokens.shape[-1]
-    sequences, given = stems_of(prompts), given_rows(prompts, law.stop_ids, C)
+    R, C, E = M * G, settings.max_completion_tokens, prompts.tail_tokens.shape[-1]
+    sequences, given = stems_of(prompts), given_rows(prompts, settings.stop_ids, C)
     hidden_UPD, kv = decoder.prefill(config, params, sequences)
     is_real_UR = jnp.repeat(prompts.prompt_mask, G, axis=1)
-    queue, num_queued = queue_of(is_real_UR, given)
+    queue, num_queued = start_order(is_real_UR, given)
     stems = Stems(
         kv=kv,
         tail_hidden=decoder.prompt_ends(hidden_UPD, sequences),
         cuts=jnp.asarray(prompts.cuts),
         tail_lengths=jnp.asarray(prompts.tail_lengths),
-        columns=decoder.stem_columns(prompts.trunk_tokens.shape[1], prompts.tail_lengths, E),
+        stem_layout=decoder.stem_layout(prompts.trunk_tokens.shape[1], prompts.tail_lengths, E),
         keys=row_keys(key, jnp.asarray(prompts.row_ids).reshape(U, R)),
         queue=queue,
         num_queued=num_queued,
@@ -204,30 +204,34 @@ def start(config: DecoderConfig, law: Law, params, prompts: Prompts, key, *, slo
         token=jnp.zeros((U, slots), jnp.int32),
         cache=decoder.empty_cache(config, U, slots, window),
     )
-    flight, entry = _draw_first(config, law, params, stems, start_waiting_rows(stems, flight), given)
-    written = blank_written(U, R, C, is_real_UR, given)
+    flight, entry = _draw_first(config, settings, params, stems, start_waiting_rows(stems, flight), given)
+    written = initial_written(U, R, C, is_real_UR, given)
     return stems, flight, _write(written, flight.trunk, jax.tree.map(lambda x: x[None], entry)), given
 
 
-def _draw_first(config: DecoderConfig, law: Law, params, stems: Stems, flight: Flight, given: Given | None):
+def _draw_first(
+    config: DecoderConfig, settings: SamplingSettings, params, stems: Stems, flight: Flight, given: Given | None
+):
     """The first token of each slot's row, from its stem; rows that go on take the last token that is given."""
     nothing_USD = jnp.zeros((*flight.row.shape, config.width), config.activation_dtype)
     if given is None:
-        return _draw(law, params, stems, flight, nothing_USD)
-    flight = take_in_hand(flight, given)
-    goes_on_US = (flight.index >= 0) & (flight.row < EMPTY)
-    return leave_out(goes_on_US, flight, *_draw(law, params, stems, flight, nothing_USD))
+        return _draw(settings, params, stems, flight, nothing_USD)
+    flight = load_last_given(flight, given)
+    is_continued_US = (flight.index >= 0) & (flight.row < EMPTY)
+    return skip_continued(is_continued_US, flight, *_draw(settings, params, stems, flight, nothing_USD))
 
 
-@partial(jax.jit, static_argnames=("config", "law"), donate_argnames=("flight", "written"))
-def run_segment(config: DecoderConfig, law: Law, weights, stems: Stems, flight: Flight, written: Written, floor):
+@partial(jax.jit, static_argnames=("config", "settings"), donate_argnames=("flight", "written"))
+def run_segment(
+    config: DecoderConfig, settings: SamplingSettings, weights, stems: Stems, flight: Flight, written: Written, floor
+):
     """Feed and draw until all is done, the caches are full, or no row waits and at most `floor` live.
 
     Returns:
         (flight, written, (live rows i32 [U] by trunk, the clock, whether rows wait)).
     """
     U, W = written.tokens.shape[0], window_of(flight)
-    may_widen = law.max_completion_tokens > W
+    may_widen = settings.max_completion_tokens > W
 
     def is_running(carry):
         flight, _, steps = carry
@@ -240,7 +244,7 @@ def run_segment(config: DecoderConfig, law: Law, weights, stems: Stems, flight: 
         flight, tape, steps = carry
         flight = start_waiting_rows(stems, flight)
         hidden_USD, flight = _feed(config, weights, stems, flight)
-        flight, entry = _draw(law, weights["rest"], stems, flight, hidden_USD)
+        flight, entry = _draw(settings, weights["rest"], stems, flight, hidden_USD)
         tape = jax.tree.map(
             lambda all_steps, now: jax.lax.dynamic_update_index_in_dim(all_steps, now, steps, 0), tape, entry
         )
@@ -271,18 +275,18 @@ def _write(written: Written, trunk_U, tape: Entry) -> Written:
     )
 
 
-def _is_stop(law: Law, tokens):
+def _is_stop(settings: SamplingSettings, tokens):
     """bool, whether each token ends a row."""
-    return jnp.any(tokens[..., None] == jnp.asarray(law.stop_ids, jnp.int32), axis=-1)
+    return jnp.any(tokens[..., None] == jnp.asarray(settings.stop_ids, jnp.int32), axis=-1)
 
 
-@partial(jax.jit, static_argnames="law")
-def _rollouts(law: Law, written: Written) -> Rollouts:
+@partial(jax.jit, static_argnames="settings")
+def _rollouts(settings: SamplingSettings, written: Written) -> Rollouts:
     return Rollouts(
         tokens=written.tokens,
         mask=written.mask,
         sampler_logprobs=written.logprobs,
-        truncated=written.mask[..., -1] & ~_is_stop(law, written.tokens[..., -1]),
+        truncated=written.mask[..., -1] & ~_is_stop(settings, written.tokens[..., -1]),
         num_rejected=written.rejected.sum(-1),
     )
 
@@ -298,14 +302,14 @@ def _feed(config: DecoderConfig, weights, stems: Stems, flight: Flight):
     # A column holds what was fed `age` tokens ago; a row has fed index + 1 tokens, the one in hand among them.
     age_W = (column - jnp.arange(W)) % W
     own_mask = age_W < (flight.index + 1)[:, :, None, None]
-    reach = Reach(cuts=cuts[..., None], prompts=prompts[..., None], first=None, columns=stems.columns)
+    visibility = Visibility(cuts=cuts[..., None], prompts=prompts[..., None], first=None, stem_layout=stems.stem_layout)
     hidden_US1D, cache = decoder.extend(
         config,
         weights,
         flight.token[..., None],
         (cuts + tail_lengths + flight.index)[..., None],
         stems.kv,
-        sees_stem(reach),
+        stem_mask_of(visibility),
         flight.cache,
         column,
         own_mask,
@@ -313,19 +317,19 @@ def _feed(config: DecoderConfig, weights, stems: Stems, flight: Flight):
     return hidden_US1D[:, :, 0], replace(flight, cache=cache, clock=flight.clock + 1)
 
 
-def _draw(law: Law, params, stems: Stems, flight: Flight, hidden_USD) -> tuple[Flight, Entry]:
+def _draw(settings: SamplingSettings, params, stems: Stems, flight: Flight, hidden_USD) -> tuple[Flight, Entry]:
     """Draw the next token of every slot; the slots of rows that end with it are empty."""
     R = stems.queue.shape[1]
     first_USD = jnp.take_along_axis(stems.tail_hidden, prompt_of(stems, flight)[..., None], axis=1)
     hidden_USD = jnp.where((flight.index < 0)[..., None], first_USD, hidden_USD)
     logits_USV = next_logits(params, hidden_USD)
-    if logits_USV.shape[-1] > law.vocab_size:
-        logits_USV = jnp.where(jnp.arange(logits_USV.shape[-1]) < law.vocab_size, logits_USV, -jnp.inf)
+    if logits_USV.shape[-1] > settings.vocab_size:
+        logits_USV = jnp.where(jnp.arange(logits_USV.shape[-1]) < settings.vocab_size, logits_USV, -jnp.inf)
     keys = jnp.take_along_axis(stems.keys, jnp.minimum(flight.row, R - 1), axis=1)
     index = flight.index + 1
     token, logprob, rejected = sample(
-        logits_USV, keys, index, temperature=law.temperature, top_p=law.top_p, top_k=law.top_k
+        logits_USV, keys, index, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k
     )
     entry = Entry(row=flight.row, index=index, token=token, logprob=logprob, rejected=rejected)
-    has_ended = _is_stop(law, token) | (index + 1 >= law.max_completion_tokens)
+    has_ended = _is_stop(settings, token) | (index + 1 >= settings.max_completion_tokens)
     return replace(flight, token=token, index=index, row=jnp.where(has_ended, EMPTY, flight.row)), entry

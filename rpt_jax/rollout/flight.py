@@ -18,7 +18,7 @@ class Stems:
     tail_hidden: Any  # [U, M, D], hidden state of each prompt's last token
     cuts: Any  # i32 [U, M]
     tail_lengths: Any  # i32 [U, M]
-    columns: Any  # i32 [U, P], as attention.Reach
+    stem_layout: Any  # i32 [U, P], as attention.Visibility
     keys: Any  # keys [U, R], of the rows' noise
     queue: Any  # i32 [U, R], rows in the order they are started, those of padded positions last
     num_queued: Any  # i32 [U], rows that are started

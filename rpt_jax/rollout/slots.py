@@ -52,7 +52,7 @@ def widen(config: DecoderConfig, flight: Flight, *, window: int) -> Flight:
         widths[axis] = (0, more)
         return jnp.pad(x, widths)
 
-    axes = decoder.columns_axis(kernels_of(config))
+    axes = decoder.cache_axes(kernels_of(config))
     return replace(flight, cache=[tuple(map(pad, kv, axes)) for kv in flight.cache])
 
 
