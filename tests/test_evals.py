@@ -111,9 +111,9 @@ def test_direct_figures_by_definition(evaluation):
         start = max(0, -(-(index - 24) // 12)) * 12
         context = np.zeros((1, 24), np.int32)
         context[0, : index - start] = tokens[start:index]
-        logprobs = jax.nn.log_softmax(logits_fn(context)[0, index - start - 1])
-        right.append(float(logprobs.argmax() == tokens[index]))
-        logprobs.append(float(logprobs[tokens[index]]))
+        next_logprobs = jax.nn.log_softmax(logits_fn(context)[0, index - start - 1])
+        right.append(float(next_logprobs.argmax() == tokens[index]))
+        logprobs.append(float(next_logprobs[tokens[index]]))
     assert figures["all"]["direct_first"]["n"] == len(right)
     np.testing.assert_allclose(figures["all"]["direct_first"]["value"], np.mean(right), atol=1e-6)
     # Every token of this vocabulary but the longer marks is one byte, so both readings agree.

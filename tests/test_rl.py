@@ -505,8 +505,9 @@ def test_supervised_loss_is_the_weighted_mean_of_both_parts(tiny_config, tiny_pa
         old_logprobs=None, ref_logprobs=None,
     )  # fmt: skip
     value, _ = objective(tiny_config, LOSS, tiny_params, batch)
-    logprobs = jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, jnp.asarray(sequences.trunk_tokens)))
-    trunk = np.take_along_axis(np.asarray(logprobs)[:, :-1], np.asarray(sequences.trunk_tokens)[:, 1:, None], -1)[..., 0]
+    tokens = np.asarray(sequences.trunk_tokens)
+    logprobs = np.asarray(jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, jnp.asarray(tokens))))
+    trunk = np.take_along_axis(logprobs[:, :-1], tokens[:, 1:, None], -1)[..., 0]
     own = np.asarray(score(tiny_config, tiny_params, sequences, temperature=1.0))
     np.testing.assert_allclose(value, -(trunk_weights[:, 1:] * trunk).sum() - (token_weights * own).sum(), rtol=1e-4)
 
