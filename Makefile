@@ -1,28 +1,31 @@
-# Every target makes what it needs in .venv at the project's root, once.
-PYTHON ?= python3
+# Every target creates .venv at the project's root first, once, with the tested versions. PYTHON=python3.13 chooses the
+# interpreter; a .venv of another Python version is then replaced.
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTHON ?= $(shell test -x $(RUN) && echo $(RUN) || echo python3)
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+INSTALLED := $(VENV)/.installed-$(call version,$(PYTHON))
 
 .PHONY: quickstart test trials benchmark lint
 
-$(VENV)/.installed: requirements.txt setup.py
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q --disable-pip-version-check -e ".[dev]"
+$(INSTALLED): requirements.txt constraints.txt setup.py
+	test "$(call version,$(RUN))" = "$(call version,$(PYTHON))" || $(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-quickstart: $(VENV)/.installed
+quickstart: $(INSTALLED)
 	$(RUN) -m experiments.quickstart --run.directory runs/quickstart
 
 # Two processes, a file each at a time: most of a test is compiling, on one core.
-test: $(VENV)/.installed
+test: $(INSTALLED)
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-trials: $(VENV)/.installed
-	$(RUN) -m pytest -m slow
+trials: $(INSTALLED)
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) -m pytest -m slow
 
 # The claims of the README's performance tables, on a CPU: most of an hour on a quiet machine of two cores, up to two where
 # they are older, and more on first use, when TRL and Tunix are installed in .venv-peers.
-benchmark: $(VENV)/.installed
+benchmark: $(INSTALLED)
 	$(RUN) -m experiments.benchmarks.sampling
 	$(RUN) -m experiments.benchmarks.reward
 	$(RUN) -m experiments.benchmarks.rollout
@@ -32,6 +35,6 @@ benchmark: $(VENV)/.installed
 	$(RUN) -m experiments.benchmarks.peers --shape questions
 	$(RUN) -m experiments.benchmarks.peers --shape rpt
 
-lint: $(VENV)/.installed
+lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .

@@ -1,4 +1,4 @@
-"""What is raised for bad user input, before the first compile wherever it can be known by then.
+"""Errors for bad user input, raised before the first compile whenever possible.
 
 A message has three parts: what was received, what is required, what to change.
 """
@@ -9,16 +9,16 @@ class ConfigError(ValueError):
 
 
 class DataError(ValueError):
-    """A corpus, tokenizer or task that cannot be used; names the file and the line or key."""
+    """An unusable corpus, tokenizer or task; names the file and the line or key."""
 
 
 class CheckpointError(RuntimeError):
-    """A run directory or checkpoint that cannot be continued from."""
+    """A run directory or checkpoint that cannot be resumed."""
 
 
 class RewardError(RuntimeError):
-    """A judge that raised, hung or returned no finite number; names the sample."""
+    """A reward function that raised, hung or returned a non-finite value; names the sample."""
 
 
 class Interrupted(RuntimeError):
-    """The run was told to stop and has saved; the same command goes on."""
+    """The run received a stop signal and has saved; the same command resumes it."""

@@ -1,4 +1,4 @@
-"""The power-law fit, under the name by which other code imports it; it lives in `analysis/scaling.py`."""
+"""Alias of `analysis/scaling.py`, the power-law fit."""
 
 from rpt_jax.analysis.scaling import PowerLawFit, fit_power_law
 

@@ -1,6 +1,6 @@
-"""Every builder of what the model runs: batches of tasks, stems, completions, references behind them, lanes.
+"""Every builder of model inputs: task batches, stems, completions, appended references, lanes.
 
-Host builders take lists and return NumPy arrays; the others are array programs that may run inside a jitted function.
+Host builders take lists and return NumPy arrays. The others are array programs that may run inside a jitted function.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from rpt_jax.types import Prompts, References, Rollouts, Sequences, TaskBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One prompt of a trunk, and what judges its completions."""
+    """One prompt of a trunk, and the reference of its completions."""
 
     id: int
     """Index into the source's tasks."""
     cut: int
-    """Trunk tokens that the prompt sees."""
+    """Number of trunk tokens that the prompt sees."""
     text: bytes = b""
     """True bytes from the cut on."""
     boundaries: Sequence[int] = ()
-    """Byte lengths at which tokens of the text end."""
+    """Lengths in bytes at which tokens of the text end."""
     tokens: Sequence[int] = ()
     """Tokens of the reference."""
 
@@ -38,13 +38,15 @@ def build_tasks(
     num_bytes: int = 8,
     num_tokens: int = 1,
 ) -> TaskBatch:
-    """TaskBatch of NumPy arrays.
+    """Build a TaskBatch of NumPy arrays.
 
     Args:
         trunks: (tokens, tasks) of each trunk; a trunk without tasks is padding.
         tail: ids that every prompt ends with; at least one.
-        row_ids: i32 [U, M, G]; its shape is the batch's.
-        trunk_length: L. num_bytes: Y. num_tokens: A.
+        row_ids: i32 [U, M, G]; sets the batch's shape.
+        trunk_length: L, trunk tokens.
+        num_bytes: Y, continuation bytes.
+        num_tokens: A, reference tokens.
     """
     (U, M, _), E = row_ids.shape, len(tail)
     prompts = Prompts(
@@ -77,7 +79,7 @@ def build_tasks(
 
 
 def trunks_alone(trunk_tokens_UL, trunk_segments_UL=None) -> Sequences:
-    """Sequences without prompts and branches."""
+    """Build sequences of trunks i32 [U, L] without prompts or branches; segments as in `Sequences.trunk_segments`."""
     U = trunk_tokens_UL.shape[0]
     nothing_UR1 = np.zeros((U, 0, 1), np.int32)
     return Sequences(
@@ -94,13 +96,18 @@ def trunks_alone(trunk_tokens_UL, trunk_segments_UL=None) -> Sequences:
 
 
 def stems(prompts: Prompts) -> Sequences:
-    """Trunks with the tails of their prompts, without branches."""
+    """Build trunks with the tails of their prompts, without branches."""
     alone = trunks_alone(prompts.trunk_tokens)
     return replace(alone, cuts=prompts.cuts, tail_tokens=prompts.tail_tokens, tail_lengths=prompts.tail_lengths)
 
 
 def completions(prompts: Prompts, tokens_URC, mask_URC) -> Sequences:
-    """Stems, and a lane for each completion, G of each prompt, as the update and the scorer read them."""
+    """Build stems and one lane per completion, G for each prompt, as the update and the scorer read them.
+
+    Args:
+        tokens_URC: i32, completions.
+        mask_URC: bool, their real tokens.
+    """
     num_prompts = max(1, prompts.cuts.shape[1])
     prompts_R = jnp.arange(tokens_URC.shape[1]) // max(1, tokens_URC.shape[1] // num_prompts)
     return replace(
@@ -113,7 +120,7 @@ def completions(prompts: Prompts, tokens_URC, mask_URC) -> Sequences:
 
 
 def continued(prompts: Prompts, rollouts: Rollouts, lengths_UMG) -> Prompts:
-    """Prompts whose rows go on behind the first `lengths` tokens of these rollouts; 0: the row begins anew."""
+    """Build prompts whose rows continue after the first `lengths` tokens of these rollouts; 0: the row starts fresh."""
     shape = (*prompts.row_ids.shape, rollouts.tokens.shape[-1])
     return replace(
         prompts,
@@ -124,13 +131,16 @@ def continued(prompts: Prompts, rollouts: Rollouts, lengths_UMG) -> Prompts:
 
 
 def append_targets(tokens_URC, keep_UR, stubs_SW, stub_lengths_S, which_UR, targets_URA, target_lengths_UR):
-    """The first `keep` tokens of each row, a stub, then the targets.
+    """Concatenate the first `keep` tokens of each row, a stub and the targets.
 
     Args:
         tokens_URC: i32, completions; C may be 0.
-        keep_UR: i32, tokens kept of each.
-        stubs_SW: i32, the stubs there are, right-padded; stub_lengths_S: i32. which_UR: i32, the stub of each row.
-        targets_URA: i32, right-padded; target_lengths_UR: i32.
+        keep_UR: i32, number of tokens to keep of each.
+        stubs_SW: i32, all stubs, right-padded.
+        stub_lengths_S: i32.
+        which_UR: i32, index of each row's stub.
+        targets_URA: i32, right-padded.
+        target_lengths_UR: i32.
     Returns:
         (tokens i32 [U, R, C + W + A], mask bool, index i32 [U, R] of each row's first target).
     """
@@ -146,12 +156,12 @@ def append_targets(tokens_URC, keep_UR, stubs_SW, stub_lengths_S, which_UR, targ
 
 
 def in_lanes(sequences: Sequences, trunks_n, source_nRT) -> Sequences:
-    """Rows of completions laid one behind the other in lanes.
+    """Pack rows of completions back to back into lanes.
 
     Args:
         sequences: rows [U, R, C], one completion each.
-        trunks_n: i32, the trunk of each place; -1 for padding.
-        source_nRT: i32, the token r * C + c of the trunk at each place of its lanes; -1 for padding.
+        trunks_n: i32, source trunk of each packed trunk; -1 for padding.
+        source_nRT: i32, index r * C + c of the source token at each place of its lanes; -1 for padding.
     """
     trunk, s = jnp.maximum(trunks_n, 0), sequences
     return replace(
@@ -168,14 +178,14 @@ def in_lanes(sequences: Sequences, trunks_n, source_nRT) -> Sequences:
 
 
 def take_tokens(x_URC, trunks_n, source_nRT):
-    """Values of the tokens that lie in lanes, [n, R', T]; padding 0. Arguments as in `in_lanes`."""
+    """Take the values of packed tokens, [n, R', T]; padding 0. Arguments as in `in_lanes`."""
     flat = x_URC.reshape(x_URC.shape[0], -1)[jnp.maximum(trunks_n, 0)]
     taken = jnp.take_along_axis(flat, jnp.maximum(source_nRT, 0).reshape(len(flat), -1), axis=1)
     return jnp.where(source_nRT >= 0, taken.reshape(source_nRT.shape), jnp.zeros((), x_URC.dtype))
 
 
 def one_completion_each(trunk_tokens_UL, cuts_U, tail, tokens_UC, mask_UC) -> Sequences:
-    """Host rows of one prompt and one completion each, R = 1: what supervised training runs. NumPy arrays."""
+    """Build NumPy rows of one prompt and one completion each (R = 1), for supervised training."""
     U, C = tokens_UC.shape
     return replace(
         trunks_alone(trunk_tokens_UL),
@@ -190,7 +200,7 @@ def one_completion_each(trunk_tokens_UL, cuts_U, tail, tokens_UC, mask_UC) -> Se
 
 
 def shared_branches(trunk_tokens_UL, cuts_U, tail, tokens_RC, mask_RC) -> Sequences:
-    """Host rows of one prompt each that the same R branches leave: the options of a question. NumPy arrays."""
+    """Build NumPy rows of one prompt each that share the same R branches, for the options of a question."""
     U, shape = len(cuts_U), (len(cuts_U), *tokens_RC.shape)
     alone = one_completion_each(trunk_tokens_UL, cuts_U, tail, np.zeros((U, 1), np.int32), np.ones((U, 1), bool))
     return replace(
@@ -203,5 +213,5 @@ def shared_branches(trunk_tokens_UL, cuts_U, tail, tokens_RC, mask_RC) -> Sequen
 
 
 def shapes_of(tree):
-    """Shapes and types of a tree of arrays, to trace a program with."""
+    """Return the shapes and dtypes of a tree of arrays, to trace a program with."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

@@ -1,10 +1,10 @@
-"""The one FLOP model: compute counted from tokens that are run. The loop, the plan and the benchmarks count with it.
+"""The FLOP model that the loop, the plan and the benchmarks share. It counts tokens that are actually run.
 
-A forward pass costs 2 per parameter and token, an update 6: forward, and backward to activations and to weights. Where
-only adapters are trained it costs 4, for the weights' own gradients are never formed. A trunk counts once however many
-branches leave it; padding is not counted. Runs compare compute in these terms. Where attention matters, as on a
-roofline, it adds 4 per attended pair, layer and unit of the heads' width; the head then meets only tokens that it
-predicts from, and the embedding is looked up (`Shape`).
+A forward pass costs 2 FLOPs per parameter and token. An update costs 6: forward, and backward to activations and to
+weights. An update of adapters costs 4, because gradients of the frozen weights are never formed. A trunk counts once,
+however many branches it has, and padding does not count. Rooflines use `Shape`, which also counts attention (4 per
+attended pair, layer and unit of the heads' width), runs the head only on tokens that predict, and makes the embedding
+free.
 """
 
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ ADAPTER_UPDATE_FLOPS_PER_PARAMETER = 4
 
 
 def num_parameters(params: Any) -> int:
-    """Numbers in a tree of arrays."""
+    """Return the number of scalars in a tree of arrays."""
     return sum(p.size for p in jax.tree.leaves(params))
 
 
 @jax.jit
 def count_tokens(experience: Experience) -> dict[str, jax.Array]:
-    """Tokens of one rollout batch: prefilled, sampled, run to score rewards, and prompts repeated for comparison."""
+    """Count the tokens of one rollout batch: prefilled, sampled, scored for rewards, and with repeated prompts."""
     prompts, rollouts = experience.tasks.prompts, experience.rollouts
     G = prompts.row_ids.shape[-1]
     trunks = jnp.sum(jnp.where(prompts.prompt_mask.any(-1), prompts.trunk_lengths, 0))
@@ -45,12 +45,12 @@ def count_tokens(experience: Experience) -> dict[str, jax.Array]:
 
 
 def forward_flops(num_params: int, num_tokens: float) -> float:
-    """Of passes that score or sample."""
+    """Return the FLOPs of passes that score or sample."""
     return FORWARD_FLOPS_PER_PARAMETER * num_params * num_tokens
 
 
 def update_flops(num_params: int, num_tokens: float, *, has_adapters: bool) -> float:
-    """Of an update's forward and backward passes."""
+    """Return the FLOPs of an update's forward and backward passes."""
     return (
         (ADAPTER_UPDATE_FLOPS_PER_PARAMETER if has_adapters else UPDATE_FLOPS_PER_PARAMETER) * num_params * num_tokens
     )
@@ -59,11 +59,11 @@ def update_flops(num_params: int, num_tokens: float, *, has_adapters: bool) -> f
 def step_flops(
     num_params: int, rounds: list[dict], tokens_updated: float, *, has_adapters: bool, num_scorings: int
 ) -> float:
-    """FLOPs of one step of RL: every round's rollouts and scoring passes, the update.
+    """Return the FLOPs of one RL step: rollouts and scoring passes of every round, and the update.
 
     Args:
         rounds: `count_tokens` of every rollout round, as floats.
-        num_scorings: passes over the update's tokens for old and reference log-probabilities.
+        num_scorings: passes over the update's tokens that compute old and reference log-probabilities.
     """
     forward = sum(r["tokens_prefilled"] + r["tokens_sampled"] + r["tokens_scored"] for r in rounds)
     forward += tokens_updated * num_scorings
@@ -72,7 +72,7 @@ def step_flops(
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's matrices, as its arithmetic meets them."""
+    """Parameter and FLOP counts of a model's matrices."""
 
     config: DecoderConfig
 
@@ -98,18 +98,20 @@ class Shape:
 
     @property
     def stored(self) -> int:
-        """Parameters of matrices that are kept: layers, head, and an embedding of its own."""
+        """Parameters of all stored matrices: layers, head, and the embedding unless it is tied."""
         return self.body + self.head * (1 if self.config.tie_embeddings else 2)
 
     def attention_flops(self, num_pairs: float) -> float:
-        """Of one pass over so many pairs of a query and a key that it sees, in all layers."""
+        """Return the attention FLOPs of one pass over `num_pairs` visible query-key pairs, in all layers."""
         return 2 * FORWARD_FLOPS_PER_PARAMETER * self.config.num_layers * self.heads_width * num_pairs
 
     def forward_flops(self, num_tokens: float, num_predicted: float, num_pairs: float) -> float:
-        """Of a forward pass.
+        """Return the FLOPs of a forward pass.
 
         Args:
-            num_tokens: through the layers. num_predicted: through the head. num_pairs: attended.
+            num_tokens: tokens that run through the layers.
+            num_predicted: tokens that run through the head.
+            num_pairs: visible query-key pairs.
         """
         products = forward_flops(self.body, num_tokens) + forward_flops(self.head, num_predicted)
         return products + self.attention_flops(num_pairs)

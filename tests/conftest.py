@@ -1,10 +1,14 @@
-"""Tests run on the CPU with eight virtual devices; matrix products in full precision."""
+"""Tests run on the CPU with eight virtual devices, in full precision, and without the compiler's optimisations."""
 
 import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_backend_optimization_level" not in flags:
+    # Compiling takes most of the time of a test, and twice as long with optimisations. make trials keeps them.
+    flags += " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = flags + " --xla_force_host_platform_device_count=8"
 
 from pathlib import Path
 
@@ -18,19 +22,19 @@ from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.tokenizer import load_tokenizer, word_level
 
 jax.config.update("jax_default_matmul_precision", "highest")
-# Runs that a test starts anew compile the same programs again: keep them for the session, for all its processes.
+# Compiled programs are cached for the session, for all its processes.
 _CACHE = os.environ.setdefault("RPT_JAX_TEST_CACHE", tempfile.mkdtemp(prefix="rpt_jax_tests_"))
 jax.config.update("jax_compilation_cache_dir", _CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# A compiled program takes some 120 memory maps, and Linux gives a process 65,530: a suite has more programs than that.
+# A compiled program takes some 120 memory maps, and Linux allows a process 65,530: too few for all tests.
 _MOST_MAPS = 30_000
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_memory_maps():
-    """Drops compiled programs behind a file of tests that has left many; those that are needed again lie on disk."""
+    """Drop compiled programs after a test file if there are many; the cache on disk keeps them."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > _MOST_MAPS:
@@ -54,7 +58,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_params(tiny_config, mesh):
-    """Parameters with logits of order one: an initial model's would be too flat to tell tokens apart."""
+    """Parameters with logits of order one; those of an initial model are too flat to tell tokens apart."""
     params = init_params(tiny_config, mesh, jax.random.key(0))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape).astype(np.float32), params) | {
@@ -69,7 +73,7 @@ def letters():
 
 
 def shared_path(*parts: str) -> Path:
-    """A file of the shared test data; skips the test where it is missing."""
+    """Return a file of the shared test data; skip the test if it is missing."""
     path = SHARED_DATA.joinpath(*parts)
     if not path.exists():
         pytest.skip(f"test data {'/'.join(parts)} is not on this machine")

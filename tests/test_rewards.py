@@ -100,7 +100,10 @@ def check_against_oracles(rng, pieces, table, lengths, tables, tokens, mask, mod
     return int(sum(wanted))
 
 
-def test_a_million_adversarial_completions_equal_the_oracles():
+@pytest.mark.parametrize(
+    "rounds", [12, pytest.param(48, marks=pytest.mark.slow)], ids=["a quarter million", "a million"]
+)
+def test_adversarial_completions_equal_the_oracles(rounds):
     rng = np.random.default_rng(0)
     table, lengths = table_of(PIECES)
     tables = answer_tables(table, lengths)
@@ -110,12 +113,12 @@ def test_a_million_adversarial_completions_equal_the_oracles():
             weights[i] = 3.0
     weights /= weights.sum()
     rewarded = total = 0
-    for number in range(48):
+    for number in range(rounds):
         mode, require = MODES[number % 3], number % 4 != 3
         tokens, mask = completion_rows(rng, 21_000, 14, len(PIECES), weights)
         rewarded += check_against_oracles(rng, PIECES, table, lengths, tables, tokens, mask, mode, require)
         total += len(tokens)
-    assert total >= 1_000_000
+    assert total >= rounds * 20_000
     assert rewarded > total / 20  # the sweep must also reach the rewarded side
 
 

@@ -1,4 +1,4 @@
-"""Settings of a run (`sections`), how they are read and checked (`schema`, `checks`)."""
+"""Settings of a run (`sections`), and how they are read and checked (`schema`, `checks`)."""
 
 from rpt_jax.config.sections import (
     CheckpointConfig,

@@ -1,4 +1,4 @@
-"""How settings of different sections must agree."""
+"""Checks across settings of different sections."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from rpt_jax.errors import ConfigError
 
 
 def check_relations(config: Any) -> None:
-    """Settings against each other; each is right by itself.
+    """Check settings against each other. Each is valid by itself.
 
     Raises:
-        ConfigError: names the fields, what they must fulfil and what to change.
+        ConfigError: names the fields, the requirement and what to change.
     """
     if config.supervised.control_optimizer.schedule == "linear":
         raise ConfigError(
-            "supervised.control_optimizer.schedule='linear'; the control's length is set by compute, so it must be "
+            "supervised.control_optimizer.schedule='linear'; compute determines the control's length, so it must be "
             "'constant'. Change it."
         )
     thresholds = config.eval.difficulty_thresholds
@@ -23,15 +23,17 @@ def check_relations(config: Any) -> None:
         )
     if config.data.path and config.data.mixture:
         raise ConfigError(
-            f"data.path={config.data.path!r} and data.mixture are both given; a run reads one. Leave one out."
+            f"data.path={config.data.path!r} and data.mixture are both set; a run reads one of them. Remove one."
         )
     low, high = config.positions.pass_rate_band
     if not 0 <= low < high <= 1:
-        raise ConfigError(f"positions.pass_rate_band={low} {high}; it must be two shares, the lower first. Correct it.")
+        raise ConfigError(
+            f"positions.pass_rate_band={low} {high}; it must be two shares, the lower one first. Correct it."
+        )
     if config.reward.compose == "normalize_then_sum" and config.loss.advantage != "grpo":
         raise ConfigError(
             f"loss.advantage={config.loss.advantage!r} with reward.compose='normalize_then_sum', whose result is the "
-            "advantage; it must be left at 'grpo'. Leave it out, or use --reward.compose sum."
+            "advantage; it must keep its default 'grpo'. Remove it, or use --reward.compose sum."
         )
     _check_processes(config.distributed)
     _check_divisions(config)
@@ -41,7 +43,7 @@ def _check_processes(distributed: Any) -> None:
     if distributed.coordinator and not distributed.process_id < distributed.num_processes:
         raise ConfigError(
             f"distributed.process_id={distributed.process_id} of distributed.num_processes="
-            f"{distributed.num_processes}; with a coordinator ids run from 0 to one below the number. Correct them."
+            f"{distributed.num_processes}; with a coordinator, ids are 0 to num_processes - 1. Correct them."
         )
 
 

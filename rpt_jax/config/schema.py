@@ -1,4 +1,4 @@
-"""What a field may hold, and how a config becomes JSON and is read back, also when an earlier version wrote it."""
+"""Field bounds, and JSON: a config is written with its format version, and earlier versions are read too."""
 
 import ast
 import dataclasses
@@ -12,13 +12,13 @@ from typing import Any, Literal, get_args, get_origin
 
 from rpt_jax.errors import ConfigError
 
-# Version of config.json. Files of version 1 do not state it.
+# Version of config.json. Version 1 files do not state it.
 FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """A field that stands elsewhere since a version of the format."""
+    """A field that moved in a version of the format."""
 
     since: int
     old: str
@@ -52,16 +52,19 @@ def setting(
     resolved: bool = False,
     before: Any = _NOTHING,
 ) -> Any:
-    """A field with its default and bounds.
+    """Declare a field with its default and bounds.
 
     Args:
-        at_least, at_most: bounds that the value may reach. above: one that it may not.
-        inside: bounds that it may not reach; or_none: 0 is allowed too, and turns the setting off.
-        because: why, where the bound does not say so itself.
-        free: whether a run directory may be used again with another value: always, or only to read it.
-        shown: `--help` shows it.
-        resolved: a value that is empty or 0 is resolved at the run's first start, and kept with the run.
-        before: what runs did that were made before the field existed, where that is not the default.
+        at_least: inclusive lower bound.
+        above: exclusive lower bound.
+        at_most: inclusive upper bound.
+        inside: exclusive lower and upper bounds.
+        or_none: with `inside`, 0 is allowed too and turns the setting off.
+        because: reason for the bound, if it is not obvious.
+        free: whether an existing run may use another value: always, or only when it is read.
+        shown: `--help` lists it.
+        resolved: an empty value or 0 is resolved at the run's first start and kept with the run.
+        before: value of runs made before the field existed, if it is not the default.
     """
     rules = {"at_least": at_least, "above": above, "at_most": at_most, "inside": inside, "or_none": or_none}
     metadata = rules | {"because": because, "free": free, "shown": shown, "resolved": resolved}
@@ -71,7 +74,7 @@ def setting(
 
 
 def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """(path, field, value) of every field that is no section, in the order of the sections."""
+    """Yield (path, field, value) of every leaf field, in the order of the sections."""
     for f in dataclasses.fields(section):
         path, value = f"{prefix}{f.name}", getattr(section, f.name)
         if dataclasses.is_dataclass(f.type) and isinstance(value, f.type):
@@ -84,10 +87,10 @@ def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def check_fields(config: Any) -> None:
-    """Every field by itself: its type, then its bounds.
+    """Check the types of all fields, then their bounds.
 
     Raises:
-        ConfigError: at the first field that is wrong.
+        ConfigError: for the first invalid field.
     """
     for path, f, value in walk(config):
         _check_type(path, f, value)
@@ -100,7 +103,7 @@ def _check_type(path: str, f: dataclasses.Field, value: Any) -> None:
         raise ConfigError(f"{path}={value!r:.80}; it must be a {f.type.__name__}. Correct it.")
     if not _fits(value, f.type):
         wanted = getattr(f.type, "__name__", None) if not get_args(f.type) else str(f.type).replace("typing.", "")
-        raise ConfigError(f"{path}={value!r:.80}; it must be {wanted}, and a number finite. Correct it.")
+        raise ConfigError(f"{path}={value!r:.80}; it must be {wanted}; floats must be finite. Correct it.")
 
 
 def _check_bounds(path: str, rules: Any, value: Any) -> None:
@@ -141,20 +144,19 @@ def to_json(config: Any) -> str:
 
 
 def from_json(cls: type, text: str) -> tuple[Any, list[str]]:
-    """The config of a text that `to_json` of this version or an earlier one wrote.
+    """Read what `to_json` of this version or an earlier one wrote.
 
-    Fields that moved are read from where they stood. A field that the text lacks takes its default, or what runs did
-    before it existed.
+    Moved fields are read from their old place. A missing field takes its default, or its `before` value.
 
     Returns:
         (config, a sentence for each field that was moved or filled in).
     Raises:
-        ConfigError: no JSON object; a later format; unknown or ill-typed fields.
+        ConfigError: not a JSON object; a later format; unknown or ill-typed fields.
     """
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"not a JSON config ({error}); it must be what Config.to_json wrote.") from error
+        raise ConfigError(f"not a JSON config ({error}); it must be written by Config.to_json.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config is {type(values).__name__}; it must be an object of fields.")
     version = values.pop("format", 1)
@@ -182,8 +184,8 @@ def _build(cls: type, values: Any, where: str, notes: list[str]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
         raise ConfigError(
-            f"config{'.' * bool(where)}{where.rstrip('.')} has unknown fields {unknown}; it may name each field of "
-            f"{cls.__name__} once. Use the version of rpt_jax that wrote it, or correct it."
+            f"config{'.' * bool(where)}{where.rstrip('.')} has unknown fields {unknown}; only fields of "
+            f"{cls.__name__} are allowed. Use the version of rpt_jax that wrote it, or correct it."
         )
     built = {}
     for name, f in fields.items():
@@ -203,7 +205,7 @@ def _build(cls: type, values: Any, where: str, notes: list[str]) -> Any:
 
 
 def help_texts(config: Any) -> dict[str, str]:
-    """The text under each field, on one line, by the field's path."""
+    """Return the help text under each field as one line, keyed by the field's path."""
     texts = {}
     for path, owner, name in _owners(type(config), ""):
         texts[path] = _texts_of(owner).get(name, "")

@@ -1,7 +1,7 @@
-"""Every setting of a run: frozen dataclasses, each default, bound and help text stated once, at the field.
+"""Every setting of a run: frozen dataclasses, with default, bounds and help text at the field.
 
-Precedence: the default here, then the preset (`experiments/presets.py`), then the command line. The text under a
-field is its help text. A derived value is a property or is computed where it is used, never a stored field.
+Precedence: default, then preset (`experiments/presets.py`), then command line. The text under a field is its help
+text. Derived values are properties or computed where they are used, never stored fields.
 """
 
 from dataclasses import dataclass, field
@@ -14,40 +14,40 @@ from rpt_jax.config.schema import check_fields, from_json, setting, to_json
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     directory: str = setting("", free="always", shown=True)
-    """Run directory; created if missing. Empty: runs/<preset>."""
+    """Run directory, created if missing. Empty: runs/<preset>."""
     seed: int = setting(0, shown=True)
-    """Seeds parameters, data order and sampling noise. A run is a function of (config, seed, data)."""
+    """Seed of parameters, data order and sampling noise. A run is a function of (config, seed, data)."""
     num_steps: int = setting(100, at_least=1, free="always", shown=True)
     """RPT updates after the warm start."""
     control: bool = True
     """Also train the control: next-token training on the same documents, from the same start, with the same compute.
     Questions have none."""
     max_skipped_updates: int = setting(5, at_least=1)
-    """Stop after so many updates in a row were skipped for a non-finite loss or gradient."""
+    """Stop after this many consecutive updates were skipped for a non-finite loss or gradient."""
     completions_every_steps: int = setting(10, at_least=0, free="always")
-    """Write one rollout batch's completions (parquet) every so many steps. 0: never."""
+    """Write one rollout batch's completions (parquet) every N steps. 0: never."""
     tensorboard: bool = setting(True, free="always")
-    """Write TensorBoard event files beside metrics.jsonl."""
+    """Write TensorBoard event files in addition to metrics.jsonl."""
     resume: str = setting("latest", free="always", shown=True)
-    """Where RPT goes on in a run directory that holds a run: latest, its newest checkpoint, or a step that one was kept
-    of; later ones are set aside. In a new directory, DIR or DIR@STEP begins as a copy of that run at that step."""
+    """Where an existing run resumes: latest, its newest checkpoint, or the step of a kept checkpoint; later checkpoints
+    are then set aside. In a new directory, DIR or DIR@STEP starts from a copy of that run at that step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: str = setting("", shown=True)
-    """Training documents: a .txt, .jsonl, .parquet or .array_record file, a glob of them, or hf:NAME[:CONFIG][:SPLIT],
-    a dataset of the `datasets` package."""
+    """Training documents: a .txt, .jsonl, .parquet or .array_record file, a glob of them, or hf:NAME[:CONFIG][:SPLIT]
+    for a dataset of the `datasets` package."""
     mixture: tuple[str, ...] = ()
     """Several corpora instead of data.path, each WEIGHT=PATH or WEIGHT=PATH=TEMPLATE; trunks are drawn by weight."""
     cache: str = ""
-    """Directory of tokenised documents and scored positions, shared by runs. Empty: the run directory."""
+    """Directory of tokenised documents and scored positions that runs share. Empty: the run directory."""
     heldout_path: str = ""
     """Held-out documents for evaluation. Empty: the last `heldout_fraction` of the training documents."""
     heldout_fraction: float = setting(0.1, inside=(0, 1))
     """Share of documents kept for evaluation when `heldout_path` is empty; in (0, 1)."""
     text_template: str = "{text}"
-    """How a jsonl or parquet record becomes a document, e.g. '{problem}\\n\\n{solution}'; backslash-n is a newline."""
+    """Document text from a jsonl or parquet record, e.g. '{problem}\\n\\n{solution}'; backslash-n is a newline."""
     tokenizer: str = setting("", shown=True)
     """Tokenizer directory. Empty: train a byte-level BPE on the training documents."""
     tokenizer_vocab_size: int = setting(1024, at_least=300)
@@ -61,18 +61,18 @@ class DataConfig:
     window_stride: int = setting(256, at_least=1)
     """Document tokens between the starts of neighbouring windows."""
     continuation_tokens: int = setting(8, at_least=1)
-    """True tokens after a position that a prediction may reach into; later bytes count as unknown."""
+    """Number of true tokens after a position that a prediction may cover; a longer prediction is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionsConfig:
     path: str = setting("", shown=True)
-    """Questions to train on instead of a text's positions: jsonl or parquet in the verl layout (prompt, reward_model),
-    with question or problem and answer, or multiple choice in the MMLU-Pro or ARC layout."""
+    """Questions to train on instead of text positions: jsonl or parquet in the verl layout (prompt, reward_model), with
+    question or problem and answer, or multiple choice in the MMLU-Pro or ARC layout."""
     heldout_path: str = ""
     """Questions for evaluation. Empty: the last `data.heldout_fraction` of the training questions."""
     template: Literal["boxed", "none"] = "boxed"
-    """boxed asks to reason and to put the answer, or its letter, in \\boxed{}; none where the prompts already do."""
+    """boxed asks for reasoning and for the answer, or its letter, in \\boxed{}; use none if the prompts already do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,43 +81,43 @@ class PositionsConfig:
         "entropy_threshold", shown=True
     )
     """entropy_threshold keeps positions above that threshold (arXiv:2506.08007 §3.3), entropy_top_fraction those of
-    highest entropy; random draws from all, without a proxy pass; pass_rate_band does too, and passes over trunks whose
-    positions the rollouts so far got right too often or too rarely."""
+    highest entropy. random draws from all positions, without a proxy pass. pass_rate_band does the same and skips
+    trunks whose positions were solved too often or too rarely so far."""
     entropy_threshold: float = setting(1.0, shown=True)
     """Nats; the paper does not state its training threshold."""
     top_fraction: float = setting(0.2, inside=(0, 1))
-    """Share of all positions that entropy_top_fraction keeps; in (0, 1)."""
+    """Share of all positions kept by entropy_top_fraction; in (0, 1)."""
     pass_rate_band: tuple[float, float] = (0.05, 0.95)
-    """Lowest and highest share of right rollouts at which pass_rate_band asks a position again."""
+    """Lowest and highest share of correct rollouts at which pass_rate_band keeps using a position."""
     renormalize: bool = False
     """Renormalise the proxy's 16 most likely tokens before taking the entropy."""
     min_context_tokens: int = setting(16, at_least=1)
-    """Document tokens that must precede a position: early positions look falsely uncertain."""
+    """Minimum number of document tokens before a position; early positions look more uncertain than they are."""
     unfiltered_fraction: float = setting(0.0, inside=(0, 1), or_none=True)
-    """Share of training positions drawn from all of them, beside those that an entropy selector keeps; in [0, 1)."""
+    """Share of training positions drawn uniformly from all, in addition to those of an entropy selector; in [0, 1)."""
     max_positions_per_window: int = setting(8, at_least=1)
-    """At most so many training positions per data.window_stride tokens of a document, drawn at random."""
+    """Maximum number of training positions per data.window_stride tokens of a document, drawn at random."""
     max_documents: int = setting(0, at_least=0)
-    """Choose positions in the first so many training documents only. 0: in all of them."""
+    """Use positions of the first N training documents only. 0: of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3's stretching of the slow rotary frequencies beyond the length it was first trained on."""
+    """Llama 3's scaling of slow rotary frequencies, for contexts beyond the original training length."""
 
     factor: float = setting(1.0, at_least=1.0)
     """Slow frequencies are divided by this. 1: no scaling."""
     low_freq_factor: float = 1.0
-    """Wavelengths above original_positions / this are divided whole."""
+    """Wavelengths above original_positions / this are scaled by the full factor."""
     high_freq_factor: float = 4.0
-    """Wavelengths below original_positions / this stay; those between are interpolated."""
+    """Wavelengths below original_positions / this stay unchanged; those in between are interpolated."""
     original_positions: int = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     family: Literal["qwen2", "qwen3", "llama", "mistral"] = "qwen3"
-    """Hugging Face architecture that exports are written as; models/families.py says what each can hold."""
+    """Hugging Face architecture of exports; see models/families.py for what each supports."""
     vocab_size: int = setting(0, at_least=0, resolved=True)
     """Entries of the embedding. 0: the tokenizer's size."""
     num_layers: int = setting(4, at_least=1)
@@ -129,39 +129,39 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling()
     max_positions: int = setting(32768, at_least=1)
-    """Positions that the model is made for; a prompt and its completion must fit."""
+    """Maximum sequence length; a prompt and its completion must fit."""
     norm_eps: float = 1e-6
     qkv_bias: bool = False
-    """Biases on the query, key and value projections (Qwen2)."""
+    """Add biases to the query, key and value projections (Qwen2)."""
     o_bias: bool = False
-    """Bias on the attention's output projection (Llama and Qwen3 with attention_bias)."""
+    """Add a bias to the attention's output projection (Llama and Qwen3 with attention_bias)."""
     mlp_bias: bool = False
-    """Biases in the MLP (Llama with mlp_bias)."""
+    """Add biases to the MLP (Llama with mlp_bias)."""
     qk_norm: bool = True
     """RMS-normalise each query and key head (Qwen3)."""
     tie_embeddings: bool = False
     """Use the embedding as the output head."""
     activation_dtype: Literal["float32", "bfloat16"] = setting("float32", free="to readers")
-    """Type of activations and matrix products; parameters, norms, softmax and log-probabilities stay float32."""
+    """Dtype of activations and matrix products; norms, softmax and log-probabilities stay float32."""
     remat: bool = setting(True, free="to readers")
     """Recompute each layer in the backward pass instead of keeping its activations."""
     platform: Literal["", "cpu", "gpu", "tpu"] = setting("", free="to readers")
-    """Machine whose kernels and layouts programs use. Empty: the one they run on; name one to compile for another."""
+    """Platform whose kernels and layouts are used. Empty: the one at hand; name another to compile for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
     path: str = setting("", shown=True)
-    """Hugging Face model directory to start from; its config.json then replaces the model section, but for
+    """Hugging Face model directory or run directory to start from. Its config replaces the model section, except for
     activation_dtype, remat and platform. Empty: random parameters in the shape of the model section."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which parameters are kept and updated."""
+    """Dtype of the stored and updated parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyConfig:
     path: str = ""
-    """Hugging Face model directory of the proxy whose entropy chooses positions; it must have the policy's tokenizer.
+    """Hugging Face model directory of the proxy whose entropy selects positions; it must use the policy's tokenizer.
     Empty: the policy that RPT starts from."""
 
 
@@ -171,11 +171,11 @@ LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     rank: int = setting(0, at_least=0, shown=True)
-    """Rank of low-rank adapters, which are then all that is trained. 0: train every parameter."""
+    """Rank of low-rank adapters; only they are trained. 0: train every parameter."""
     alpha: float = setting(32.0, at_least=1e-6)
     """Adapters are scaled by alpha / rank."""
     targets: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Weights that get an adapter."""
+    """Weights with an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,38 +183,38 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """muon: orthogonalised momentum on the layers' matrices, Adam without decay on everything else."""
     learning_rate: float = setting(1e-6, at_least=0, shown=True)
-    """Highest rate, after the warm-up."""
+    """Peak learning rate, after the warm-up."""
     matrix_learning_rate: float = setting(0.02, at_least=0)
-    """Muon's own rate for the layers' matrices; adapters are none of them."""
+    """Muon's learning rate for the layers' matrices; adapters do not use it."""
     b1: float = 0.9
     b2: float = 0.999
     weight_decay: float = setting(0.01, at_least=0)
     max_grad_norm: float = setting(0.2, at_least=0)
-    """Global gradient norm is clipped to this. 0: no clipping."""
+    """Maximum global gradient norm. 0: no clipping."""
     warmup_steps: int = setting(0, at_least=0)
     schedule: Literal["constant", "linear"] = "constant"
-    """After warm-up: constant, or linear to zero at the last step."""
+    """After warm-up: constant, or linear decay to zero at the last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
     path: str = ""
-    """jsonl of {"text", "completion"?, "text_weight"?}, or of token ids as experiments.rejection_sample writes them, in
-    training order. Empty: the training documents."""
+    """jsonl of {"text", "completion"?, "text_weight"?}, or of token ids from experiments.rejection_sample, in training
+    order. Empty: the training documents."""
     num_steps: int = setting(0, at_least=0, shown=True)
     """Warm-start updates before RPT. 0: none."""
     batch_size: int = setting(40, at_least=1)
-    """Sequences per update; with `pack`, rows."""
+    """Sequences per update, or rows with `pack`."""
     pack: bool = False
-    """Fill each row with as many sequences, in order, as fit; they do not see each other."""
+    """Pack as many sequences, in order, into each row as fit; they do not attend to each other."""
     context_weight: float = setting(0.2, at_least=0.0)
-    """Loss weight of a text that has a completion, where its line does not say, and of plain text beside drafts;
-    completions have weight 1."""
+    """Loss weight of the text before a completion, unless its line states one, and of plain text mixed with drafts.
+    Completions have weight 1."""
     draft_fraction: float = setting(0.0, inside=(0, 1), or_none=True)
     """With an empty path: share of sequences that teach the response format. They are cut at a random position; the
-    thought is a draft of the text's next `draft_tokens` tokens, the answer its first."""
+    thought is a draft of the next `draft_tokens` tokens, and the answer is its first token."""
     draft_tokens: int = setting(2, at_least=1)
-    """Tokens of a draft."""
+    """Number of tokens in a draft."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             name="muon", learning_rate=3e-3, weight_decay=0.0, max_grad_norm=1.0, warmup_steps=10
@@ -230,34 +230,34 @@ class SupervisedConfig:
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     num_trunks: int = setting(32, at_least=1, shown=True)
-    """Documents per rollout batch (U)."""
+    """Documents in a rollout batch (U)."""
     prompts_per_trunk: int = setting(8, at_least=1, shown=True)
-    """Positions per document in a batch (M); a document with fewer is padded, one with more becomes more trunks."""
+    """Positions per document in a batch (M). A document with fewer is padded, one with more becomes several trunks."""
     group_size: int = setting(8, at_least=2, shown=True)
-    """Rollouts per position (G); at least 2."""
+    """Rollouts per position (G), at least 2."""
     max_completion_tokens: int = setting(256, at_least=1, shown=True)
-    """Sampling stops here (C); such rollouts count as truncated."""
+    """Maximum number of sampled tokens (C); rollouts that reach it count as truncated."""
     temperature: float = setting(
-        0.8, above=0, because="for greedy rollouts of one prompt are all equal and teach nothing", shown=True
+        0.8, above=0, because="because greedy rollouts of one prompt are all equal and teach nothing", shown=True
     )
-    """Above 0. Log-probabilities in training are those of this temperature."""
+    """Sampling temperature, above 0; also that of the log-probabilities in training."""
     top_p: float = setting(1.0, above=0, at_most=1)
-    """Sample inside the smallest set of tokens with at least this probability; in (0, 1]."""
+    """Sample from the smallest set of tokens with at least this probability; in (0, 1]."""
     top_k: int = setting(0, at_least=0)
-    """Sample among the k most likely tokens. 0: no limit."""
+    """Sample from the k most likely tokens. 0: no limit."""
     slots_per_trunk: int = setting(0, at_least=0, free="always")
-    """Rollouts of a trunk in flight at once; waiting ones take the places of those that end. 0: all at once. Fewer need
-    less memory; what is sampled stays the same."""
+    """Rollouts of a trunk that run at once; queued ones replace those that end. 0: all. Fewer use less memory; the
+    sampled tokens stay the same."""
     stop_ids: tuple[int, ...] = setting((), resolved=True)
-    """Token ids that end a completion. Empty: those of the tokenizer."""
+    """Token ids that end a completion. Empty: the tokenizer's."""
     dynamic_sampling_from_step: int = -1
-    """From this step on, degenerate groups are replaced by further rounds of rollouts (the paper: 500). -1: never."""
+    """From this step on, further rounds of rollouts replace degenerate groups (the paper: 500). -1: never."""
     dynamic_sampling_rounds: int = setting(2, at_least=1)
-    """At most so many rollout rounds per update."""
+    """Maximum number of rollout rounds per update."""
 
     @property
     def sampling(self) -> dict:
-        """Arguments of `rollout.engine.generate`."""
+        """Return the keyword arguments of `rollout.engine.generate`."""
         names = ("max_completion_tokens", "temperature", "top_p", "top_k", "stop_ids", "slots_per_trunk")
         return {name: getattr(self, name) for name in names}
 
@@ -265,68 +265,68 @@ class RolloutConfig:
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     terms: tuple[str, ...] = setting(("prefix",), shown=True)
-    """Rewards that are added up, each NAME or WEIGHT*NAME. Of positions: prefix (arXiv:2506.08007 eq. 3), or its
-    appendix A's first_token, dense, conditional_dense. Of questions: math (math-verify), choice (the letter), exact
-    (the string). Of either: custom (reward.function)."""
+    """Rewards to add up, each NAME or WEIGHT*NAME. For positions: prefix (arXiv:2506.08007 eq. 3), first_token, dense,
+    conditional_dense (its appendix A). For questions: math (math-verify), choice (the letter), exact (the string). For
+    both: custom (reward.function)."""
     compose: Literal["sum", "normalize_then_sum", "gate"] = "sum"
-    """sum; normalize_then_sum standardises each term in its group, then the sum over the batch, and the result is the
-    advantage; gate counts the later terms only where the first is 1."""
+    """sum; normalize_then_sum standardises each term in its group, then the sum over the batch, and uses the result as
+    the advantage; gate counts later terms only if the first is 1."""
     function: str = ""
-    """For custom: package.module:function, called as function(completion: bytes, prediction: bytes or None,
-    columns: dict) -> float in a process of its own, once per completion."""
+    """For custom: package.module:function, called once per completion as function(completion: bytes,
+    prediction: bytes or None, columns: dict) -> float in a worker process."""
     time_limit_seconds: float = setting(10.0, at_least=0.01)
-    """Of one call of math or custom; a call that takes longer is a fault and its process is replaced."""
+    """Time limit of one call of math or custom, seconds. A longer call fails, and its process is replaced."""
     num_workers: int = setting(2, at_least=1)
-    """Processes that judge."""
+    """Number of worker processes of judges."""
     on_fault: Literal["fail", "zero"] = "fail"
-    """When reward.function raises, hangs or returns no finite number: stop the run, or give 0 and count it. Faults of
-    math, choice and exact are always counted: what the policy wrote causes them."""
+    """If reward.function raises, hangs or returns a non-finite value: stop the run, or give 0 and count the failure.
+    Failures of math, choice and exact are always counted, because the policy's text causes them."""
     boxed_mode: Literal["balanced", "tail", "balanced_then_tail"] = "balanced"
-    """How the end of the last box is found: its balancing brace, or the completion's last brace."""
+    """End of the last box: its balancing brace, the completion's last brace, or the latter if the former fails."""
     require_think_end: bool = True
-    """Only a box after the last </think> counts."""
+    """Accept only a box after the last </think>."""
     unescape_newline: bool = False
-    """Where the prediction as written fails, also try it with backslash-n read as a newline."""
+    """If the prediction fails as written, also try it with backslash-n read as a newline."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     advantage: Literal["grpo", "mean", "rloo", "batch_std", "opo"] = "grpo"
-    """Baseline and scale of the reward; see rl/advantages.py."""
+    """Baseline and scale of the advantage; see rl/advantages.py."""
     aggregation: Literal["seq_mean", "token_mean", "constant"] = "token_mean"
-    """How token terms become one number; see rl/objective.py."""
+    """Aggregation of token terms into the loss; see rl/rows.py."""
     clip_eps_low: float = setting(0.2, at_least=0.0)
     clip_eps_high: float = setting(0.2, at_least=0.0)
-    """Ratio bounds 1 - low and 1 + high; inert with one update per rollout batch."""
+    """The ratio is clipped to [1 - low, 1 + high]; no effect with one update per rollout batch."""
     kl_coef: float = setting(0.0, at_least=0.0)
-    """Weight of the KL term towards the policy that RPT started from. 0: no reference policy is kept."""
+    """Weight of the KL term towards the policy that RL started from. 0: no reference policy."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     ntp_coef: float = setting(0.0, at_least=0.0)
-    """Weight of a next-token term on the trunks' document tokens, added to the RL loss."""
+    """Weight of a next-token loss on the trunks' document tokens, added to the RL loss."""
     num_minibatches: int = setting(1, at_least=1)
-    """Updates per rollout batch; 1 is exactly on-policy."""
+    """Updates per rollout batch. 1 is exactly on-policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompanionConfig:
-    """The moving average of the policy, kept where a reward's scoring passes ask for it."""
+    """The moving average of the policy, kept if a reward's scoring passes request it."""
 
     decay: float = setting(0.99, inside=(0, 1))
     """average <- decay * average + (1 - decay) * policy after every update."""
     every_steps: int = setting(0, at_least=0)
-    """Copy the policy every so many updates instead. 0: average."""
+    """Instead of averaging, copy the policy every N updates. 0: average."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     data: int = setting(1, at_least=1, free="always")
-    """Replicas of the parameters; trunks are split over data x fsdp."""
+    """Number of parameter replicas; trunks are split over data x fsdp."""
     fsdp: int = setting(1, at_least=1, free="always", shown=True)
-    """Shards of parameters and optimizer state; trunks are split over data x fsdp."""
+    """Number of shards of parameters and optimizer state; trunks are split over data x fsdp."""
     tensor: int = setting(1, at_least=1, free="always")
-    """Shards of heads, MLP width and vocabulary."""
+    """Number of shards of heads, MLP width and vocabulary."""
     microbatch_trunks: int = setting(0, at_least=0, free="always")
-    """Trunks per forward-backward pass; gradients add up. 0: the whole minibatch at once."""
+    """Trunks per forward-backward pass; gradients accumulate. 0: the whole minibatch."""
 
     @property
     def num_devices(self) -> int:
@@ -339,45 +339,45 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """Several processes for one run. Settings of the launch: a run may go on with others."""
+    """Several processes for one run. These settings belong to the launch and may change when a run resumes."""
 
     coordinator: str = setting("", free="always")
-    """host:port of process 0, where a launcher says nothing else. Empty: what SLURM or Open MPI say, or one process."""
+    """host:port of process 0. Empty: as SLURM or Open MPI report, or one process."""
     num_processes: int = setting(0, at_least=0, free="always")
-    """With a coordinator: how many there are."""
+    """With a coordinator: the number of processes."""
     process_id: int = setting(0, at_least=0, free="always")
-    """With a coordinator: which one this is; 0 writes the files."""
+    """With a coordinator: the index of this process; process 0 writes the files."""
     join: bool = setting(False, free="always")
-    """Join the processes that JAX finds in the environment; on slices of several TPU VMs, and under Kubernetes."""
+    """Join the processes that JAX detects from the environment, on slices of several TPU VMs and under Kubernetes."""
     heartbeat_seconds: int = setting(100, at_least=1, free="always")
-    """A process that is silent for so long is taken for dead; all others then end."""
+    """A process without a heartbeat for this long is presumed dead, and all others exit."""
     deadline_seconds: float = setting(3600.0, at_least=0.0, free="always")
-    """A process that for so long ends no step, segment of a rollout, or batch hangs: it says where, and ends. 0: it
-    waits for ever."""
+    """A process that finishes no step, rollout segment or batch for this long prints its stacks and exits. 0: wait
+    forever."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = setting(100, at_least=1, free="always", shown=True)
-    """Save every so many steps of RPT, of the warm start and of the control, and after the last."""
+    """Save every N steps of RPT, the warm start and the control, and after the last step."""
     keep: int = setting(2, at_least=1, free="always")
-    """Checkpoints kept of each stage, newest first."""
+    """Number of newest checkpoints to keep for each stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     every_steps: int = setting(50, at_least=1, shown=True)
-    """Evaluate before the first step, every so many steps, and after the last."""
+    """Evaluate before the first step, every N steps, and after the last."""
     num_positions: int = setting(200, at_least=2, free="to readers")
-    """Held-out positions per split, drawn uniformly within the split, the same ones at every evaluation."""
+    """Held-out positions per split, drawn uniformly within the split, the same at every evaluation."""
     final_num_positions: int = setting(800, at_least=2, free="to readers")
-    """The same for the first and last evaluation, whose figures the tables show."""
+    """The same for the first and last evaluation, which the tables show."""
     num_samples: int = setting(8, at_least=1, free="to readers")
     """Sampled rollouts per position (the k of pass@k and majority@k)."""
     max_documents: int = setting(1000, at_least=1)
-    """Evaluate on the first so many held-out documents or questions."""
+    """Evaluate on the first N held-out documents or questions."""
     batch_trunks: int = setting(64, at_least=1, free="to readers")
-    """Held-out windows per evaluation batch; a speed setting, results do not depend on it."""
+    """Held-out windows per evaluation batch; affects speed, not results."""
     difficulty_thresholds: tuple[float, float, float] = (0.5, 1.0, 1.5)
     """Entropy above which a position is easy, medium, hard (nested; arXiv:2506.08007 §4.1), nats."""
 
@@ -405,7 +405,7 @@ class Config:
 
     @property
     def num_updates(self) -> int:
-        """Optimizer steps of RPT."""
+        """Return the number of optimizer steps of RPT."""
         return self.run.num_steps * self.loss.num_minibatches
 
     def validate(self) -> None:
@@ -418,14 +418,14 @@ class Config:
         check_relations(self)
 
     def to_json(self) -> str:
-        """All fields, and the format's version."""
+        """Return all fields and the format version as JSON."""
         return to_json(self)
 
     @staticmethod
     def from_json(text: str) -> "Config":
-        """The config of `to_json`'s text, of this version or an earlier one (`schema.from_json`).
+        """Read the text that `to_json` of this version or an earlier one wrote; see `schema.from_json`.
 
         Raises:
-            ConfigError: no such text; unknown or ill-typed fields; a later version.
+            ConfigError: not such a text; unknown or ill-typed fields; a later version.
         """
         return from_json(Config, text)[0]

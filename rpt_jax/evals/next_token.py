@@ -1,7 +1,7 @@
-"""Next-token accuracy by difficulty, of one model thinking and predicting directly on the same held-out positions.
+"""Next-token accuracy by difficulty, with and without thinking, on the same held-out positions.
 
 Splits follow arXiv:2506.08007 §4.1: easy, medium and hard are nested, by the proxy's entropy. Every split is a uniform
-sample of its positions; every figure comes with its number of positions and standard error.
+sample of its positions. Every figure comes with its number of positions and its standard error.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ from rpt_jax.scoring.requests import Request
 from rpt_jax.tokenizer import BOX_OPEN, Tokenizer
 from rpt_jax.types import TaskBatch
 
-# log p(x_t | context, thought), the true token in the box.
+# log p(x_t | context, thought), with the true token inside the box.
 REASONED = Request(name="reasoned", keep="thought", stub=BOX_OPEN, target="reference", num_targets=1)
 
 
@@ -39,11 +39,18 @@ def difficulty_splits(
     *,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Name -> position ids, at most `limit` drawn uniformly from each split.
+    """Return {split: position ids}, at most `limit` drawn uniformly from each split.
 
-    all · settled (entropy at most the easy threshold) · easy ⊇ medium ⊇ hard · each label and label family of the
-    documents ("determined/3" is also in "determined") · "hard determined" for a family's share of hard.
-    Draws follow one random order, so nested splits share positions.
+    Splits: all · settled (entropy at most the easy threshold) · easy ⊇ medium ⊇ hard · each label and label family
+    of the documents ("determined/3" is also in "determined") · "hard determined", a family's share of hard. Draws follow
+    one random order, so nested splits share positions.
+
+    Args:
+        table: held-out positions and their entropies.
+        documents: that the table indexes.
+        thresholds: entropies above which a position is easy, medium, hard, nats.
+        limit: maximum positions of a split.
+        seed: of the random order.
     """
     easy, medium, hard = (table.entropy > t for t in thresholds)
     masks = {"all": np.ones(len(table), bool), "settled": ~easy, "easy": easy, "medium": medium, "hard": hard}
@@ -68,8 +75,12 @@ class Evaluator:
     """Evaluates parameters on fixed positions of held-out documents.
 
     Attributes:
-        source: held-out tasks; splits: name -> position ids (`difficulty_splits`).
-        reward: the run's own, whose rules of reading hold.
+        config: of the run.
+        mesh: that holds parameters and batches.
+        tokenizer: of the policy.
+        source: held-out tasks.
+        splits: {split: position ids}, from `difficulty_splits`.
+        reward: of the run; its extraction rules apply.
     """
 
     config: Config
@@ -80,18 +91,19 @@ class Evaluator:
     reward: Reward
 
     def evaluate(self, params, *, start=None, thinking: bool = True) -> dict:
-        """Figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
+        """Return figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
 
-        sampled_*: mean over k sampled rollouts at the rollout temperature; greedy_*: temperature 0; direct_*: argmax
-        without thinking; pass@k and majority@k over the sampled ones; reasoned_logprob: log mean_i p(x_t | context,
-        thought_i), nats, beside direct_logprob; thought_tokens: mean completion length; no_prediction: share of
-        sampled rollouts without a closed box. prefix and first: the two readings of a correct token; reward and
-        reward/*: what the run's own reward and its terms give.
+        sampled_*: mean over k sampled rollouts at the rollout temperature. greedy_*: temperature 0. direct_*: argmax
+        without thinking. pass@k, majority@k: over the sampled rollouts. reasoned_logprob: log mean_i p(x_t | context,
+        thought_i), and direct_logprob, nats. thought_tokens: mean completion length. no_prediction: share of rollouts
+        without a closed box. forced_close: share of thoughts that were closed to score them. prefix, first: the two
+        definitions of a correct token. reward, reward/*: the run's reward and its terms.
 
         Args:
-            start: the policy that RL started from, for passes of the reward that ask for it, or for an average, of
-                which evaluations have none; None: these are its parameters.
-            thinking: False leaves out everything but the direct figures.
+            params: to evaluate.
+            start: the policy that RL started from, for scoring passes that use it or the average, which evaluations do
+                not have; None: `params`.
+            thinking: False computes the direct figures only.
         """
         ids = np.unique(np.concatenate(list(self.splits.values())))
         columns = self._direct(params, ids)
@@ -150,7 +162,7 @@ class Evaluator:
         return columns
 
     def _rollout_figures(self, policies, batch: TaskBatch, style: str, temperature: float) -> dict[str, np.ndarray]:
-        """Figures [U, M] of one batch of rollouts."""
+        """Return figures [U, M] of one batch of rollouts."""
         U, M, G = batch.prompts.row_ids.shape
         tasks = shard_batch(self.mesh, batch)
         rollouts = sample(self.config, self.tokenizer, policies, tasks, temperature)
@@ -177,7 +189,7 @@ class Evaluator:
 
 
 def _majority(texts, lengths, found, correct):
-    """f32 [U, M]: reward of the most frequent prediction; the first seen wins a tie, no prediction never wins."""
+    """Return the reward of the most frequent prediction, f32 [U, M]; the first seen wins a tie, none never wins."""
     U, M, G = found.shape
     result = np.zeros((U, M), np.float32)
     for u in range(U):
@@ -190,7 +202,7 @@ def _majority(texts, lengths, found, correct):
 
 
 def by_split(splits: dict[str, np.ndarray], ids: np.ndarray, columns: dict[str, np.ndarray]) -> dict:
-    """{split: {metric: figures}} of columns that have one value for each of the sorted `ids`."""
+    """Return {split: {metric: figures}} from columns with one value for each of the sorted `ids`."""
     return {
         name: {metric: mean_with_error(values[np.searchsorted(ids, members)]) for metric, values in columns.items()}
         for name, members in splits.items()
@@ -198,7 +210,7 @@ def by_split(splits: dict[str, np.ndarray], ids: np.ndarray, columns: dict[str, 
 
 
 def mean_with_error(values: np.ndarray) -> dict:
-    """Mean over positions and its standard error (sample deviation / sqrt n; 0 of a single position)."""
+    """Return the mean over positions and its standard error (sample deviation / sqrt n; 0 for one position)."""
     n = len(values)
     error = values.std(ddof=1) / np.sqrt(n) if n > 1 else 0.0
     return {"value": float(values.mean()), "standard_error": float(error), "n": n}

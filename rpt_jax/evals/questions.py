@@ -1,4 +1,4 @@
-"""Accuracy on questions with answers: thinking (sampled and greedy) and, of multiple choice, direct.
+"""Accuracy on questions with answers: thinking (sampled and greedy) and, for multiple choice, direct.
 
 Zero-shot evaluation (arXiv:2506.08007 Table 3) and the evaluation of RL on questions (Table 2). Every figure comes with
 its number of questions and standard error.
@@ -25,7 +25,7 @@ from rpt_jax.tokenizer import Tokenizer
 
 
 def category_splits(questions: list[Question], limit: int, *, seed: int) -> dict[str, np.ndarray]:
-    """Name -> question numbers, at most `limit` drawn uniformly: "all", and each category where there are several."""
+    """Return {split: question numbers}, at most `limit` drawn uniformly: "all", and each of several categories."""
     order = np.random.default_rng(seed).permutation(len(questions))
     names = sorted({q.category for q in questions if q.category})
     splits = {"all": np.sort(order[:limit])}
@@ -36,7 +36,7 @@ def category_splits(questions: list[Question], limit: int, *, seed: int) -> dict
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Chance that k of the samples, drawn without replacement, hold a right one. Source: arXiv:2107.03374 eq. 1."""
+    """Return the chance that k of the samples, without replacement, include a correct one (arXiv:2107.03374 eq. 1)."""
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
@@ -45,8 +45,12 @@ class QuestionEvaluator:
     """Evaluates parameters on fixed questions.
 
     Attributes:
-        source: the questions; splits: name -> question numbers (`category_splits`).
-        reward: judges a completion; 1 is right.
+        config: of the run.
+        mesh: that holds parameters and batches.
+        tokenizer: of the policy.
+        source: the questions.
+        splits: {split: question numbers}, from `category_splits`.
+        reward: of the run; 1 is correct.
     """
 
     config: Config
@@ -57,16 +61,17 @@ class QuestionEvaluator:
     reward: Reward
 
     def evaluate(self, params, *, start=None, thinking: bool = True) -> dict:
-        """Figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
+        """Return figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
 
-        sampled: share of right answers (reward 1), mean over k samples at the rollout temperature; greedy: the same at
-        temperature 0; pass@2, 4 .. k (unbiased) and majority@k over the samples; reward, thought_tokens, truncated and
-        no_prediction: their means; direct: share of multiple-choice questions whose right letter has the highest
-        likelihood without thinking, absent where a split has other questions.
+        sampled: share of correct answers (reward 1), mean over k samples at the rollout temperature. greedy: the same
+        at temperature 0. pass@2, 4 .. k (unbiased), majority@k: over the samples. reward, thought_tokens, truncated,
+        no_prediction: means. direct: share of multiple-choice questions whose correct letter has the highest
+        likelihood without thinking; absent from a split with other questions.
 
         Args:
+            params: to evaluate.
             start: the policy that RL started from (`next_token.Evaluator.evaluate`).
-            thinking: False leaves out everything but the direct figures.
+            thinking: False computes the direct figures only.
         """
         ids = np.unique(np.concatenate(list(self.splits.values())))
         columns = self._direct(params, ids)
@@ -76,14 +81,14 @@ class QuestionEvaluator:
         return {name: {m: f for m, f in cells.items() if not np.isnan(f["value"])} for name, cells in results.items()}
 
     def _batches(self, ids):
-        """Batches of eval.batch_trunks question numbers, the last one padded with None."""
+        """Yield batches of eval.batch_trunks question numbers, the last one padded with None."""
         size = self.config.eval.batch_trunks
         for first in range(0, len(ids), size):
             chosen = ids[first : first + size].tolist()
             yield slice(first, first + len(chosen)), chosen + [None] * (size - len(chosen))
 
     def _direct(self, params, ids) -> dict[str, np.ndarray]:
-        """Whether the right letter is the likeliest behind "Answer:", NaN for questions without options."""
+        """Return whether a correct letter is the most likely after "Answer:"; NaN for questions without options."""
         source = self.source
         num_options = max(len(source.questions[i].choices) for i in ids)
         if not num_options:
@@ -131,7 +136,7 @@ class QuestionEvaluator:
         return columns
 
     def _figures(self, style: str, rollouts, rewards_UG, predictions, chosen) -> dict[str, list[float]]:
-        """Per question of the batch, padding left out."""
+        """Return figures per question of the batch, without padding."""
         num_real, k = sum(i is not None for i in chosen), rewards_UG.shape[1]
         right = rewards_UG[:num_real] == 1
         figures = {style: right.mean(-1)}
@@ -148,7 +153,7 @@ class QuestionEvaluator:
         return figures
 
     def _votes(self, predictions, chosen: list[int]) -> list[list[str | None]]:
-        """What each rollout votes for: the letter of an option, or the answer without outer space; None: nothing."""
+        """Return the vote of each rollout: an option's letter, or the answer without outer space; None: no vote."""
         texts, lengths, found = predictions.bytes, predictions.lengths, predictions.found
         votes = []
         for u, number in enumerate(chosen):
@@ -162,6 +167,6 @@ class QuestionEvaluator:
 
 
 def _majority(votes: list[str | None], right: np.ndarray) -> float:
-    """Whether the most frequent answer is right; the first seen wins a tie."""
+    """Return whether the most frequent answer is correct; the first seen wins a tie."""
     counted = Counter(v for v in votes if v is not None)
     return float(right[votes.index(counted.most_common(1)[0][0])]) if counted else 0.0

@@ -1,4 +1,4 @@
-"""What evaluations share: rollouts with noise that no training step draws."""
+"""Rollouts for evaluations, with noise that no training step uses."""
 
 from typing import Any
 
@@ -8,22 +8,23 @@ from rpt_jax.scoring.companions import AVERAGE, CURRENT, START
 from rpt_jax.tokenizer import Tokenizer
 from rpt_jax.types import Rollouts, TaskBatch
 
-# Steps are below 2^31 - 1: evaluation noise is never a training step's.
+# Training steps are below 2^31 - 1, so evaluation noise is never reused.
 EVALUATION_STEP = 2**31 - 1
 
 
 def policies_of(params: Any, start: Any) -> dict[str, Any]:
-    """Policies of an evaluation: there is no average, so the start stands for it.
+    """Return the policies of an evaluation. There is no average, so the start replaces it.
 
     Args:
-        start: None: these parameters.
+        params: of the evaluated policy.
+        start: that RL started from; None: `params`.
     """
     start = params if start is None else start
     return {CURRENT: params, START: start, AVERAGE: start}
 
 
 def sample(config: Config, tokenizer: Tokenizer, policies: dict, tasks: TaskBatch, temperature: float) -> Rollouts:
-    """Rollouts of the current policy; temperature 0 is greedy."""
+    """Sample rollouts of the current policy; temperature 0 is greedy."""
     return generate(
         config.model,
         policies[CURRENT],

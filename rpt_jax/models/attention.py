@@ -1,7 +1,8 @@
-"""Attention of trunks to themselves, and of branches to the stem they share and to themselves.
+"""Attention of trunks to themselves, and of branches to their shared stem and to themselves.
 
-A stem is a trunk with the tails of its prompts behind it. All branches of a trunk meet the stem's keys in one matrix
-product; those keys are never repeated per branch. Scores and softmax are float32 whatever the activations are.
+A stem is a trunk followed by the tails of its prompts. All branches of a trunk attend to the stem's keys in one matrix
+product; the keys are never repeated per branch. A column is an index along the key axis. Scores and softmax are
+float32 for any activation dtype.
 """
 
 from dataclasses import dataclass
@@ -14,28 +15,28 @@ from rpt_jax.config import DecoderConfig
 from rpt_jax.parallel.mesh import TRUNK_AXES, num_shards
 from rpt_jax.types import record
 
-# Finite, so that a row with no visible slot (padding) yields numbers rather than NaN.
+# Finite, so that a row that sees nothing (padding) does not become NaN.
 _MASKED = -1e30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """What depends on the machine, and nothing else does."""
+    """Everything that depends on the platform."""
 
     keys_transposed: bool
-    """Keys are kept [.., Q, S] instead of [.., S, Q]: both products of decoding then read contiguously."""
+    """Store keys as [.., Q, S] instead of [.., S, Q], so that both products of decoding read contiguously."""
     flash_attention: bool
-    """A trunk in 16-bit activations attends to itself by cuDNN's kernel."""
+    """Use cuDNN's kernel for trunks in 16-bit activations."""
     max_scores: int
-    """Attention scores (numbers) made at once on a device; more are made block by block, and once more in the backward
-    pass."""
+    """Maximum number of attention scores computed at once on a device. More are computed in blocks, and again in the
+    backward pass."""
     max_logits: int
-    """Logits (numbers) made at once on a device; but always those of 64 tokens."""
+    """Maximum number of logits computed at once on a device, but at least those of 64 tokens."""
     narrow_left: bool
-    """Weight gradients are products with the narrower matrix on the left, which is the one that is transposed."""
+    """Compute weight gradients with the narrower matrix on the left, so that it is the one transposed."""
 
 
-# CPU: measured, experiments/benchmarks/rollout.py and update.py. The others follow the kernels' own layouts.
+# CPU: measured by experiments/benchmarks/rollout.py and update.py. The others follow the layouts of the kernels.
 KERNELS = {
     "cpu": Kernels(keys_transposed=True, flash_attention=False, max_scores=2**28, max_logits=2**21, narrow_left=True),
     "gpu": Kernels(keys_transposed=False, flash_attention=True, max_scores=2**29, max_logits=2**28, narrow_left=False),
@@ -44,25 +45,25 @@ KERNELS = {
 
 
 def kernels_of(config: DecoderConfig) -> Kernels:
-    """Kernels and layouts for config.platform, or for the machine at hand."""
+    """Return the kernels and layouts of config.platform, or of the platform at hand."""
     return KERNELS[config.platform or jax.default_backend()]
 
 
 @record
 class Visibility:
-    """What each branch token sees of its stem and of its lane."""
+    """The part of its stem and lane that each branch token attends to."""
 
-    cuts: Any  # i32 [U, R, T], trunk columns below it are visible
+    cuts: Any  # i32 [U, R, T], trunk columns below this are visible
     prompts: Any  # i32 [U, R, T], tail columns of this prompt are visible
-    first: Any  # i32 [U, R, T], column of the lane at which the token's own completion begins
-    stem_layout: Any  # i32 [U, P], prompt of each stem column; TRUNK in the trunk, PADDING where nothing is
+    first: Any  # i32 [U, R, T], lane column at which the token's completion begins; None: no lanes
+    stem_layout: Any  # i32 [U, P], prompt whose tail a stem column belongs to; TRUNK, or PADDING
 
 
 TRUNK, PADDING = -1, -2
 
 
 def stem_mask_of(visibility: Visibility):
-    """bool [U, R, T, P]."""
+    """Return the stem columns that each branch token sees, bool [U, R, T, P]."""
     columns_UP = visibility.stem_layout[:, None, None, :]
     index_P = jnp.arange(columns_UP.shape[-1])
     in_trunk = (columns_UP == TRUNK) & (index_P < visibility.cuts[..., None])
@@ -70,9 +71,14 @@ def stem_mask_of(visibility: Visibility):
 
 
 def causal_attention(q_ULHQ, k_ULKQ, v_ULKQ, kernels: Kernels, segments_UL=None):
-    """Plain causal self-attention with grouped heads: [U, L, H, Q]. Right padding of trunks needs no mask.
+    """Run causal self-attention with grouped heads. Right-padded trunks need no mask.
 
-    segments_UL: i32, tokens see those of their own segment only; None: a row is one sequence.
+    Args:
+        q_ULHQ: queries.
+        k_ULKQ, v_ULKQ: keys and values.
+        segments_UL: i32, tokens attend within their segment only; None: a row is one sequence.
+    Returns:
+        [U, L, H, Q] in the queries' dtype.
     """
     U, L, H, Q = q_ULHQ.shape
     if segments_UL is None and kernels.flash_attention and q_ULHQ.dtype.itemsize == 2 and Q % 8 == 0 and Q <= 128:
@@ -93,12 +99,12 @@ def causal_attention(q_ULHQ, k_ULKQ, v_ULKQ, kernels: Kernels, segments_UL=None)
 
 
 def _on_each_device(num_trunks: int, num_heads: int) -> int:
-    """Heads of all trunks, a device's share."""
+    """Return the number of heads of all trunks on one device."""
     return max(1, num_trunks * num_heads // num_shards(*TRUNK_AXES, "tensor"))
 
 
 def _query_blocks(arrays, size: int):
-    """Arrays [U, T, ...] as [blocks, U, size, ...], the last block padded; and the queries' columns [blocks, size]."""
+    """Split arrays [U, T, ...] into [blocks, U, size, ...], the last one padded, with their columns [blocks, size]."""
     T = arrays[0].shape[1]
     num_blocks = -(-T // size)
 
@@ -110,17 +116,20 @@ def _query_blocks(arrays, size: int):
 
 
 def _whole(blocks, num_queries: int):
-    """The inverse of `_query_blocks` for one result [blocks, U, size, ...]."""
+    """Invert `_query_blocks` for one result [blocks, U, size, ...]."""
     x = jnp.moveaxis(blocks, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :num_queries]
 
 
 def branch_attention(q_URTHQ, stem_kv, own_kv, visibility: Visibility, kernels: Kernels):
-    """Attention of lanes of branch tokens to their stem and, within a completion, to the tokens before them.
+    """Attend from lanes of branch tokens to their stem and, within a completion, to earlier tokens.
 
     Args:
         q_URTHQ: queries.
-        stem_kv, own_kv: from `to_cache_layout`: of the stem [U, K, ., .], and of the lanes themselves [U, R, K, ., .].
+        stem_kv: keys and values of the stem [U, K, ., .], from `to_cache_layout`.
+        own_kv: keys and values of the lanes [U, R, K, ., .], from `to_cache_layout`.
+        visibility: what each token sees.
+        kernels: of the platform.
     Returns:
         [U, R, T, H, Q] in the queries' dtype.
     """
@@ -139,7 +148,7 @@ def branch_attention(q_URTHQ, stem_kv, own_kv, visibility: Visibility, kernels: 
         q, *rest = of_tokens
         return attend(q, own_kv, *rest, columns_T)
 
-    # A lane at a time, and of it as many queries as are allowed.
+    # One lane at a time, in blocks of as many queries as the limit allows.
     def one_lane(lane):
         lane_kv, *tokens = lane
         lane_kv = jax.tree.map(lambda x: x[:, None], lane_kv)
@@ -156,13 +165,15 @@ def branch_attention(q_URTHQ, stem_kv, own_kv, visibility: Visibility, kernels: 
 
 
 def merged_attention(q_URTHQ, stem_kv, stem_mask_URTP, own_kv, own_mask_URTS, kernels: Kernels):
-    """One softmax over two parts, merged by their maxima and denominators: no concatenated score array is built.
+    """Compute one softmax over two parts, merged by their maxima and denominators, without concatenating scores.
 
     Args:
         q_URTHQ: queries.
-        stem_kv: keys and values that all branches of a trunk share, as `to_cache_layout` leaves them.
-        stem_mask_URTP: bool, what each query sees of them.
-        own_kv: keys and values of each branch. own_mask_URTS: bool, what each query sees of its own branch's.
+        stem_kv: keys and values [U, K, ., .] that all branches of a trunk share, from `to_cache_layout`.
+        stem_mask_URTP: bool, stem columns that each query sees.
+        own_kv: keys and values [U, R, K, ., .] of each branch, from `to_cache_layout`.
+        own_mask_URTS: bool, columns of its branch that each query sees.
+        kernels: of the platform.
     Returns:
         [U, R, T, H, Q] in the queries' dtype.
     """
@@ -170,7 +181,7 @@ def merged_attention(q_URTHQ, stem_kv, stem_mask_URTP, own_kv, own_mask_URTS, ke
     K = stem_kv[1].shape[1]
     J = H // K
     q_URTKJQ = q_URTHQ.reshape(U, R, T, K, J, Q) * Q**-0.5
-    # Few and large dimensions: with one for each letter XLA's CPU backend takes twice as long to decode.
+    # Few, large dimensions: with one per letter, decoding takes twice as long on XLA's CPU backend.
     of_stem = jnp.moveaxis(q_URTKJQ, 3, 1).reshape(U, K, R * T, J, Q)
     of_own = jnp.moveaxis(q_URTKJQ, 3, 2).reshape(U, R, K, T, J, Q)
     stem = _one_part(of_stem, stem_kv, stem_mask_URTP.reshape(U, 1, R * T, 1, -1), kernels)
@@ -185,7 +196,7 @@ def merged_attention(q_URTHQ, stem_kv, stem_mask_URTP, own_kv, own_mask_URTS, ke
 
 
 def _one_part(q_TJQ, kv, mask_T1S, kernels: Kernels):
-    """Softmax attention undivided: weighted values f32 [..., T, J, Q], sums of weights and peaks [..., T, J, 1]."""
+    """Compute unnormalised attention: weighted values f32 [..., T, J, Q], weight sums and maxima [..., T, J, 1]."""
     *lead, T, J, Q = q_TJQ.shape
     k, v_SQ = kv
     q_XQ = q_TJQ.reshape(*lead, T * J, Q)
@@ -200,6 +211,6 @@ def _one_part(q_TJQ, kv, mask_T1S, kernels: Kernels):
 
 
 def to_cache_layout(k_SKQ, v_SKQ, kernels: Kernels):
-    """[..., S, K, Q] keys and values as they are kept: keys [..., K, Q, S] or [..., K, S, Q], values [..., K, S, Q]."""
+    """Move keys and values [..., S, K, Q] to cache layout: [..., K, Q, S] or [..., K, S, Q], and [..., K, S, Q]."""
     k = jnp.moveaxis(k_SKQ, -3, -1) if kernels.keys_transposed else jnp.moveaxis(k_SKQ, -3, -2)
     return k, jnp.moveaxis(v_SKQ, -3, -2)

@@ -1,9 +1,9 @@
-"""The one model graph: the Qwen2 / Qwen3 / Llama block over stems and the branches that leave them.
+"""The one model graph: the Qwen2 / Qwen3 / Llama block over stems and their branches.
 
-A stem is a trunk with the tails of its prompts behind it. `forward` is the update's and the scorer's path: one scan
-over stacked layers, each running the stem and then the branches against that layer's fresh stem keys and values.
-`prefill` and `extend` are the sampler's path over the same block and the same parameters: the scan once over the stems,
-then layers one by one with caches that are updated in place.
+A stem is a trunk followed by the tails of its prompts. A column is an index along the key axis. `forward` serves the
+update and the scorer: one scan over stacked layers, each running the stem and then the branches against that layer's
+stem keys and values. `prefill` and `extend` serve the sampler, with the same block and parameters: a scan over the
+stems once, then unrolled layers whose caches are updated in place.
 """
 
 from functools import partial
@@ -35,13 +35,13 @@ from rpt_jax.types import Sequences, record
 
 
 def rope_angles(config: DecoderConfig, positions_T):
-    """Cosines and sines f32 [..., T, Q / 2] of rotary position embedding. Source: arXiv:2104.09864 §3.4.2."""
+    """Return rotary cosines and sines, f32 [..., T, Q / 2]. Source: arXiv:2104.09864 §3.4.2."""
     angles = positions_T[..., None].astype(jnp.float32) * rope_frequencies(config).astype(np.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Radians per position f64 [Q / 2], stretched where config.rope_scaling says so.
+    """Return radians per position, f64 [Q / 2], scaled by config.rope_scaling.
 
     Source: meta-llama/llama-models models/llama3/model.py apply_scaling.
     """
@@ -49,7 +49,7 @@ def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     frequencies = config.rope_theta ** (-np.arange(half) / half)
     if scaling.factor == 1:
         return frequencies
-    turns = scaling.original_positions * frequencies / (2 * np.pi)  # over the original length
+    turns = scaling.original_positions * frequencies / (2 * np.pi)  # rotations over the original length
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = np.clip(keep, 0.0, 1.0)
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
@@ -60,7 +60,7 @@ def _rotate(x_THQ, rope):
     half = x_THQ.shape[-1] // 2
     cos, sin = (jnp.concatenate([r, r], axis=-1)[..., None, :] for r in rope)
     x32 = x_THQ.astype(jnp.float32)
-    # Rolled, not cut in two and joined: XLA's CPU backend decodes a twelfth faster.
+    # Rolling instead of splitting and joining makes decoding a twelfth faster on XLA's CPU backend.
     crossed = jnp.roll(x32, half, axis=-1) * jnp.where(jnp.arange(2 * half) < half, -1.0, 1.0)
     return (x32 * cos + crossed * sin).astype(x_THQ.dtype)
 
@@ -73,7 +73,7 @@ def _rms_norm(x_D, scale_D, eps: float):
 
 @jax.custom_vjp
 def _product(x_BI, weight_IO):
-    """x @ weight, whose weight gradient has the narrower matrix on the left (`Kernels.narrow_left`)."""
+    """Return x @ weight; its weight gradient has the narrower matrix on the left (`Kernels.narrow_left`)."""
     return x_BI @ weight_IO
 
 
@@ -82,7 +82,7 @@ def _product_bwd(residuals, cotangent_BO):
     if x_BI.shape[1] <= cotangent_BO.shape[1]:
         weight_gradient_IO = x_BI.T @ cotangent_BO
     else:
-        # The barrier keeps the compiler from undoing the exchange.
+        # The barrier keeps the compiler from undoing the swap.
         weight_gradient_IO = jax.lax.optimization_barrier(cotangent_BO.T @ x_BI).T
     return cotangent_BO @ weight_IO.T, weight_gradient_IO
 
@@ -91,7 +91,7 @@ _product.defvjp(lambda x_BI, weight_IO: (_product(x_BI, weight_IO), (x_BI, weigh
 
 
 class Block(nn.Module):
-    """One decoder layer. `project` and `finish` are its two halves around attention; `__call__` is the scanned form."""
+    """One decoder layer: `project` and `finish` surround attention, and `__call__` is the scanned form."""
 
     config: DecoderConfig
     return_stem_kv: bool = False
@@ -133,10 +133,10 @@ class Block(nn.Module):
             self.down_bias = vector("down_bias", (D,), ("width",), zeros)
 
     def linear(self, name: str, x, num_input_axes: int = 1):
-        """x contracted with the weight `<name>_proj`, its low-rank adapter and bias added where the tree has them."""
+        """Multiply x by the weight `<name>_proj`, with its low-rank adapter and bias if the tree has them."""
 
         def product(x_BI, weight):
-            """Of two matrices: XLA's CPU backend runs gradients over several axes of tokens at half the speed."""
+            """Multiply two matrices: with several token axes, gradients run at half the speed on XLA's CPU backend."""
             matrix_IO = weight.astype(x.dtype).reshape(x_BI.shape[1], -1)
             return multiply(x_BI, matrix_IO).reshape(x_BI.shape[0], *weight.shape[num_input_axes:])
 
@@ -152,7 +152,7 @@ class Block(nn.Module):
         return y if bias is None else y + bias.astype(y.dtype)
 
     def project(self, x_TD, rope):
-        """Rotated queries [..., T, H, Q] and keys, and values [..., T, K, Q]."""
+        """Return rotated queries [..., T, H, Q], rotated keys and values [..., T, K, Q]."""
         c = self.config
         x_TD = constrain(_rms_norm(x_TD, self.attention_norm, c.norm_eps), TRUNK_AXES)
         q, k, v = (self.linear(name, x_TD) for name in "qkv")
@@ -162,7 +162,7 @@ class Block(nn.Module):
         return tuple(constrain(x, TRUNK_AXES, *(None,) * (x.ndim - 3), "tensor") for x in (q, k, v))
 
     def finish(self, x_TD, attended_THQ):
-        """Output projection and SwiGLU, each added to the residual stream."""
+        """Add the output projection and the SwiGLU MLP to the residual stream."""
         x_TD = x_TD + self.linear("o", attended_THQ, 2)
         y_TD = constrain(_rms_norm(x_TD, self.mlp_norm, self.config.norm_eps), TRUNK_AXES)
         return x_TD + self.linear("down", nn.silu(self.linear("gate", y_TD)) * self.linear("up", y_TD))
@@ -181,12 +181,12 @@ class Block(nn.Module):
 
 
 def _between_layers(streams):
-    """Residual streams as they are kept for the backward pass: their width is split too, so no shard keeps it twice."""
+    """Lay out residual streams for the backward pass: splitting their width avoids storing copies."""
     return jax.tree.map(lambda x: constrain(x, TRUNK_AXES, *(None,) * (x.ndim - 2), "tensor"), streams)
 
 
 def _stem_attention(q_UPHQ, k_UPKQ, v_UPKQ, geometry: "Geometry", kernels: Kernels):
-    """The trunk sees itself; a prompt's tail sees the trunk up to its cut, and itself."""
+    """Attend from the trunk to itself, and from a prompt's tail to the trunk up to its cut and to itself."""
     if geometry.tail_mask_UMEE is None:
         return causal_attention(q_UPHQ, k_UPKQ, v_UPKQ, kernels, geometry.segments)
     U, M, E, _ = geometry.tail_mask_UMEE.shape
@@ -207,22 +207,27 @@ def _stem_attention(q_UPHQ, k_UPKQ, v_UPKQ, geometry: "Geometry", kernels: Kerne
 
 @record
 class Geometry:
-    """Where tokens are and what they see: the same in every layer. None where there are no tails, or no branches."""
+    """Positions and visibility of all tokens, the same in every layer. Fields are None without tails or branches."""
 
     stem_rope: Any  # (cosines, sines), each f32 [U or 1, P, Q / 2]
     segments: Any  # i32 [U, L] or None, as Sequences.trunk_segments
-    cuts: Any  # i32 [U, M]
-    tail_mask_UMEE: Any  # bool, what tail tokens see of their own tail
+    cuts: Any  # i32 [U, M], trunk tokens that each prompt sees
+    tail_mask_UMEE: Any  # bool [U, M, E, E], tail tokens that each tail token sees
     branch_rope: Any  # (cosines, sines), each f32 [U, R, T, Q / 2]
-    visibility: Any  # attention.Visibility
+    visibility: Any  # attention.Visibility of the branch tokens
 
 
 def geometry_of(config: DecoderConfig, sequences: Sequences) -> Geometry:
+    """Compute rotary angles and visibility of stems [U, P] and branches [U, R, T].
+
+    Raises:
+        ValueError: prompts or branches on a trunk of packed sequences.
+    """
     s = sequences
     U, M, E = s.tail_tokens.shape
     L, R = s.trunk_tokens.shape[1], s.branch_tokens.shape[1]
     if s.trunk_segments is not None and (M or R):
-        raise ValueError("prompts cannot leave a trunk of packed sequences; give trunk_segments=None")
+        raise ValueError("a trunk of packed sequences cannot have prompts; use trunk_segments=None")
     positions_UP, tail_mask = trunk_positions(L, s.trunk_segments), None
     if M and E:
         tails_UP = tail_positions(s.cuts, s.tail_lengths, E).reshape(U, M * E)
@@ -251,13 +256,13 @@ def geometry_of(config: DecoderConfig, sequences: Sequences) -> Geometry:
 
 
 def _of_prompt(values_UM, prompts_URT):
-    """The value of each token's prompt: [U, R, T]."""
+    """Look up the value of each token's prompt: [U, R, T]."""
     U = prompts_URT.shape[0]
     return jnp.take_along_axis(values_UM, prompts_URT.reshape(U, -1), axis=1).reshape(prompts_URT.shape)
 
 
 def stem_layout(num_trunk: int, tail_lengths_UM, num_tail: int):
-    """i32 [U, P]: the prompt whose tail a stem column belongs to; TRUNK in the trunk, PADDING before short tails."""
+    """Return the prompt whose tail each stem column belongs to, i32 [U, P]; TRUNK, or PADDING before short tails."""
     U, M = tail_lengths_UM.shape
     is_real_UME = jnp.arange(num_tail) >= num_tail - tail_lengths_UM[..., None]
     tails = jnp.where(is_real_UME, jnp.arange(M)[:, None], PADDING).reshape(U, M * num_tail)
@@ -265,7 +270,7 @@ def stem_layout(num_trunk: int, tail_lengths_UM, num_tail: int):
 
 
 class Decoder(nn.Module):
-    """Embedding, scanned blocks, final norm."""
+    """Embedding, scanned blocks and final norm."""
 
     config: DecoderConfig
     return_stem_kv: bool = False
@@ -299,7 +304,7 @@ class Decoder(nn.Module):
         return stem_UPD, branch_URTD, stem_kv
 
     def embed(self, tokens):
-        # Each shard looks up its part of the width, in all entries.
+        # Each shard looks up its part of the width for all entries.
         embedding_VD = constrain(self.embedding.astype(self.config.activation_dtype), None, "tensor")
         return jnp.take(embedding_VD, tokens, axis=0)
 
@@ -308,7 +313,7 @@ class Decoder(nn.Module):
 
 
 def trunk_positions(length: int, segments_UL=None):
-    """Rotary positions i32 [1 or U, L]: from 0, and from 0 again where a segment begins."""
+    """Return rotary positions i32 [1 or U, L], which restart at 0 where a segment begins."""
     columns = jnp.arange(length)[None]
     if segments_UL is None:
         return columns
@@ -317,8 +322,8 @@ def trunk_positions(length: int, segments_UL=None):
 
 
 def prompt_ends(stem_UPD, sequences: Sequences):
-    """What predicts the first token of each prompt's completions, [U, M, D]: the stem's column where its tail ends, or
-    where there are no tails (E = 0) the last trunk token that it sees."""
+    """Return the states that predict the first completion tokens, [U, M, D]: at the last tail token of each prompt, or
+    without tails (E = 0) at the last trunk token that it sees."""
     (_, M, E), (U, P, D) = sequences.tail_tokens.shape, stem_UPD.shape
     if not E:
         return jnp.take_along_axis(stem_UPD, sequences.cuts[..., None] - 1, axis=1)
@@ -326,18 +331,18 @@ def prompt_ends(stem_UPD, sequences: Sequences):
 
 
 def tail_positions(cuts_UM, tail_lengths_UM, num_tail: int):
-    """Rotary positions i32 [U, M, E] of right-aligned tails: they run on from the cut."""
+    """Return rotary positions i32 [U, M, E] of right-aligned tails, which continue from the cut."""
     return (cuts_UM + tail_lengths_UM)[..., None] - num_tail + jnp.arange(num_tail)
 
 
 def init_params(config: DecoderConfig, mesh: Mesh, key) -> Any:
-    """Random parameters, f32, created on the mesh in their own shards."""
+    """Create random float32 parameters, sharded on the mesh."""
     shardings = jax.tree.map(lambda p: p.sharding, abstract_params(config, mesh))
     return jax.jit(partial(_init, config), out_shardings=shardings)(key)
 
 
 def abstract_params(config: DecoderConfig, mesh: Mesh) -> Any:
-    """Shapes, f32 and shardings of the parameters, nothing allocated."""
+    """Return shapes, dtype f32 and shardings of the parameters, without allocating them."""
     boxed = jax.eval_shape(partial(_init_boxed, config), jax.random.key(0))
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
@@ -355,13 +360,13 @@ def _init(config: DecoderConfig, key):
 
 
 def forward(config: DecoderConfig, params, sequences: Sequences):
-    """Final hidden states of stems [U, P, D] and branches [U, R, T, D] (None when R = 0)."""
+    """Return final hidden states of stems [U, P, D] and branches [U, R, T, D] (None if R = 0)."""
     stem_UPD, branch_URTD, _ = Decoder(config).apply({"params": params}, sequences)
     return stem_UPD, branch_URTD
 
 
 def logits(config: DecoderConfig, params, tokens_BT):
-    """Whole logits f32 [B, T, V] of plain sequences; for small inputs and tests."""
+    """Return all logits f32 [B, T, V] of plain sequences i32 [B, T]; for small inputs and tests."""
     return next_logits(params, forward(config, params, trunks_alone(tokens_BT))[0])
 
 
@@ -369,9 +374,9 @@ def logits(config: DecoderConfig, params, tokens_BT):
 
 
 def decoding_weights(config: DecoderConfig, params) -> dict:
-    """Parameters as `extend` wants them: {"layers": a tree per layer, "rest": the others}, in the activations' type.
+    """Return the parameters in `extend`'s layout, {"layers": one tree per layer, "rest": others}, activation dtype.
 
-    On a mesh they are gathered over fsdp, once: a token is too little work to gather them for.
+    On a mesh they are gathered over fsdp once, because one token is too little work to gather them again.
     """
     with on_mesh_of(params):
         return lay_out_for_decoding(
@@ -381,10 +386,14 @@ def decoding_weights(config: DecoderConfig, params) -> dict:
 
 @partial(jax.jit, static_argnames=("config", "specs"))
 def lay_out_for_decoding(config: DecoderConfig, params, *, specs: tuple) -> dict:
-    """Layers are taken apart here, for a slice inside the decode loop would copy weights at every token."""
+    """Unstack the layers, because slicing inside the decode loop would copy weights at every token.
+
+    Args:
+        specs: PartitionSpec of each leaf of `params`, in tree order.
+    """
 
     def cast(path, p):
-        # Scales of norms are multiplied in float32.
+        # Norms are computed in float32.
         return p if path[-1].key.endswith("norm") else p.astype(config.activation_dtype)
 
     leaves, tree = jax.tree.flatten(jax.tree_util.tree_map_with_path(cast, params))
@@ -392,21 +401,21 @@ def lay_out_for_decoding(config: DecoderConfig, params, *, specs: tuple) -> dict
     layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(config.num_layers)]
     rest = {k: v for k, v in params.items() if k != "layers" and not k.startswith("head_lora")}
     if "head_lora_a" in params:
-        rest["head"] = output_head(params)  # joined once, not at every token
+        rest["head"] = output_head(params)  # merged once, not at every token
     if num_shards("tensor") > 1:
-        # Looked up by width, multiplied by vocabulary: two layouts, also of one tied matrix.
+        # The lookup is split by width, the product by vocabulary: two layouts, even if the matrix is tied.
         rest |= {"head": output_head(params), "embedding": constrain(rest["embedding"], None, "tensor")}
     return {"layers": layers, "rest": rest}
 
 
 def prefill(config: DecoderConfig, params, stems: Sequences):
-    """Run each stem once: (hidden states [U, P, D] after the final norm, a pair of keys and values per layer)."""
+    """Run each stem once; return hidden states [U, P, D] after the final norm, and (keys, values) per layer."""
     stem_UPD, _, (k, v) = Decoder(config, return_stem_kv=True).apply({"params": params}, stems)
     return stem_UPD, [(k[i], v[i]) for i in range(config.num_layers)]
 
 
 def empty_cache(config: DecoderConfig, num_trunks: int, num_branches: int, num_columns: int) -> list:
-    """Zeroed own keys and values of branches, a pair per layer."""
+    """Return zeroed (keys, values) of branches per layer, in cache layout [U, R, K, ., .]."""
     zeros = jnp.zeros(
         (num_trunks, num_branches, num_columns, config.num_kv_heads, config.head_size), config.activation_dtype
     )
@@ -414,28 +423,28 @@ def empty_cache(config: DecoderConfig, num_trunks: int, num_branches: int, num_c
 
 
 def _split_by_heads(kv):
-    """Kept keys and values [U, ..., K, ., .] where their trunk and their heads are."""
+    """Shard cached keys and values [U, ..., K, ., .] by trunk and head."""
     return tuple(constrain(x, TRUNK_AXES, *(None,) * (x.ndim - 4), "tensor") for x in kv)
 
 
 def cache_axes(kernels: Kernels) -> tuple[int, int]:
-    """Axis of the columns in the keys and in the values of a cache."""
+    """Return the column axis of cached keys and of cached values."""
     return (-1 if kernels.keys_transposed else -2), -2
 
 
 def extend(config: DecoderConfig, weights, tokens_URT, positions_URT, stem_kv, stem_mask, cache, column, own_mask):
-    """Feed T further tokens to every branch and put their keys and values at `column`.
+    """Feed T more tokens to every branch and write their keys and values at `column`.
 
     Args:
         weights: from `decoding_weights`.
         tokens_URT, positions_URT: i32.
         stem_kv: from `prefill`.
         stem_mask: bool [U, R, T, P], stem columns that each token sees.
-        cache: own keys and values, from `empty_cache` or an earlier call.
-        column: i32 scalar, where the first of the T tokens goes.
-        own_mask: bool [U, R, T, S], own columns that each token sees (its own among them).
+        cache: keys and values of the branches, from `empty_cache` or an earlier call.
+        column: i32 scalar, cache column of the first of the T tokens.
+        own_mask: bool [U, R, T, S], columns of its branch that each token sees, including its own.
     Returns:
-        hidden states of the tokens [U, R, T, D] after the final norm, and the caches.
+        hidden states of the tokens [U, R, T, D] after the final norm, and the updated caches.
     """
     variables, kernels = {"params": weights["rest"]}, kernels_of(config)
     model, block = Decoder(config), Block(config)

@@ -1,6 +1,6 @@
-"""Hugging Face architectures as tables of names: which config.json they have, which tensors, and what ours are called.
+"""Hugging Face architectures as tables: their config.json, their tensors, and the names of our parameters.
 
-All of them are the one graph of `decoder.py`. A new family of the same block is a line of FAMILIES.
+All of them run the graph of `decoder.py`. A new family of the same block is a line of FAMILIES.
 """
 
 import json
@@ -16,13 +16,13 @@ from rpt_jax.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a Hugging Face `model_type` can hold beyond the plain block."""
+    """Features of a Hugging Face `model_type` beyond the plain block."""
 
     architecture: str
     qk_norm: bool = False
     always_qkv_bias: bool = False
     has_attention_bias: bool = False
-    """config.json's attention_bias gives biases to queries, keys, values and output."""
+    """attention_bias in config.json adds biases to queries, keys, values and output."""
     has_mlp_bias: bool = False
 
 
@@ -58,10 +58,10 @@ TOP_TENSORS = {"embedding": "model.embed_tokens.weight", "final_norm": "model.no
 
 
 def read_config(directory: str | Path) -> DecoderConfig:
-    """The DecoderConfig of a model directory's config.json, old or new rotary layout.
+    """Read the DecoderConfig of a model directory's config.json, in the old or new rotary layout.
 
     Raises:
-        CheckpointError: no readable config.json, or an architecture or feature that is not supported; named.
+        CheckpointError: no readable config.json, or an unsupported architecture or feature, which it names.
     """
     path = Path(directory) / "config.json"
     raw = _read_json(path)
@@ -74,9 +74,9 @@ def read_config(directory: str | Path) -> DecoderConfig:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        # transformers fills in what the file leaves at its architecture's default. No code of the directory runs.
+        # transformers fills in the defaults of the architecture. No code from the directory runs.
         filled = transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # its validation raises anything from KeyError to its own classes
+    except Exception as error:  # validation raises anything from KeyError to its own classes
         raise CheckpointError(f"{path} does not load ({error}); it must be a valid config. Correct it.") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -152,7 +152,7 @@ def _rope_scaling(path: Path, parameters: dict) -> RopeScaling:
     if kind != "llama3" or not all(isinstance(parameters.get(n), int | float) for n in names):
         raise CheckpointError(
             f"{path}: rotary scaling {parameters}; supported are none and llama3 with {', '.join(names)}. "
-            "Remove the scaling (where prompts fit the original length) or choose another model."
+            "Remove the scaling (if prompts fit the original length) or choose another model."
         )
     factor, low, high, original = (_number(path, parameters, n) for n in names)
     if factor < 1 or low >= high:
@@ -183,10 +183,13 @@ def _check_sizes(path: Path, config: DecoderConfig) -> None:
 
 
 def config_json(config: DecoderConfig, dtype: str, special_ids: dict[str, int | None]) -> dict[str, Any]:
-    """The config.json of an export, in the layout of transformers 5.
+    """Return the config.json of an export, in the layout of transformers 5.
 
+    Args:
+        dtype: of the weights.
+        special_ids: entries such as bos_token_id.
     Raises:
-        CheckpointError: config.family cannot hold one of the model's features.
+        CheckpointError: config.family does not support one of the model's features.
     """
     family = FAMILIES[config.family]
     can_have_bias = family.has_attention_bias or family.always_qkv_bias
@@ -234,7 +237,7 @@ def config_json(config: DecoderConfig, dtype: str, special_ids: dict[str, int | 
             "max_position_embeddings": config.max_positions,
             "rms_norm_eps": config.norm_eps,
             "rope_parameters": rope,
-            # Readers of the older layout look here.
+            # For readers of the older layout.
             "rope_theta": config.rope_theta,
             "rope_scaling": None if scaling.factor == 1 else {k: v for k, v in rope.items() if k != "rope_theta"},
             "tie_word_embeddings": config.tie_embeddings,

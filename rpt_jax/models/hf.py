@@ -1,8 +1,8 @@
-"""Hugging Face model directories in and out: config.json and safetensors, one tensor on the host at a time.
+"""Read and write Hugging Face model directories: config.json and safetensors, one tensor on the host at a time.
 
-Files are read with plain reads, not mapped: a mapping's pages would count as memory. No pickle, no code of the
-directory. A layer's tensors are written into stacked, sharded arrays in place, so a load needs the parameters and one
-tensor.
+Files are read, not mapped, because mapped pages would count as memory. Pickles and code in the directory are never
+loaded. The tensors of a layer are written into stacked, sharded arrays in place, so loading needs memory for the
+parameters and one tensor.
 """
 
 import json
@@ -29,8 +29,8 @@ from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import make_mesh
 
 _DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-# Old exports keep these buffers; they follow from config.json.
+_MAX_HEADER_BYTES = 100_000_000  # limit of the format
+# Buffers of old exports, which config.json determines.
 _DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 _INDEX = "model.safetensors.index.json"
 
@@ -46,7 +46,7 @@ class _Entry:
         count = math.prod(self.shape)
         array = np.fromfile(self.file, self.dtype, count, offset=self.offset)
         if array.size != count:
-            raise CheckpointError(f"{self.file} ended while it was read; replace the damaged file.")
+            raise CheckpointError(f"{self.file} ended while being read; replace the damaged file.")
         return array.reshape(self.shape)
 
 
@@ -57,13 +57,13 @@ def load_hf(
 
     Args:
         directory: config.json with model.safetensors, or shards with their index.
-        mesh: where the parameters go; None: the first device.
+        mesh: that shards the parameters; None: the first device.
         dtype: of the parameters, "float32", "bfloat16" or "float16"; None: as stored.
     Returns:
         (DecoderConfig, parameters in the layout of `decoder.init_params`).
     Raises:
-        CheckpointError: unsupported architecture, damaged file, or a tensor that is missing, left over or misshapen;
-            names the file and the key. Nothing was allocated on a device by then.
+        CheckpointError: unsupported architecture, damaged file, or a missing, surplus or misshapen tensor; names the
+            file and the key. It is raised before anything is allocated on a device.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -84,14 +84,14 @@ def load_hf(
 
 
 def _put(target: jax.ShapeDtypeStruct, source: _Entry, *, is_matrix: bool) -> jax.Array:
-    """An array on the mesh from a stored tensor; every process reads it and keeps its own shards."""
+    """Load a stored tensor onto the mesh; every process reads it and keeps its shards."""
     array = source.read()
     array = (array.T if is_matrix else array).reshape(target.shape).astype(target.dtype, copy=False)
     return jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
 
 
 def _stack(target: jax.ShapeDtypeStruct, sources: list[_Entry], *, is_matrix: bool) -> jax.Array:
-    """Tensors of all layers written one by one into a stacked array, in place."""
+    """Write the tensors of all layers one by one into a stacked array, in place."""
     spec = jax.sharding.PartitionSpec(*target.sharding.spec[1:])
     sharding = jax.sharding.NamedSharding(target.sharding.mesh, spec)
     layer = jax.ShapeDtypeStruct(target.shape[1:], target.dtype, sharding=sharding)
@@ -103,13 +103,13 @@ def _stack(target: jax.ShapeDtypeStruct, sources: list[_Entry], *, is_matrix: bo
         out_shardings=target.sharding,
     )
     for number, source in enumerate(sources):
-        # Waiting frees this layer's host copy before the next is read.
+        # Waiting frees the host copy of this layer before the next is read.
         stacked = jax.block_until_ready(write(stacked, _put(layer, source, is_matrix=is_matrix), number, axis=0))
     return stacked
 
 
 def _plan(directory: Path, config: DecoderConfig, abstract, entries: dict[str, _Entry]) -> dict[tuple, list[_Entry]]:
-    """Parameter -> the tensors it is made of, one per layer; every tensor of the files is used exactly once."""
+    """Map each parameter to its tensors, one per layer; every tensor of the files is used exactly once."""
     wanted = {(name,): [tensor] for name, tensor in TOP_TENSORS.items() if name in abstract}
     for name, tensor in LAYER_TENSORS.items():
         if name in abstract["layers"]:
@@ -123,7 +123,7 @@ def _plan(directory: Path, config: DecoderConfig, abstract, entries: dict[str, _
     if missing or surplus:
         raise CheckpointError(
             f"{directory}: {len(missing)} tensor(s) are missing ({_some(missing)}) and {len(surplus)} have no place "
-            f"({_some(surplus)}) in a {config.family} model of {config.num_layers} layers; each must be there once. "
+            f"({_some(surplus)}) in a {config.family} model of {config.num_layers} layers; each must occur once. "
             "Use the config.json that belongs to these weights."
         )
     for path, tensors in wanted.items():
@@ -134,7 +134,7 @@ def _plan(directory: Path, config: DecoderConfig, abstract, entries: dict[str, _
         if len(dtypes) > 1:
             raise CheckpointError(
                 f"{directory}: the layers' {LAYER_TENSORS[path[-1]]} have types {sorted(map(str, dtypes))}; one "
-                "parameter has one type. Convert the checkpoint to a single type."
+                "parameter must have one type. Convert the checkpoint to a single type."
             )
     return {path: [entries[t] for t in tensors] for path, tensors in wanted.items()}
 
@@ -148,7 +148,7 @@ def _check_shape(entry: _Entry, tensor: str, shape: tuple[int, ...], *, is_matri
         stored = shape if len(path) == 1 else (math.prod(shape),)
     if entry.shape != stored:
         raise CheckpointError(
-            f"{entry.file}: {tensor} is {list(entry.shape)}; config.json asks for {list(stored)}. "
+            f"{entry.file}: {tensor} is {list(entry.shape)}; config.json requires {list(stored)}. "
             "Use the config.json that belongs to these weights."
         )
 
@@ -167,7 +167,7 @@ def _some(names: list[str]) -> str:
 
 
 def _index_tensors(directory: Path) -> dict[str, _Entry]:
-    """Tensor name -> where it lies, over all shards."""
+    """Map tensor names to their places in all shards."""
     index = directory / _INDEX
     if index.exists():
         try:
@@ -175,7 +175,7 @@ def _index_tensors(directory: Path) -> dict[str, _Entry]:
             files = {name: directory / Path(file).name for name, file in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise CheckpointError(
-                f"{index} is no index ({error!r}); it must map tensors to files under weight_map. Replace it."
+                f"{index} is not an index ({error!r}); it must map tensors to files under weight_map. Replace it."
             ) from error
     else:
         files = {"": directory / "model.safetensors"}
@@ -184,7 +184,7 @@ def _index_tensors(directory: Path) -> dict[str, _Entry]:
         for name, entry in _read_header(file):
             if name in entries:
                 raise CheckpointError(
-                    f"{file}: {name} is also in {entries[name].file}; it must stand once. Remove one."
+                    f"{file}: {name} is also in {entries[name].file}; it must occur once. Remove one."
                 )
             entries[name] = entry
     for name, file in files.items():
@@ -194,15 +194,15 @@ def _index_tensors(directory: Path) -> dict[str, _Entry]:
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, _Entry]]:
-    """The tensors of a safetensors file: eight bytes of header size, a JSON header, the data."""
+    """Yield the tensors of a safetensors file: eight bytes of header size, a JSON header, the data."""
     try:
         is_there = file.is_file()
-    except OSError:  # a name that no file can have
+    except OSError:  # the name is not a valid file name
         is_there = False
     if not is_there:
         others = sorted(p.name for p in file.parent.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
         raise CheckpointError(
-            f"{file} is missing (weights there: {others[:5]}); weights must be safetensors, pickled files are not "
+            f"{file} is missing (weights there: {others[:5]}); weights must be safetensors; pickled files are not "
             "read. Convert them, or complete the download."
         )
     total = file.stat().st_size
@@ -210,7 +210,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, _Entry]]:
         size = int.from_bytes(stream.read(8), "little")
         if total < 8 or size > min(_MAX_HEADER_BYTES, total - 8):
             raise CheckpointError(
-                f"{file} has {total} bytes and a header of {size}: it is truncated or no safetensors."
+                f"{file} has {total} bytes and a header of {size}: it is truncated or not safetensors. Replace it."
             )
         raw = stream.read(size)
     try:
@@ -250,11 +250,13 @@ def save_hf(
 
     Args:
         directory: created if missing.
-        dtype: of the tensors; None: that of the parameters, each as it is.
-        tokenizer: a `tokenizer.Tokenizer` to save beside the weights.
+        config: the model's shape.
+        params: plain parameters.
+        dtype: of the tensors; None: that of each parameter.
+        tokenizer: a `tokenizer.Tokenizer` to save with the weights.
         max_shard_bytes: of a safetensors file; one shard is on the host at a time.
     Raises:
-        CheckpointError: the family cannot hold this model, adapters are not merged, or the directory is not empty.
+        CheckpointError: the family does not support this model, adapters are not merged, or the directory is not empty.
     """
     directory = Path(directory)
     adapters = [name for name in (*params, *params["layers"]) if "_lora_" in name]
@@ -263,9 +265,9 @@ def save_hf(
             f"{adapters[0]} and others are adapters, which would be lost; merge them first (lora.merge)."
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory} is not an empty directory; an export would mix with it. Choose another.")
+        raise CheckpointError(f"{directory} is not an empty directory; an export needs one. Choose another.")
     names = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
-    # The widest: whoever loads the model in the type that config.json names must lose nothing.
+    # The widest dtype: loading in the dtype that config.json names must lose nothing.
     kind = str(np.dtype(dtype) if dtype else jnp.result_type(*jax.tree.leaves(params)))
     description = config_json(config, kind, names)
     directory.mkdir(parents=True, exist_ok=True)
@@ -280,12 +282,12 @@ def save_hf(
     _name_shards(directory, shards + 1, weight_map, total)
     if tokenizer is not None:
         tokenizer.save(directory)
-    # Last: a directory without config.json is an unfinished export.
+    # Written last: a directory without config.json is an unfinished export.
     (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
 def _tensors_out(params, dtype: str | None):
-    """(tensor name, reader, bytes) of every tensor, in the order of the model."""
+    """Yield (tensor name, reader, bytes) of every tensor, in model order."""
 
     def item(name: str, array, layer: int | None):
         shape = array.shape if layer is None else array.shape[1:]
@@ -320,11 +322,11 @@ def _shard_path(directory: Path, number: int) -> Path:
 def _write_shard(directory: Path, number: int, tensors: dict[str, np.ndarray]) -> None:
     path = _shard_path(directory, number)
     safetensors.numpy.save_file(tensors, str(path), {"format": "pt"})
-    path.chmod(0o644)  # the library leaves files that only their owner reads
+    path.chmod(0o644)  # the library writes files that only their owner can read
 
 
 def _name_shards(directory: Path, number: int, weight_map: dict[str, int], total: int) -> None:
-    """The names that transformers looks for, and the index where there are several files."""
+    """Rename shards to what transformers expects, and write the index if there are several."""
     if number == 1:
         _shard_path(directory, 0).rename(directory / "model.safetensors")
         return

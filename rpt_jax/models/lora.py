@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) on any of the decoder's weights, beside frozen parameters.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on any of the decoder's weights, with frozen base parameters.
 
-The graph adds an adapter wherever the parameter tree has one, so the tree decides: `join` gives the policy, the frozen
-parameters alone are the policy with the adapter switched off, which is the reference policy.
+The graph applies every adapter that the parameter tree contains. `join` returns the policy's tree; the frozen
+parameters alone are the policy without adapters, which is the reference policy.
 """
 
 import json
@@ -24,30 +24,30 @@ from rpt_jax.types import record
 
 @record
 class Frozen:
-    """Parameters that training leaves alone, and the scale of the adapters beside them."""
+    """Frozen base parameters, and the scale of their adapters."""
 
     params: Any  # tree of the decoder's parameters
     scale: Any  # f32 [], alpha / rank
 
 
 def check_targets(config: DecoderConfig, lora: LoraConfig) -> None:
-    """Raises ConfigError where the adapters cannot be made."""
+    """Raise ConfigError if the adapters cannot be created."""
     if lora.rank and "head" in lora.targets and config.tie_embeddings:
         raise ConfigError(
-            "lora.targets holds 'head' and the head is tied to the embedding, which an adapter would untie. "
-            "Leave 'head' out of --lora.targets."
+            "lora.targets contains 'head', which is tied to the embedding; an adapter would untie them. "
+            "Remove 'head' from --lora.targets."
         )
     if lora.rank and "head" in lora.targets and config.activation_dtype == "bfloat16":
         raise ConfigError(
-            "lora.targets holds 'head' with model.activation_dtype='bfloat16'; the head is joined with its adapter, "
-            "and the sum would be rounded to what it was. Leave 'head' out of --lora.targets, or use float32."
+            "lora.targets contains 'head' with model.activation_dtype='bfloat16'; rounding the sum of head and adapter "
+            "would lose the adapter. Remove 'head' from --lora.targets, or use float32."
         )
     if lora.rank and not lora.targets:
-        raise ConfigError("lora.targets is empty; there would be nothing to train. Name weights, or set --lora.rank 0.")
+        raise ConfigError("lora.targets is empty; nothing would be trained. Name weights, or set --lora.rank 0.")
 
 
 def abstract_adapters(config: DecoderConfig, lora: LoraConfig, mesh: Mesh) -> Any:
-    """Shapes, f32 and shardings of the adapters, each lying as the weight that it adapts.
+    """Return shapes, dtype f32 and shardings of the adapters; each is sharded like its weight.
 
     Returns:
         {"layers": {"<target>_lora_a": [N, *in, r], "<target>_lora_b": [N, r, *out]}, "head_lora_a": [D, r], ...}.
@@ -62,7 +62,7 @@ def abstract_adapters(config: DecoderConfig, lora: LoraConfig, mesh: Mesh) -> An
     for name in sorted(lora.targets):
         at_top = name == "head"
         weight = abstract[name] if at_top else abstract["layers"][name]
-        # Of [V, D] the head's input is the last axis; a layer's weight is [N, *in, *out].
+        # The head is [V, D] with its input last; a layer's weight is [N, *in, *out].
         axes = [(size, axis) for size, axis in zip(weight.shape, (*weight.sharding.spec, *[None] * weight.ndim))]
         num_in = 2 if name == "o_proj" else 1
         lead, inputs, outputs = (
@@ -75,7 +75,7 @@ def abstract_adapters(config: DecoderConfig, lora: LoraConfig, mesh: Mesh) -> An
 
 
 def init_adapters(config: DecoderConfig, lora: LoraConfig, mesh: Mesh, key) -> Any:
-    """Adapters that change nothing yet: a uniform in ±in^-0.5, b zero; laid out as `abstract_adapters`."""
+    """Create adapters that are zero in effect: a uniform in ±in^-0.5, b zero; sharded as in `abstract_adapters`."""
     numbers = {name: number for number, name in enumerate(sorted(lora.targets))}
 
     def make(path, leaf):
@@ -93,7 +93,7 @@ def init_adapters(config: DecoderConfig, lora: LoraConfig, mesh: Mesh, key) -> A
 
 
 def join(frozen: Frozen | None, trainable: Any) -> Any:
-    """The policy's parameters: the trainable ones, or the frozen ones with the adapters beside them."""
+    """Return the policy's parameters: the trainable ones, or the frozen ones with their adapters."""
     if frozen is None:
         return trainable
 
@@ -106,9 +106,9 @@ def join(frozen: Frozen | None, trainable: Any) -> Any:
 
 @jax.jit
 def merge(frozen: Frozen | None, trainable: Any) -> Any:
-    """Plain parameters that compute what `join` does: W + scale * a b, in float32 whatever W is.
+    """Merge adapters into plain parameters: W + scale * a b, in float32 for any dtype of W.
 
-    The spacing of bfloat16 is wider than most of what an adapter learns, and would swallow it.
+    bfloat16 would round away most of what an adapter learns.
     """
     if frozen is None:
         return trainable
@@ -132,14 +132,16 @@ def save_adapters(directory: str | Path, lora: LoraConfig, adapters: Any, *, bas
     """Write adapters in the layout of Hugging Face PEFT.
 
     Args:
-        base: directory or name of the model that they belong to, as PEFT will look for it.
+        lora: settings that the adapters were made with.
+        adapters: as `abstract_adapters`.
+        base: directory or name of the base model, for PEFT to look up.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
 
     def put(prefix: str, a, b, num_in: int) -> None:
-        """PEFT keeps lora_A as [r, in] and lora_B as [out, r]."""
+        """Store lora_A as [r, in] and lora_B as [out, r], as PEFT does."""
         a, b = np.asarray(a), np.asarray(b)
         a = a.reshape(math.prod(a.shape[:num_in]), -1)
         tensors[f"base_model.model.{prefix}.lora_A.weight"] = np.ascontiguousarray(a.T)

@@ -12,7 +12,7 @@ from rpt_jax.parallel.mesh import TRUNK_AXES, constrain, num_shards
 
 
 def output_head(params):
-    """The head's matrix [V, D], its low-rank adapter added; the embedding where the two are tied."""
+    """Return the head's matrix [V, D] with its low-rank adapter added; the embedding if they are tied."""
     head_VD = params["head"] if "head" in params else params["embedding"]
     if "head_lora_a" in params:
         return head_VD + (params["head_lora_a"] @ params["head_lora_b"]).T.astype(head_VD.dtype)
@@ -20,22 +20,22 @@ def output_head(params):
 
 
 def next_logits(params, hidden_D):
-    """Logits f32 [..., V] of hidden states after the final norm."""
+    """Return logits f32 [..., V] of hidden states after the final norm."""
     head_VD = output_head(params).astype(hidden_D.dtype)
     logits_V = jnp.einsum("...d,vd->...v", hidden_D, head_VD, preferred_element_type=jnp.float32)
     return constrain(logits_V, TRUNK_AXES, *(None,) * (logits_V.ndim - 2), "tensor")
 
 
 def _head_for(params, hidden_D):
-    """The head whole in its width, split by vocabulary: gathered once for all chunks."""
+    """Return the head split by vocabulary only, gathered once for all chunks."""
     return constrain(output_head(params).astype(hidden_D.dtype), "tensor")
 
 
 def _chunks(config: DecoderConfig, vocab_size: int, arrays):
-    """Arrays [U, N, ...] cut along N for a scan, so that one chunk's logits keep within the limit; and N."""
+    """Split arrays [U, N, ...] along N for a scan whose chunks respect max_logits; return them and N."""
     U, n = jax.tree.leaves(arrays)[0].shape[:2]
     trunks = max(1, U // num_shards(*TRUNK_AXES))
-    logits = trunks * vocab_size // num_shards("tensor")  # of a token of each trunk, on a device
+    logits = trunks * vocab_size // num_shards("tensor")  # logits per device for one token of every trunk
     chunk = min(n, max(1, 64 // trunks, kernels_of(config).max_logits // logits))
     num_chunks = -(-n // chunk)
 
@@ -47,12 +47,12 @@ def _chunks(config: DecoderConfig, vocab_size: int, arrays):
 
 
 def _joined(chunks, n: int):
-    """The inverse of `_chunks` for its results."""
+    """Invert `_chunks` for its results."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :n], chunks)
 
 
 def _chunk_logprobs(head_VD, hidden_UnD, targets_Un, sharpness):
-    """(log-probability of the targets [U, n], entropy [U, n], the distribution [U, n, V]).
+    """Return (log-probability of the targets [U, n], entropy [U, n], distribution [U, n, V]).
 
     sharpness: 1 / temperature, a scalar or f32 [U, n, 1].
     """
@@ -69,10 +69,10 @@ def _chunk_logprobs(head_VD, hidden_UnD, targets_Un, sharpness):
 
 @partial(jax.jit, static_argnames=("config", "temperature"))
 def token_logprobs(config: DecoderConfig, params, hidden_UND, targets_UN, *, temperature: float):
-    """Log-probability of each target and entropy of its distribution, softmax(logits / temperature), for scoring.
+    """Score each target under softmax(logits / temperature): its log-probability and the entropy.
 
     Args:
-        hidden_UND: hidden states after the final norm, any token dimension N.
+        hidden_UND: hidden states after the final norm, for any token dimension N.
         targets_UN: i32.
         temperature: > 0.
     Returns:
@@ -84,16 +84,17 @@ def token_logprobs(config: DecoderConfig, params, hidden_UND, targets_UN, *, tem
 
 
 def token_loss(config: DecoderConfig, term_fn, params, hidden_UND, targets_UN, inputs, *, temperature):
-    """Sum of a loss over tokens, each a function of the token's log-probability; its gradient is made chunk by chunk.
+    """Sum a per-token loss that is a function of the token's log-probability; the gradient is computed in chunks.
 
-    A chunk's logits serve its loss and its gradient, and are gone before the next: no second product with the head, and
-    no [rows, tokens, vocabulary] array.
+    The logits of a chunk serve its loss and its gradient and are freed before the next chunk. There is no second
+    product with the head and no [rows, tokens, vocabulary] array.
 
     Args:
         term_fn: (logprobs [U, n], inputs [U, n]) -> terms f32 [U, n], elementwise.
+        params: the decoder's.
         hidden_UND, targets_UN: as in `token_logprobs`.
-        temperature: of the distribution, one number or f32 [U, N]; > 0.
         inputs: tree of arrays [U, N], constants of the loss.
+        temperature: of the distribution, a scalar or f32 [U, N]; > 0.
     Returns:
         (scalar loss, (logprobs f32 [U, N], entropy f32 [U, N])); the last two carry no gradient.
     """
@@ -117,7 +118,7 @@ def _token_loss(config, term_fn, head_VD, hidden_UND, targets_UN, inputs, sharpn
 
 def _token_loss_fwd(config, term_fn, head_VD, hidden_UND, targets_UN, inputs, sharpness_UN):
     chunks, n = _chunks(config, head_VD.shape[0], (hidden_UND, targets_UN, inputs, sharpness_UN))
-    # Each shard of the trunks adds up a gradient of its own: they meet once, not in every chunk.
+    # Each shard of the trunks accumulates its own gradient: one reduction at the end, not one per chunk.
     shards = math.gcd(hidden_UND.shape[0], num_shards(*TRUNK_AXES))
 
     def by_shard(x_Und):
@@ -126,7 +127,7 @@ def _token_loss_fwd(config, term_fn, head_VD, hidden_UND, targets_UN, inputs, sh
     narrow_left = kernels_of(config).narrow_left
 
     def head_gradient_of(gradient_SnV, hidden_SnD):
-        """[S, D, V] with the narrower matrix on the left, else [S, V, D]."""
+        """Return [S, D, V] if the narrower matrix goes on the left, else [S, V, D]."""
         if narrow_left:
             return jnp.einsum("snd,snv->sdv", hidden_SnD, gradient_SnV, preferred_element_type=jnp.float32)
         return jnp.einsum("snv,snd->svd", gradient_SnV, hidden_SnD, preferred_element_type=jnp.float32)

@@ -1,7 +1,7 @@
-"""Several processes of one run: how they start, what they agree on, and how a host reads arrays that lie on all.
+"""Several processes of one run: how they start, how they agree, and how a host reads arrays that span all of them.
 
-Every process runs the same program and must come to the same calls in the same order. Process 0 writes the files, on a
-file system that all share.
+Every process runs the same program and must make the same calls in the same order. Process 0 writes the files, on a
+file system that all processes share.
 """
 
 import os
@@ -19,23 +19,24 @@ from rpt_jax.errors import ConfigError
 
 
 def split_cpu(mesh: MeshConfig, config: DistributedConfig) -> None:
-    """Have this host's CPU, if that is what JAX will run on, be as many devices as the mesh asks for: a core each.
+    """Split this host's CPU into as many devices as the mesh needs, one core each, if JAX will run on it.
 
-    Nothing is done where JAX's backend has started, cores are fewer, processes are several, or XLA_FLAGS has a number.
+    This does nothing if JAX's backend has started, there are too few cores or several processes, or XLA_FLAGS sets a
+    number of devices.
     """
     is_alone = not (config.coordinator or config.join or _num_launched() > 1)
     is_told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if is_alone and not is_told and 1 < mesh.num_devices <= (os.cpu_count() or 1):
-        # Raised where the backend has started; `make_mesh` then says what is missing.
+        # Raised if the backend has started; `make_mesh` then reports the missing devices.
         with suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", mesh.num_devices)
 
 
 def start(config: DistributedConfig) -> None:
-    """Join the run's other processes, before anything else starts JAX's backend; alone there is nothing to join.
+    """Join the other processes of the run, before anything else starts JAX's backend.
 
     Raises:
-        ConfigError: the others did not come, or a slice of several hosts is used by processes that do not join.
+        ConfigError: the other processes did not join, or a process of a multi-host slice is not told to join.
     """
     if jax.distributed.is_initialized():
         return
@@ -51,8 +52,8 @@ def start(config: DistributedConfig) -> None:
             jax.distributed.initialize(**places, heartbeat_timeout_seconds=config.heartbeat_seconds)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"the processes of this run could not be joined ({error}); each needs the same coordinator and number, "
-                "and a number of its own. Check --distributed.coordinator, or the launcher."
+                f"the processes of this run could not join ({error}); they need the same coordinator and number of "
+                "processes, and different ids. Check --distributed.coordinator, or the launcher."
             ) from error
     elif jax.process_count() > 1:
         raise ConfigError(
@@ -62,19 +63,19 @@ def start(config: DistributedConfig) -> None:
 
 
 def _num_launched() -> int:
-    """Processes that a scheduler says it has started as one job step."""
+    """Return the number of processes in this job step, as the scheduler reports it."""
     names = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     return max(int(os.environ.get(name, "1")) for name in names)
 
 
 def is_main() -> bool:
-    """This process writes the run's files."""
+    """Return whether this process writes the run's files."""
     return jax.process_index() == 0
 
 
 @contextmanager
 def main_first(what: str) -> Iterator[None]:
-    """Process 0 does it first, the others after it: they find the files that it has written."""
+    """Run the body on process 0 first, then on the others, which find the files that it has written."""
     if jax.process_count() == 1:
         yield
         return
@@ -99,12 +100,12 @@ def _waiting_for_main() -> Iterator[None]:
 
 
 def waits_for_main() -> bool:
-    """This process stands still because process 0 works alone; heartbeats tell whether that lives."""
+    """Return whether this process is waiting while process 0 works; heartbeats show whether that one is alive."""
     return _waiting.is_set()
 
 
 def from_main(number: int) -> int:
-    """Process 0's number, on all."""
+    """Return process 0's number on all processes."""
     if jax.process_count() == 1:
         return number
     with _waiting_for_main():
@@ -112,19 +113,19 @@ def from_main(number: int) -> int:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether any process says so. Waits for all of them, and for what their devices are at."""
+    """Return whether the flag is set on any process; waits for all processes and their devices."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def gathered(values: np.ndarray) -> np.ndarray:
-    """[processes, ...]: each process's array of one shape, on all."""
+    """Stack the equally shaped arrays of all processes: [processes, ...], on each of them."""
     return values[None] if jax.process_count() == 1 else multihost_utils.process_allgather(values)
 
 
 def to_host(tree: Any) -> Any:
-    """Whole numpy arrays on every process, of arrays that may lie on the devices of all."""
+    """Return whole numpy arrays on every process, from arrays that may span the devices of all."""
 
     def one(x):
         is_here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated

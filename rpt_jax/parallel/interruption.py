@@ -1,6 +1,7 @@
-"""What ends a process before its work is done: a signal, which is heeded at the next boundary, and a standstill.
+"""Early exits of a process: on a signal, at the next boundary, and on a deadline without progress.
 
-Signals and clocks belong to the process, so they are kept here once for all of it.
+A boundary is a point at which the host has just waited for the devices. Signals and clocks are per process, so their
+state is kept in this module.
 """
 
 import faulthandler
@@ -17,9 +18,9 @@ import jax
 from rpt_jax.errors import Interrupted
 from rpt_jax.parallel.distributed import any_process, waits_for_main
 
-# Exit status of a run that was told to stop and has saved: the same command goes on. (sysexits.h, EX_TEMPFAIL)
+# Exit status of a run that was stopped by a signal and has saved: the same command resumes it (EX_TEMPFAIL).
 RESUMABLE = 75
-# Exit status of a process that stood still, or whose peers are gone.
+# Exit status of a process that made no progress, or lost its peers.
 STALLED = 76
 
 _signals: list[int] = []
@@ -28,12 +29,12 @@ _last_beat = time.monotonic()
 
 @contextmanager
 def watching(deadline_seconds: float) -> Iterator[None]:
-    """Until its end, SIGTERM and SIGINT are heeded at boundaries, and a standstill of so many seconds ends the process.
+    """In this context, handle SIGTERM and SIGINT at boundaries, and exit after `deadline_seconds` without progress.
 
     A second signal has its usual, immediate effect.
 
     Args:
-        deadline_seconds: 0 waits for ever.
+        deadline_seconds: 0 waits forever.
     """
     beat()
     _signals.clear()
@@ -58,16 +59,16 @@ def _note(number: int, frame) -> None:
 
 
 def beat() -> None:
-    """Something has moved."""
+    """Record progress."""
     global _last_beat
     _last_beat = time.monotonic()
 
 
 def check() -> None:
-    """A boundary where the host has just waited for the devices, the same one on every process.
+    """Handle signals at a boundary, the same one on every process.
 
     Raises:
-        Interrupted: a process has been told to stop.
+        Interrupted: a process received a stop signal.
     """
     beat()
     if any_process(bool(_signals)):
@@ -76,10 +77,10 @@ def check() -> None:
 
 
 def check_alone() -> None:
-    """A boundary in work that one process does alone: with others beside it, it only tells that something moves.
+    """Handle signals at a boundary in work that one process does alone; with other processes, only record progress.
 
     Raises:
-        Interrupted: the only process has been told to stop.
+        Interrupted: the only process received a stop signal.
     """
     beat() if jax.process_count() > 1 else check()
 
@@ -90,10 +91,10 @@ def _end_standstill(deadline_seconds: float, done: threading.Event) -> None:
             beat()
         elif time.monotonic() - _last_beat > deadline_seconds:
             print(
-                f"nothing has moved for distributed.deadline_seconds={deadline_seconds:g}: this process hangs, or "
-                "waits for one that does. Where it stands:",
+                f"no progress for distributed.deadline_seconds={deadline_seconds:g}: this process hangs, or "
+                "waits for one that does. Its stacks:",
                 file=sys.stderr,
                 flush=True,
             )
             faulthandler.dump_traceback(all_threads=True)
-            os._exit(STALLED)  # a hanging main thread cannot be ended in any other way
+            os._exit(STALLED)  # nothing else stops a hanging main thread

@@ -1,8 +1,8 @@
-"""The device mesh and the one table that says how arrays lie on it.
+"""The device mesh, and the one table of parameter shardings.
 
 Axes: `data` replicates parameters, `fsdp` shards parameters and optimizer state, `tensor` shards heads, MLP width and
-vocabulary. Trunks, with the branches that leave them, are split over data x fsdp, so attention to a trunk is local.
-Slices that are joined by the data-centre network alone are the outer part of `data`: only gradients cross it.
+vocabulary. Trunks and their branches are split over data x fsdp, so attention to a trunk is local. Slices that are
+connected only by the data-centre network form the outer part of `data`: only gradients cross it.
 """
 
 import math
@@ -34,25 +34,26 @@ RULES = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over the first data * fsdp * tensor devices, neighbours on it being neighbours of the network.
+    """Make a mesh over the first data * fsdp * tensor devices; mesh neighbours are network neighbours.
 
     Args:
-        devices: None: all of JAX's.
+        config: sizes of the axes.
+        devices: to use; None: all of JAX's.
     Raises:
-        ConfigError: fewer devices are present; some of a process or of a slice would be left out.
+        ConfigError: too few devices, or a process or slice would take part with only some of its devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     axes = f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor}"
     if config.num_devices > len(devices):
         raise ConfigError(
             f"{axes} needs {config.num_devices} devices; {len(devices)} {devices[0].platform} device(s) are present. "
-            "Make the axes' product at most that."
+            "Lower the product of the axes."
         )
     is_whole = config.num_devices == len(devices)
     if not is_whole and len({d.process_index for d in devices}) > 1:
         raise ConfigError(
-            f"{axes} takes {config.num_devices} of {len(devices)} devices, which lie on several processes; each must "
-            "have part in the work. Make the axes' product their number."
+            f"{axes} takes {config.num_devices} of {len(devices)} devices, which belong to several processes; all must "
+            "take part. Make the product of the axes equal to the number of devices."
         )
     shape = (config.data, config.fsdp, config.tensor)
     if devices[0].platform == "tpu" and is_whole:
@@ -63,13 +64,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _tpu_grid(shape: tuple[int, int, int], devices, axes: str) -> np.ndarray:
-    """Devices so that each axis runs along links of the torus."""
+    """Arrange devices so that each axis follows links of the torus."""
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     data, fsdp, tensor = shape
     if data % slices:
         raise ConfigError(
             f"{axes} on {slices} slices; only data may cross the network between slices, so it must be a multiple of "
-            "their number. Raise --mesh.data."
+            "the number of slices. Raise --mesh.data."
         )
     if slices > 1:
         return mesh_utils.create_hybrid_device_mesh(
@@ -79,16 +80,17 @@ def _tpu_grid(shape: tuple[int, int, int], devices, axes: str) -> np.ndarray:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def trunk_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading (trunk) dimension over data x fsdp; fits every field of a batch record that has a trunk dimension."""
+    """Return the sharding of a leading trunk dimension over data x fsdp, for every field of a batch record."""
     return NamedSharding(mesh, PartitionSpec(TRUNK_AXES))
 
 
 def local_trunks(mesh: Mesh, num_trunks: int) -> np.ndarray:
-    """Trunks of a batch that this process's devices hold, ascending."""
+    """Return the trunks of a batch on this process's devices, ascending."""
     held = trunk_sharding(mesh).addressable_devices_indices_map((num_trunks,)).values()
     return np.unique(np.concatenate([np.arange(num_trunks)[index] for index in held]))
 
@@ -97,7 +99,9 @@ def shard_batch(mesh: Mesh, batch: Any, *, num_trunks: int | None = None) -> Any
     """Put a host batch on the mesh, split by trunk.
 
     Args:
-        num_trunks: of the whole batch, of which each process gives its `local_trunks`; None: each gives all.
+        mesh: target.
+        batch: tree of arrays with a leading trunk dimension.
+        num_trunks: of the whole batch, if each process passes its `local_trunks`; None: each passes all.
     """
     sharding = trunk_sharding(mesh)
     if num_trunks is None and jax.process_count() == 1:
@@ -119,17 +123,17 @@ def shard_batch(mesh: Mesh, batch: Any, *, num_trunks: int | None = None) -> Any
 
 
 def beside(array: Any, values: np.ndarray) -> jax.Array:
-    """Host values, the same on every process, lying as `array` does: split by trunk where it is."""
+    """Put host values, equal on every process, on the devices with the sharding of `array`."""
     if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
         return jax.numpy.asarray(values)
     return jax.make_array_from_callback(values.shape, array.sharding, lambda index: values[index])
 
 
 def param_shardings(mesh: Mesh, abstract_params: Any) -> Any:
-    """NamedShardings for a tree of `nn.Partitioned` shapes, through RULES.
+    """Return NamedShardings for a tree of `nn.Partitioned` shapes, by RULES.
 
-    A dimension that its axis does not divide is left whole. `Config.validate` refuses this of a policy; a small proxy
-    may have fewer heads than `tensor`.
+    A dimension that its axis does not divide stays unsharded. `Config.validate` forbids this for a policy, but a small
+    proxy may have fewer heads than `tensor`.
     """
     named = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, RULES)
     return jax.tree.map(_as_compiled, named, nn.unbox(abstract_params))
@@ -137,7 +141,7 @@ def param_shardings(mesh: Mesh, abstract_params: Any) -> Any:
 
 @contextmanager
 def on_mesh_of(tree: Any) -> Iterator[None]:
-    """Programs that are traced inside lay their arrays on the mesh that the tree's arrays, or their shapes, lie on."""
+    """Trace programs in this context with the mesh of the tree's arrays or shapes."""
     shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(tree))
     mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
     if mesh is None:
@@ -148,10 +152,10 @@ def on_mesh_of(tree: Any) -> Iterator[None]:
 
 
 def constrain(x, *axes):
-    """x, laid out so inside a program: a mesh axis or None for each dimension, None for those not named.
+    """Constrain the sharding of x inside a program: a mesh axis or None for each leading dimension.
 
-    Left to itself the partitioner spreads the parameters' shards into the activations, and moves those. A dimension
-    that its axes do not divide, as in a small batch made by hand, is left whole.
+    Without constraints, the partitioner propagates the parameters' shards into the activations and moves those. A
+    dimension that its axes do not divide, such as that of a small test batch, stays unsharded.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -162,20 +166,20 @@ def constrain(x, *axes):
 
 
 def spec_without(array, axis: str) -> PartitionSpec:
-    """How an array (or its shape) lies on its mesh, were it whole along `axis`."""
+    """Return the PartitionSpec of an array or shape without `axis`."""
     sharding = getattr(array, "sharding", None)
     spec = sharding.spec if isinstance(sharding, NamedSharding) else ()
     return PartitionSpec(*(None if part == axis else part for part in spec))
 
 
 def num_shards(*axes: str) -> int:
-    """Parts that these mesh axes cut a dimension into, in the program that is being traced."""
+    """Return the number of shards along these mesh axes, in the program being traced."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
 def _as_compiled(sharding: NamedSharding, array) -> NamedSharding:
-    """The sharding as a compiled program names it: an update's results then compile nothing anew."""
+    """Normalise the sharding to the form that compiled programs return, so that updates do not recompile."""
     sizes = sharding.mesh.shape
     axes = [
         axis if axis is not None and sizes[axis] > 1 and size % sizes[axis] == 0 else None

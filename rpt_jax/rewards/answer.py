@@ -1,8 +1,8 @@
-"""Completion token ids to prediction bytes, on the device: the string in the last \\boxed{} after the last </think>.
+"""From completion tokens to prediction bytes, on the device: the string in the last \\boxed{} after the last </think>.
 
-A mark may be split over tokens in any way, so marks are found by a finite automaton over bytes whose step for a whole
-token is tabulated once per vocabulary (`answer_tables`). Nothing but a static window of the answer is ever expanded
-to bytes. Nothing is stripped: spaces and newlines belong to the answer (arXiv:2506.08007 §3.3).
+Tokens may split a mark in any way, so a finite automaton over bytes finds the marks; its step for a whole token is
+tabulated once per vocabulary (`answer_tables`). Only a window of fixed size is expanded to bytes. Nothing is stripped:
+spaces and newlines belong to the answer (arXiv:2506.08007 §3.3).
 """
 
 from functools import partial
@@ -20,22 +20,22 @@ _DEFAULT_MAX_BYTES = 1024
 
 @record
 class Predictions:
-    """What completions predict. Of a row without a prediction: length 0, found False."""
+    """Predictions of completions. A row without one has length 0 and found False."""
 
     bytes: Any  # u8 [B, X], zero-padded
-    lengths: Any  # i32 [B], bytes of the prediction; more than X where the window cut it
-    found: Any  # bool [B], a box was found and closed (it may be empty)
-    think_end_tokens: Any  # i32 [B], tokens up to and including the one that completes the last </think>; 0: none
+    lengths: Any  # i32 [B], length of the prediction in bytes; more than X if the window truncated it
+    found: Any  # bool [B], there is a closed box, possibly empty
+    think_end_tokens: Any  # i32 [B], number of tokens up to the end of the last </think>; 0: there is none
 
 
 @record
 class AnswerTables:
-    """What each token does to the scan for marks and braces; from `answer_tables`."""
+    """The effect of each token on the scan for marks and braces; from `answer_tables`."""
 
-    think_next: Any  # i32 [V, 8], automaton state after the token, by state before it
+    think_next: Any  # i32 [V, 8], automaton state after the token, by the state before it
     think_end: Any  # i32 [V, 8], bytes of the token up to the end of the last </think> it completes; 0: none
-    box_next: Any  # i32 [V, 7]
-    box_end: Any  # i32 [V, 7]
+    box_next: Any  # i32 [V, 7], as think_next, for the box
+    box_end: Any  # i32 [V, 7], as think_end, for the box
     net: Any  # i32 [V], opening minus closing braces
     low: Any  # i32 [V], lowest running brace count within the token; at most 0
     last_close: Any  # i32 [V], bytes up to and including the last closing brace; 0: none
@@ -43,31 +43,31 @@ class AnswerTables:
 
 @record
 class _Text:
-    """Completions laid out in bytes: where each token stands, and the vocabulary that spells it."""
+    """Completions in bytes: the place of each token, and the vocabulary's bytes."""
 
     tokens: Any  # i32 [B, C], 0 where the mask is False
     mask: Any  # bool [B, C]
     starts: Any  # i32 [B, C], byte position of the token's first byte
-    ends: Any  # i32 [B, C], byte position behind its last
+    ends: Any  # i32 [B, C], byte position after its last byte
     byte_table: Any  # u8 [V, W]
     byte_lengths: Any  # i32 [V]
 
 
 @record
 class _Mark:
-    """The last mark of each row; of a row without one, only `found` means anything."""
+    """The last mark of each row; without one, all but `found` is arbitrary."""
 
     token: Any  # i32 [B], index of the token that completes it
     offset: Any  # i32 [B], bytes of that token up to the mark's end
-    position: Any  # i32 [B], byte position behind the mark
-    found: Any  # bool [B]
+    position: Any  # i32 [B], byte position after the mark
+    found: Any  # bool [B], there is a mark
 
 
 def _automaton(mark: str, table_VW, lengths_V):
-    """Transitions of the automaton that looks for `mark`, for every token and state.
+    """Compute the transitions of the automaton that finds `mark`, for every token and state.
 
-    State s: the last s bytes are the mark's first s. No byte of either mark but the first equals its first, so a
-    failed match falls back to state 1 or 0, and matches cannot overlap.
+    In state s, the last s bytes are the mark's first s. The first byte of a mark does not recur in it, so a failed
+    match falls back to state 1 or 0, and matches cannot overlap.
     """
     pattern = jnp.frombuffer(mark.encode(), jnp.uint8)
     size = len(mark)
@@ -84,7 +84,7 @@ def _automaton(mark: str, table_VW, lengths_V):
     end = jnp.zeros((V, size), jnp.int32)
     head = min(size - 1, W)
     state, end = jax.lax.fori_loop(0, head, lambda w, c: step(w, *c), (state, end))
-    # After size - 1 bytes of a token the state no longer depends on what came before the token.
+    # After size - 1 bytes of a token, the state no longer depends on earlier tokens.
     inner = jax.lax.fori_loop(head, W, lambda w, c: step(w, *c), (state[:, 0], jnp.zeros((V,), jnp.int32)))
     is_long = (lengths_V >= size - 1)[:, None]
     return jnp.where(is_long, inner[0][:, None], state), jnp.maximum(end, inner[1][:, None])
@@ -92,7 +92,12 @@ def _automaton(mark: str, table_VW, lengths_V):
 
 @jax.jit
 def answer_tables(byte_table_VW, byte_lengths_V) -> AnswerTables:
-    """Tabulate a vocabulary once; pass the result to every `extract_predictions`."""
+    """Tabulate a vocabulary once, for every call of `extract_predictions`.
+
+    Args:
+        byte_table_VW: u8, from `Tokenizer.byte_table()`.
+        byte_lengths_V: i32, likewise.
+    """
     byte_table_VW, byte_lengths_V = jnp.asarray(byte_table_VW), jnp.asarray(byte_lengths_V)
     think_next, think_end = _automaton(THINK_CLOSE, byte_table_VW, byte_lengths_V)
     box_next, box_end = _automaton(BOX_OPEN, byte_table_VW, byte_lengths_V)
@@ -111,7 +116,7 @@ def answer_tables(byte_table_VW, byte_lengths_V) -> AnswerTables:
 
 
 def _braces(bytes_, mask):
-    """+1 at an opening brace, -1 at a closing one, 0 elsewhere."""
+    """Return +1 at opening braces, -1 at closing ones, 0 elsewhere."""
     return jnp.where(mask, (bytes_ == ord("{")).astype(jnp.int32) - (bytes_ == ord("}")), 0)
 
 
@@ -120,7 +125,7 @@ def _at(array_BC, index_B):
 
 
 def _last(flags_BC):
-    """(index of the last True, any True) per row."""
+    """Return (index of the last True, any True) per row."""
     C = flags_BC.shape[1]
     return jnp.max(jnp.where(flags_BC, jnp.arange(C), 0), axis=1), jnp.any(flags_BC, axis=1)
 
@@ -144,14 +149,14 @@ def _lay_out(tokens_BC, mask_BC, byte_table_VW, byte_lengths_V) -> _Text:
 
 
 def _last_mark(text: _Text, mark_end_BC) -> _Mark:
-    """The last mark, from the bytes of each token up to the end of the last one that it completes (0: none)."""
+    """Locate the last mark, given the bytes of each token up to the end of the last mark it completes (0: none)."""
     token_B, found_B = _last(mark_end_BC > 0)
     offset_B = _at(mark_end_BC, token_B)
     return _Mark(token=token_B, offset=offset_B, position=_at(text.starts, token_B) + offset_B, found=found_B)
 
 
 def _scan_marks(tables: AnswerTables, text: _Text):
-    """Bytes of each token up to the end of the last mark it completes, for </think> and for the box; i32 [B, C]."""
+    """Return bytes of each token up to the end of the last mark it completes, i32 [B, C]: for </think>, for the box."""
 
     def step(states, inputs):
         think, box = states
@@ -170,10 +175,10 @@ def _scan_marks(tables: AnswerTables, text: _Text):
 
 
 def _balanced_close(tables: AnswerTables, text: _Text, box: _Mark):
-    """(byte position of the brace that balances the box, whether there is one), each [B].
+    """Return (byte position of the brace that balances the box, whether there is one), each [B].
 
-    The box's own token is read from its byte offset on; later tokens by their tabulated brace counts; only the token
-    that closes is read bytewise.
+    The box's token is read from its byte offset on, later tokens through their tabulated brace counts. Only the token
+    that closes the box is read byte by byte.
     """
     C, W = text.tokens.shape[1], text.byte_table.shape[1]
 
@@ -197,7 +202,7 @@ def _balanced_close(tables: AnswerTables, text: _Text, box: _Mark):
 
 
 def _box_end(mode: str, tables: AnswerTables, text: _Text, box: _Mark):
-    """(byte position of the box's end, whether it has one), each [B], by the mode's rule."""
+    """Return (byte position of the box's end, whether there is one), each [B], by the mode's rule."""
     balanced_end_B, balanced_B = _balanced_close(tables, text, box)
     if mode == "balanced":
         return balanced_end_B, balanced_B
@@ -210,7 +215,7 @@ def _box_end(mode: str, tables: AnswerTables, text: _Text, box: _Mark):
 
 
 def _bytes_from(text: _Text, position_B, width: int):
-    """u8 [B, width]: the completion's bytes from a position on; arbitrary past its end."""
+    """Return the completion's bytes from a position on, u8 [B, width]; arbitrary past its end."""
     C, W = text.tokens.shape[1], text.byte_table.shape[1]
     positions_BX = position_B[:, None] + jnp.arange(width)
     index_BX = jax.vmap(partial(jnp.searchsorted, side="right"))(text.ends, positions_BX)
@@ -233,8 +238,8 @@ def _unescape_newlines(bytes_BX, lengths_B):
 
 
 def _read(text: _Text, position_B, lengths_B, X: int, unescape_newline: bool):
-    """(the first X bytes of the strings at these positions, zero-padded; their whole lengths)."""
-    # Unescaping shortens a prediction to no less than half.
+    """Return (first X bytes of the strings at these positions, zero-padded; their full lengths)."""
+    # Unescaping shortens a prediction by at most half.
     width = 2 * X if unescape_newline else X
     bytes_BX = _bytes_from(text, position_B, width)
     bytes_BX = jnp.where(jnp.arange(width) < lengths_B[:, None], bytes_BX, 0).astype(jnp.uint8)
@@ -256,19 +261,19 @@ def extract_predictions(
     max_prediction_bytes: int | None = None,
     tables: AnswerTables | None = None,
 ) -> Predictions:
-    """The whole string inside the last \\boxed{} that follows the last </think>. Source: arXiv:2506.08007 §3.3.
+    """Extract the whole string inside the last \\boxed{} after the last </think>. Source: arXiv:2506.08007 §3.3.
 
     Args:
-        tokens_BC: i32 completion tokens; ids outside [0, V) are not allowed where the mask is True.
+        tokens_BC: i32, completion tokens; in [0, V) where the mask is True.
         mask_BC: bool, real tokens.
-        byte_table_VW: u8, byte_lengths_V: i32; `Tokenizer.byte_table()`. Special tokens have no bytes.
+        byte_table_VW: u8, from `Tokenizer.byte_table()`. Special tokens have no bytes.
+        byte_lengths_V: i32, likewise.
         mode: balanced (up to the brace that balances the box), tail (up to the completion's last brace),
-            balanced_then_tail (tail where balanced finds no end, or finds an empty box while braces remain).
-        require_think_end: without </think> there is no prediction; False searches the whole completion for the last
-            box, whatever marks it holds.
+            balanced_then_tail (tail if balanced finds no end, or an empty box while braces remain).
+        require_think_end: a prediction needs a </think> before it; False: use the last box of the whole completion.
         unescape_newline: read backslash-n as a newline.
-        max_prediction_bytes: X; None: all bytes there can be, at most 1024.
-        tables: `answer_tables(byte_table_VW, byte_lengths_V)`; None: made here, at every call.
+        max_prediction_bytes: X; None: as many as possible, at most 1024.
+        tables: `answer_tables(byte_table_VW, byte_lengths_V)`; None: computed at every call.
     Returns:
         Predictions.
     Raises:
@@ -280,7 +285,7 @@ def extract_predictions(
     text = _lay_out(tokens_BC, mask_BC, byte_table_VW, byte_lengths_V)
     X = max_prediction_bytes or min(tokens_BC.shape[1] * text.byte_table.shape[1], _DEFAULT_MAX_BYTES)
     think, box = (_last_mark(text, end_BC) for end_BC in _scan_marks(tables, text))
-    # Marks cannot overlap, so the box follows the think end iff it ends after it.
+    # Marks cannot overlap, so the box follows </think> iff it ends later.
     allowed_B = box.found & (think.found & (box.position > think.position) if require_think_end else True)
     end_B, closed_B = _box_end(mode, tables, text, box)
     found_B = allowed_B & closed_B

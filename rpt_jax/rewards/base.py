@@ -1,6 +1,6 @@
-"""What a reward is: a function from evidence to what rollouts have earned, and the scoring passes that it needs.
+"""Rewards: a function from evidence to `Earned`, and the scoring passes that it needs.
 
-`earn` is the one way from rollouts to rewards, in training and in evaluation. `compose` makes one reward of several.
+`earn` computes the rewards of rollouts, in training and in evaluation. `compose` combines several rewards into one.
 """
 
 import re
@@ -23,14 +23,14 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward function and what it asks for.
+    """A reward function and its needs.
 
     Attributes:
-        fn: evidence -> what its rollouts have earned.
-        requests: scoring passes whose results the function finds in `evidence.scores`.
-        width: bytes of a prediction that it reads, at least; references' bytes are read in any case.
-        read: (rollouts, width) -> (predictions, the same unescaped or None); None: it reads none.
-        scorer: runs the requests; None: there are none.
+        fn: evidence -> rewards, failures, metrics and masks.
+        requests: scoring passes whose results are in `evidence.scores`.
+        width: minimum number of prediction bytes that it reads; at least those of the references are read.
+        read: (rollouts, width) -> (predictions, the same unescaped or None); None: it reads no predictions.
+        scorer: runs the requests; None: it has none.
     """
 
     fn: Callable[[Evidence], Earned]
@@ -43,12 +43,14 @@ class Reward:
 def earn(
     reward: Reward, policies: dict[str, Any], tasks: TaskBatch, rollouts: Rollouts
 ) -> tuple[Evidence, Earned, jax.Array]:
-    """Read the predictions, run the scoring passes, reward.
+    """Extract the predictions, run the scoring passes, and compute the rewards.
 
     Args:
+        reward: of the run.
         policies: parameters of the policies that requests may name: current, start, average.
+        tasks, rollouts: of one batch.
     Returns:
-        (evidence, what was earned, tokens that the passes ran i32 [U]).
+        (evidence, earned, tokens run by the passes i32 [U]).
     """
     predictions, unescaped = None, None
     if reward.read is not None:
@@ -61,7 +63,7 @@ def earn(
 
 
 def make_reader(config: RewardConfig, tokenizer) -> Callable:
-    """(rollouts, width in bytes) -> (predictions [U, R, ...], the same unescaped where the config asks for it)."""
+    """Make (rollouts, width in bytes) -> (predictions [U, R, ...], the same unescaped if the config enables it)."""
     table, lengths = (jnp.asarray(a) for a in tokenizer.byte_table())
     tables = answer_tables(table, lengths)
 
@@ -86,17 +88,17 @@ def make_reader(config: RewardConfig, tokenizer) -> Callable:
 
 @dataclass(frozen=True)
 class Term:
-    """One of the rewards that are composed."""
+    """One term of a composed reward."""
 
     name: str
     weight: float = 1.0
 
 
 def parse_terms(texts: Sequence[str]) -> list[Term]:
-    """Terms of `reward.terms`, each NAME or WEIGHT*NAME.
+    """Parse `reward.terms`, each NAME or WEIGHT*NAME.
 
     Raises:
-        ConfigError: none, a malformed one, or a name twice.
+        ConfigError: no term, a malformed term, or a repeated name.
     """
     terms = []
     for text in texts:
@@ -114,20 +116,25 @@ def parse_terms(texts: Sequence[str]) -> list[Term]:
 
 
 def compose(terms: Sequence[Term], rewards: Sequence[Reward], how: str) -> Reward:
-    """One reward of several.
+    """Combine several rewards into one.
 
     sum: sum of weight * reward.
     normalize_then_sum: z = (r - mean) / (deviation + 1e-6) in its group for each term, s = sum of weight * z; the
         advantage is (s - mean) / (deviation + 1e-6) over the batch. Source: GDPO, as TRL's `normalize_then_sum`.
-    gate: as sum, later terms only where the first term's reward is 1.
+    gate: like sum, but later terms count only if the first term's reward is 1.
 
-    Each term's mean reward and share of faults is a metric; masks of several terms are joined by `and`.
+    The mean reward and the failure share of each term are metrics. Masks of several terms are combined by `and`.
+
+    Raises:
+        ConfigError: two terms request different passes under one name.
     """
     requests = tuple({request.name: request for reward in rewards for request in reward.requests}.values())
-    # One piece of evidence serves all terms.
+    # All terms share one piece of evidence.
     by_name = {request.name: request for request in requests}
     if any(by_name[r.name] != r for reward in rewards for r in reward.requests):
-        raise ConfigError("two terms of reward.terms ask for different passes of one name. Rename one of the requests.")
+        raise ConfigError(
+            "two terms of reward.terms request different passes under one name. Rename one of the requests."
+        )
 
     def fn(evidence: Evidence) -> Earned:
         return _combine(

@@ -1,4 +1,4 @@
-"""The one table of rewards. A new reward is one function of the evidence and one line here."""
+"""The table of rewards. A new reward is one function of the evidence and one line here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from rpt_jax.rewards.prefix import DIRECT_PREDICTION, conditional_dense, dense, 
 from rpt_jax.scoring.requests import Request, Scorer
 from rpt_jax.types import Earned, Evidence
 
-# Bytes of an answer that a judge is given; longer ones are no answer.
+# Maximum length of an answer that a judge sees; longer text is not an answer.
 _ANSWER_BYTES = 512
 
 
@@ -23,12 +23,12 @@ class Row:
     """One reward: a function of the evidence, or a judge that runs on the host."""
 
     fn: Callable[[Evidence], Earned] | None = None
-    """Compiled once, on the devices."""
+    """Runs on the devices, compiled once."""
     judge: str | None = None
-    """package.module:function; "" is reward.function."""
+    """package.module:function that runs on the host; "" stands for reward.function."""
     requests: tuple[Request, ...] = ()
     tasks: tuple[str, ...] = ("documents", "questions")
-    """Kinds of tasks that it can reward."""
+    """Kinds of tasks that it supports."""
 
 
 _TEXT, _QUESTIONS = ("documents",), ("questions",)
@@ -47,11 +47,13 @@ CATALOG = {
 def make_reward(
     config: RewardConfig, tokenizer, columns: Callable[[int], dict] | None = None, scorer: Scorer | None = None
 ) -> Reward:
-    """The reward that `config.terms` and `config.compose` describe.
+    """Make the reward that `config.terms` and `config.compose` describe.
 
     Args:
-        columns: of a task id, for judges (`batches.Source.columns`).
-        scorer: for rewards that ask for scoring passes.
+        config: of the reward.
+        tokenizer: of the policy.
+        columns: task id -> columns for judges (`batches.Source.columns`).
+        scorer: for rewards that need scoring passes.
     Raises:
         ConfigError: an unknown or malformed term, or a function that cannot be imported.
     """
@@ -62,7 +64,7 @@ def make_reward(
         if row.judge is None:
             rewards.append(Reward(_compiled(row.fn), row.requests, 0, read, scorer))
             continue
-        # What makes a built-in judge slow is what the policy wrote: that must not stop a run.
+        # The policy's text makes a built-in judge slow, which must not stop a run.
         on_fault = "zero" if row.judge else config.on_fault
         function = row.judge or config.function
         fn = make_host_reward_fn(config, function, tokenizer, columns, width=_ANSWER_BYTES, on_fault=on_fault)
@@ -75,20 +77,20 @@ _compiled = cache(jax.jit)
 
 def _row(name: str) -> Row:
     if name not in CATALOG:
-        raise ConfigError(f"reward.terms names {name!r}; there are {', '.join(CATALOG)}. Choose from these.")
+        raise ConfigError(f"reward.terms names {name!r}; it must be one of {', '.join(CATALOG)}. Choose from these.")
     return CATALOG[name]
 
 
 def requested_policies(config: RewardConfig) -> set[str]:
-    """Policies that the reward's scoring passes need: of current, start, average."""
+    """Return the policies that the reward's scoring passes need: a subset of current, start, average."""
     return {request.policy for term in parse_terms(config.terms) for request in _row(term.name).requests}
 
 
 def check_rewards(config: Config) -> None:
-    """The terms against the tasks.
+    """Check the terms against the tasks.
 
     Raises:
-        ConfigError: an unknown term, one that cannot reward these tasks, or a function without custom.
+        ConfigError: an unknown term, a term that does not fit these tasks, or reward.function without custom.
     """
     kind = "questions" if config.questions.path else "documents"
     names = [term.name for term in parse_terms(config.reward.terms)]
@@ -98,8 +100,8 @@ def check_rewards(config: Config) -> None:
         fitting = ", ".join(n for n, row in CATALOG.items() if kind in row.tasks)
         if kind == "questions":
             raise ConfigError(
-                f"reward.terms names {name!r}, which reads a text's continuation, and questions.path asks for "
-                f"questions. Set --reward.terms to one of {fitting}."
+                f"reward.terms names {name!r}, which reads a text's continuation, but questions.path is set. "
+                f"Set --reward.terms to one of {fitting}."
             )
         raise ConfigError(
             f"reward.terms names {name!r}, which needs questions. Set --questions.path, or --reward.terms to one of "

@@ -1,7 +1,7 @@
-"""Rewards that are Python functions: run in processes of their own, with a time limit and a fault policy.
+"""Rewards that are Python functions: run in worker processes, with a time limit and a failure policy.
 
-A call that raises, hangs, or returns no finite number is a fault of that one completion; a value is never guessed or
-carried over. A function is ordinary code with the user's rights: it is isolated from the run's state, not from the
+A call that raises, hangs, or returns a non-finite value is a failure of that one completion; no value is ever guessed
+or reused. A function is ordinary code with the user's rights: it is isolated from the run's state, not from the
 machine.
 """
 
@@ -28,19 +28,19 @@ from rpt_jax.parallel.interruption import beat
 from rpt_jax.parallel.mesh import beside
 from rpt_jax.types import Earned, Evidence
 
-# A worker may take so long to import its function; math libraries take seconds on a busy machine.
+# Time limit for a worker to import its function; math libraries take seconds on a busy machine.
 _START_SECONDS = 60.0
 
 
 class _Worker:
-    """One process and the pipe to it; replaced when it hangs or dies."""
+    """A worker process and its pipes; replaced when it hangs or dies."""
 
     def __init__(self, function: str, time_limit: float):
         self._function, self._time_limit = function, time_limit
         self._process: subprocess.Popen | None = None
 
     def call(self, request: tuple) -> float | str:
-        """The reward, or a sentence that says what went wrong."""
+        """Return the reward, or a description of the failure."""
         try:
             if self._process is None:
                 self.start()
@@ -56,7 +56,7 @@ class _Worker:
         return reply["reward"] if "reward" in reply else reply["fault"]
 
     def start(self) -> None:
-        """Start the process and wait until its function is imported; raises ConfigError where it cannot be."""
+        """Start the process and wait until it has imported its function; raise ConfigError if it fails."""
         paths = os.pathsep.join([os.getcwd(), *(p for p in [os.environ.get("PYTHONPATH")] if p)])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "rpt_jax.rewards.worker", self._function],
@@ -78,7 +78,7 @@ class _Worker:
             )
 
     def _receive(self, seconds: float) -> dict | None:
-        """The next reply; None after `seconds` without one."""
+        """Return the next reply, or None after `seconds` without one."""
         ready, _, _ = select.select([self._process.stdout], [], [], seconds)
         if not ready:
             return None
@@ -89,25 +89,25 @@ class _Worker:
 
     def stop(self) -> None:
         if self._process is not None:
-            # With whatever processes the function started.
+            # Including processes that the function started.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
-                with contextlib.suppress(OSError):  # what was still to be written to a dead process is not needed
+                with contextlib.suppress(OSError):  # unwritten data for a dead process is not needed
                     stream.close()
             self._process = None
 
 
 def check_function(function: str) -> None:
-    """Raises ConfigError where the function cannot be imported."""
+    """Raise ConfigError if the function cannot be imported."""
     worker = _Worker(function, 1.0)
     worker.start()
     worker.stop()
 
 
 class JudgePool:
-    """Processes that call one function on many completions.
+    """Worker processes that call one function on many completions.
 
     Raises:
         ConfigError: the function cannot be imported.
@@ -118,7 +118,7 @@ class JudgePool:
         self._workers[0].start()
 
     def judge(self, requests: list[tuple]) -> list[float | str]:
-        """A reward or a fault for each (completion, prediction, columns), in order."""
+        """Return a reward or the description of a failure for each (completion, prediction, columns), in order."""
         results: list[Any] = [None] * len(requests)
         waiting: queue.SimpleQueue = queue.SimpleQueue()
         for item in enumerate(requests):
@@ -132,10 +132,10 @@ class JudgePool:
                     return
                 try:
                     results[number] = worker.call(request)
-                except Exception as error:  # a thread must not die with its completions unjudged
+                except Exception as error:  # a thread must not die with its completions ungraded
                     worker.stop()
                     results[number] = f"could not be called ({type(error).__name__}: {error})"
-                beat()  # many slow completions are no standstill
+                beat()  # many slow completions are still progress
 
         threads = [
             threading.Thread(target=work, args=(w,), daemon=True) for w in self._workers[: max(1, len(requests))]
@@ -157,11 +157,14 @@ class JudgePool:
 def make_host_reward_fn(
     config: RewardConfig, function: str, tokenizer, columns: Callable[[int], dict], *, width: int, on_fault: str
 ) -> Callable[[Evidence], Earned]:
-    """Evidence -> Earned, the judging done by `function` on the host.
+    """Make a reward function that calls `function` on the host.
 
     Args:
-        columns: of a task id; what the function may know of it.
-        width: bytes of a prediction that the function is given; a longer one is none.
+        config: of the reward.
+        function: package.module:function.
+        tokenizer: of the policy.
+        columns: task id -> the columns that the function receives.
+        width: maximum length of a prediction in bytes; a longer one counts as none.
         on_fault: "fail" or "zero".
     Raises:
         ConfigError: the function cannot be imported.
@@ -180,12 +183,12 @@ def make_host_reward_fn(
                 )
             else:
                 rewards[row] = result
-        # Sums over processes: a completion has its values from one, and 0 from the others.
+        # Sum over processes: one of them graded the completion, the others hold 0.
         rewards, faults = gathered(rewards).sum(0), gathered(faults).any(0)
         if on_fault == "fail" and faults.any():
             raise RewardError(
-                f"reward {function!r} {complaint or 'failed on another process, which says more'}. Mend the function, "
-                "or set --reward.on-fault zero to count such faults."
+                f"reward {function!r} {complaint or 'failed on another process, which reports more'}. Fix the "
+                "function, or set --reward.on-fault zero to count such failures."
             )
         task_ids = evidence.tasks.references.task_ids
         rewards, faults = (beside(task_ids, x.reshape(shape)) for x in (rewards, faults))
@@ -195,18 +198,18 @@ def make_host_reward_fn(
 
 
 def _requests(evidence: Evidence, tokenizer, columns: Callable[[int], dict], width: int):
-    """(rows u * R + r that this process judges, their task ids, what the function is called with for each)."""
+    """Return (rows u * R + r that this process grades, their task ids, the arguments of each call)."""
     rollouts, predictions = evidence.rollouts, evidence.predictions
     fields = (rollouts.tokens, rollouts.mask, predictions.bytes, predictions.lengths, predictions.found)
     *fields, task_ids = to_host((*fields, evidence.tasks.references.task_ids))
     tokens, mask, texts, lengths, found = (x.reshape(-1, *x.shape[2:]) for x in fields)
     ids = np.repeat(task_ids.ravel(), evidence.tasks.prompts.row_ids.shape[-1])
-    # Each completion is judged once, by one process: a time limit is not met alike on two machines.
+    # One process grades each completion, because two machines may not agree on a time limit.
     rows = np.flatnonzero(ids >= 0)[jax.process_index() :: jax.process_count()]
     requests = []
     for row in rows:
         completion = b"".join(tokenizer.token_bytes(int(t)) for t in tokens[row][mask[row]])
-        # Longer than the window: no answer of a question is.
+        # No answer to a question is longer than the window.
         has_answer = found[row] and lengths[row] <= width
         prediction = texts[row, : lengths[row]].tobytes() if has_answer else None
         requests.append((completion, prediction, columns(int(ids[row]))))

@@ -1,4 +1,4 @@
-"""The judge of mathematical answers, math-verify; a module of its own, for its import takes seconds."""
+"""The judge of mathematical answers, math-verify; a separate module because its import takes seconds."""
 
 from functools import lru_cache
 
@@ -6,7 +6,7 @@ from math_verify import parse, verify
 
 
 def math(completion: bytes, prediction: bytes | None, columns: dict) -> float:
-    """1 if math-verify finds the prediction equal to an accepted answer. The worker's time limit is the only one."""
+    """Return 1 if math-verify finds the prediction equal to an accepted answer; only the worker limits its time."""
     if prediction is None:
         return 0.0
     found = _parse(prediction.decode(errors="replace"))

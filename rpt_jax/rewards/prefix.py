@@ -16,15 +16,15 @@ DIRECT_PREDICTION = Request(name="direct_prediction", view="direct", keep="nothi
 
 @jax.jit
 def prefix_match_reward(prediction_BX, prediction_lengths_B, continuation_BY, boundary_mask_BY):
-    """1 iff X[0:l] = Y and l is a boundary length, else 0. Source: arXiv:2506.08007 eq. 3.
+    """Return 1 iff X[0:l] = Y and l is a boundary length, else 0. Source: arXiv:2506.08007 eq. 3.
 
     Args:
-        prediction_BX: u8, bytes of the prediction; those past its length are arbitrary.
-        prediction_lengths_B: i32, bytes l of the prediction; more than X counts as no match.
-        continuation_BY: u8, true bytes from the position on; those past its end are arbitrary.
-        boundary_mask_BY: bool, True at j iff j + 1 bytes end at a token boundary; padding False.
+        prediction_BX: u8, bytes Y of the prediction; arbitrary past its length.
+        prediction_lengths_B: i32, length l of the prediction in bytes; more than X is no match.
+        continuation_BY: u8, true bytes X from the position on; arbitrary past their end.
+        boundary_mask_BY: bool, True at j iff j + 1 bytes end at a token boundary; padding is False.
     Returns:
-        f32 [B], 0 or 1. An empty prediction is 0.
+        f32 [B], 0 or 1; 0 for an empty prediction.
     Raises:
         ValueError: batch sizes or continuation widths differ.
     """
@@ -41,19 +41,19 @@ def prefix_match_reward(prediction_BX, prediction_lengths_B, continuation_BY, bo
     last = jnp.clip(prediction_lengths_B - 1, 0, width - 1)
     at_boundary = jnp.take_along_axis(boundary_mask_BY, last[:, None], axis=1)[:, 0]
     is_inside = (prediction_lengths_B >= 1) & (prediction_lengths_B <= width)
-    # A maximum is taken faster than an any().
+    # A maximum is faster than an any().
     return ((jnp.max(differs, axis=1) == 0) & at_boundary & is_inside).astype(jnp.float32)
 
 
 def _words(bytes_BX, width: int):
-    """The first `width` bytes as u32 [B, width / 4], four at a time; the last word filled with 0."""
+    """View the first `width` bytes as u32 [B, width / 4]; the last word is padded with 0."""
     num_words = -(-width // 4)
     padded = jnp.pad(bytes_BX[:, :width], ((0, 0), (0, 4 * num_words - width)))
     return jax.lax.bitcast_convert_type(padded.reshape(-1, num_words, 4), jnp.uint32)
 
 
 def _first_bytes(lengths_B1, num_words: int):
-    """u32 [B, num_words]: all bits of each row's first `lengths` bytes. A word's first byte is its lowest bits."""
+    """Return masks u32 [B, num_words] of each row's first `lengths` bytes; a word's first byte is its lowest bits."""
     left = jnp.clip(lengths_B1 - 4 * jnp.arange(num_words), 0, 4)
     some = (jnp.uint32(1) << (8 * jnp.minimum(left, 3)).astype(jnp.uint32)) - 1
     return jnp.where(left == 4, jnp.uint32(0xFFFFFFFF), some)
@@ -61,9 +61,9 @@ def _first_bytes(lengths_B1, num_words: int):
 
 @jax.jit
 def first_token_reward(prediction_BX, prediction_lengths_B, continuation_BY, boundary_mask_BY):
-    """1 iff the first true token's bytes are a prefix of the prediction. Source: arXiv:2506.08007 appendix A.
+    """Return 1 iff the first true token's bytes are a prefix of the prediction. Source: arXiv:2506.08007 appendix A.
 
-    Differs: the paper compares the prediction's first token; bytes make it independent of how it is tokenised.
+    Differs: the paper compares the prediction's first token; comparing bytes does not depend on its tokenisation.
     Arguments and result as in `prefix_match_reward`.
     """
     width = min(prediction_BX.shape[1], continuation_BY.shape[1])
@@ -78,17 +78,17 @@ def first_token_reward(prediction_BX, prediction_lengths_B, continuation_BY, bou
 
 
 def prefix(evidence: Evidence) -> Earned:
-    """The paper's reward. Source: arXiv:2506.08007 eq. 3."""
+    """Reward a correct prefix, the paper's main reward. Source: arXiv:2506.08007 eq. 3."""
     return _earned(_matched(prefix_match_reward, evidence))
 
 
 def first_token(evidence: Evidence) -> Earned:
-    """Only the first token counts. Source: arXiv:2506.08007 appendix A."""
+    """Reward the first token only. Source: arXiv:2506.08007 appendix A."""
     return _earned(_matched(first_token_reward, evidence))
 
 
 def dense(evidence: Evidence) -> Earned:
-    """1 if the first token is right, else the policy's direct probability of the token it chose.
+    """Reward 1 if the first token is correct, else the policy's direct probability of the token it chose.
 
     Source: arXiv:2506.08007 appendix A. Differs: the chosen token is the longest vocabulary entry that begins the
     prediction.
@@ -100,7 +100,7 @@ def dense(evidence: Evidence) -> Earned:
 
 
 def conditional_dense(evidence: Evidence) -> Earned:
-    """`dense`, but groups without a correct rollout earn 0. Source: arXiv:2506.08007 appendix A."""
+    """Reward like `dense`, but 0 in groups without a correct rollout. Source: arXiv:2506.08007 appendix A."""
     is_any_right = _matched(first_token_reward, evidence).max(-1, keepdims=True) > 0
     return _earned(dense(evidence).rewards * is_any_right)
 

@@ -1,7 +1,7 @@
-"""The process that runs one judge: python -m rpt_jax.rewards.worker package.module:function.
+"""A worker process that runs one judge: python -m rpt_jax.rewards.worker package.module:function.
 
-Requests are pickled by the parent, which is trusted; answers are JSON. Whatever the function prints goes to stderr, so
-it cannot be mistaken for an answer.
+Requests are pickled by the parent, which is trusted; answers are JSON. Output of the function goes to stderr, so it
+cannot be mistaken for an answer.
 """
 
 import importlib
@@ -16,14 +16,14 @@ import traceback
 
 
 def answer(function, request) -> dict:
-    """{"reward": float} or {"fault": what went wrong}."""
+    """Return {"reward": float} or {"fault": description}."""
     try:
         value = function(*request)
-    except Exception:  # whatever a user's function raises is a fault of this completion alone
+    except Exception:  # any exception of a user's function is a failure of this completion alone
         return {"fault": "raised " + traceback.format_exc(limit=-1).strip().splitlines()[-1]}
-    # A bool or a NumPy number is a number; a string, None or an array is not.
+    # Bools and NumPy scalars are numbers; strings, None and arrays are not.
     if isinstance(value, str | bytes) or not hasattr(value, "__float__") or getattr(value, "ndim", 0):
-        return {"fault": f"returned {value!r:.80}, which is no number"}
+        return {"fault": f"returned {value!r:.80}, which is not a number"}
     number = float(value)
     if number != number or number in (float("inf"), float("-inf")):
         return {"fault": f"returned {number}"}
@@ -31,14 +31,14 @@ def answer(function, request) -> dict:
 
 
 def _end_with(parent: int) -> None:
-    """A worker that is busy when its run is killed would otherwise go on for ever."""
+    """Exit when the parent is gone; otherwise a worker that is busy when its run is killed would never stop."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
 
 
 def main() -> None:
-    # A scheduler signals every process of a job; the run that this one works for decides when it ends.
+    # A scheduler signals every process of a job; this worker stops when its run does.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     replies = os.fdopen(os.dup(1), "w", buffering=1)

@@ -1,4 +1,4 @@
-"""Rewards to advantages, relative to the group of rollouts of one prompt. Arrays and scalars only."""
+"""From rewards to advantages, relative to the group of rollouts of one prompt. Arrays and scalars only."""
 
 import jax.numpy as jnp
 
@@ -6,12 +6,12 @@ EPS = 1e-6
 
 
 def centered(rewards_UMG):
-    """r - mean of the group (Dr. GRPO, arXiv:2503.20783 §3). f32 [U, M, G]; sums to 0 over G."""
+    """Return r - mean of the group (Dr. GRPO, arXiv:2503.20783 §3), f32 [U, M, G]; sums to 0 over G."""
     return rewards_UMG - rewards_UMG.mean(-1, keepdims=True)
 
 
 def grpo(rewards_UMG):
-    """(r - mean) / (population deviation + 1e-6) of the group; zero where all rewards are equal.
+    """Return (r - mean) / (population deviation + 1e-6) of the group; zero if all rewards are equal.
 
     Source: GRPO, arXiv:2402.03300 §4.1. Differs: the deviation divides by G, and 1e-6 is added to it.
     """
@@ -19,13 +19,13 @@ def grpo(rewards_UMG):
 
 
 def rloo(rewards_UMG):
-    """r - mean of the other rewards of the group (RLOO, arXiv:2402.14740): G / (G - 1) * (r - mean)."""
+    """Return r - mean of the group's other rewards (RLOO, arXiv:2402.14740): G / (G - 1) * (r - mean)."""
     G = rewards_UMG.shape[-1]
     return G / (G - 1) * centered(rewards_UMG)
 
 
 def batch_std(rewards_UMG, position_mask_UM):
-    """(r - mean of the group) / (deviation over the whole batch + 1e-6) (Lite PPO, arXiv:2508.08221)."""
+    """Return (r - mean of the group) / (deviation over the whole batch + 1e-6) (Lite PPO, arXiv:2508.08221)."""
     mask = jnp.broadcast_to(position_mask_UM[..., None], rewards_UMG.shape)
     mean = jnp.mean(rewards_UMG, where=mask)
     deviation = jnp.sqrt(jnp.mean((rewards_UMG - mean) ** 2, where=mask))
@@ -33,9 +33,11 @@ def batch_std(rewards_UMG, position_mask_UM):
 
 
 def opo(rewards_UMG, lengths_UMG):
-    """r - length-weighted mean of the group, the variance-optimal baseline of arXiv:2505.23585 eq. 9.
+    """Return r - length-weighted mean of the group, the variance-optimal baseline (OPO, arXiv:2505.23585 eq. 9).
 
-    lengths_UMG: completion tokens, any real type, at least 1 for rollouts that count.
+    Args:
+        rewards_UMG: f32.
+        lengths_UMG: completion tokens, any real dtype, at least 1 for rollouts that count.
     """
     weights = lengths_UMG.astype(rewards_UMG.dtype)
     baseline = (weights * rewards_UMG).sum(-1, keepdims=True) / jnp.maximum(weights.sum(-1, keepdims=True), 1)
@@ -43,10 +45,13 @@ def opo(rewards_UMG, lengths_UMG):
 
 
 def compute_advantages(name: str, rewards_UMG, lengths_UMG, position_mask_UM):
-    """The advantage called `name` (config `loss.advantage`); exactly 0 for padded positions and degenerate groups.
+    """Compute the advantage `name` (config `loss.advantage`); exactly 0 for padded positions and degenerate groups.
 
     Args:
-        rewards_UMG: f32, G >= 2. lengths_UMG: i32 completion tokens. position_mask_UM: bool.
+        name: grpo, mean, rloo, batch_std or opo.
+        rewards_UMG: f32, G >= 2.
+        lengths_UMG: i32, completion tokens.
+        position_mask_UM: bool, real positions.
     Returns:
         f32 [U, M, G].
     Raises:
@@ -66,11 +71,11 @@ def compute_advantages(name: str, rewards_UMG, lengths_UMG, position_mask_UM):
         advantages = opo(rewards_UMG, lengths_UMG)
     else:
         raise ValueError(f"unknown advantage {name!r}")
-    # A mean of equal numbers may differ from them in the last place, and grpo would divide that by 1e-6.
+    # The mean of equal rewards may differ from them by rounding, and grpo would divide that by 1e-6.
     teaches_UM = position_mask_UM & ~degenerate_groups(rewards_UMG)
     return jnp.where(teaches_UM[..., None], advantages, 0.0)
 
 
 def degenerate_groups(rewards_UMG):
-    """bool [U, M]: all rewards of the group are equal, so it teaches nothing (DAPO, arXiv:2503.14476 §3.2)."""
+    """Return groups whose rewards are all equal, bool [U, M]; they have no gradient (DAPO, arXiv:2503.14476 §3.2)."""
     return rewards_UMG.max(-1) == rewards_UMG.min(-1)

@@ -1,7 +1,7 @@
-"""Rollouts resampled until enough groups are informative: DAPO's dynamic sampling with static shapes.
+"""DAPO's dynamic sampling with static shapes: sample further rounds until enough groups are informative.
 
-Each round has the batch's own [U, M, G] shape and the same parameters. The U trunks with the most informative groups
-are kept; degenerate groups that remain are masked and counted.
+Every round has the batch's [U, M, G] shape and the same parameters. The U trunks with the most informative groups are
+kept; remaining degenerate groups are masked and counted.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,17 @@ from rpt_jax.types import Experience, TaskBatch
 def collect(
     next_tasks: Callable[[], TaskBatch], roll_out: Callable[[TaskBatch, int], Experience], *, rounds: int
 ) -> tuple[Experience, list[Experience]]:
-    """The experience of one update, and that of every round run for it.
+    """Collect the experience of one update.
 
-    Source: dynamic sampling, arXiv:2503.14476 §3.2. Differs: at most `rounds` rounds, whole trunks are kept, nothing is
-    carried over to a later step.
+    Source: dynamic sampling, arXiv:2503.14476 §3.2. Differs: at most `rounds` rounds, whole trunks are kept, nothing
+    carries over to a later step.
 
     Args:
-        next_tasks: tasks, on the mesh.
-        roll_out: samples and judges completions of tasks; its second argument is the round, 0 first.
-        rounds: 1 takes the batch as it comes, degenerate groups included.
+        next_tasks: returns tasks on the mesh.
+        roll_out: (tasks, round number from 0) -> their experience.
+        rounds: maximum; 1 keeps the batch as it is, with its degenerate groups.
+    Returns:
+        (experience of the update, experience of every round).
     """
     spent = []
     if rounds == 1:

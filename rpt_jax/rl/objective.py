@@ -6,9 +6,9 @@
 
     rho_t = pi(y_t) / pi_old(y_t)
 
-Weights w, v, u are made for the whole global batch (`rows.py`), so microbatches and devices add up. RPT is w alone, or
-w and u; supervised training is v and u. Log-probabilities are those of each token's own temperature; the logits are
-made once, in chunks, for terms and gradients (`models/vocabulary_head.token_loss`).
+The weights w, v, u are normalised over the whole global batch (`rows.py`), so microbatches and devices add up. RPT uses
+w, or w and u; supervised training uses v and u. Each token has its own temperature. Logits are computed once, in
+chunks, for terms and gradients (`models/vocabulary_head.token_loss`).
 
 Sources: GRPO, arXiv:2402.03300 eq. 3; clip, arXiv:1707.06347 eq. 7 and arXiv:2503.14476 eq. 10 (clip-higher).
 """
@@ -29,12 +29,16 @@ from rpt_jax.types import Rows
 
 @cache
 def objective_fn(config: DecoderConfig, loss: LossConfig) -> Callable:
-    """`objective` as `update` takes it; the same object for the same arguments, so that nothing compiles twice."""
+    """Return `objective` for `update`; the same object for the same arguments, so that nothing compiles twice."""
     return partial(objective, config, loss)
 
 
 def objective(config: DecoderConfig, loss: LossConfig, params, rows: Rows):
-    """(L, dict of f32 scalars: sums over tokens with the loss's own weights; names ending in _max are maxima)."""
+    """Compute L.
+
+    Returns:
+        (L f32, {metric: f32 scalar}: sums over tokens with the weights of the loss; names ending in _max are maxima).
+    """
     hidden_URTD, trunk_ULD = predicting_states(config, params, rows.sequences)
     total, metrics = jnp.float32(0), {}
     if hidden_URTD.shape[1]:
@@ -50,13 +54,13 @@ def _completion_terms(config: DecoderConfig, loss: LossConfig, params, rows: Row
     mask, shape = rows.sequences.branch_mask, hidden_URTD.shape[:3]
 
     def real(logprobs):
-        # Padding holds arbitrary tokens: its terms must not reach a product with weight 0 as inf or NaN.
+        # Padding holds arbitrary tokens: inf or NaN times weight 0 would be NaN.
         return None if logprobs is None else jnp.where(mask, logprobs, 0.0)
 
     def flat(x_URT):
         return x_URT.reshape(shape[0], shape[1] * shape[2], *x_URT.shape[3:])
 
-    # Of each token: its mask, and what its terms depend on beside its log-probability.
+    # For each token: its mask and the inputs of its terms, except the log-probability.
     tokens = mask, replace(
         rows, sequences=None, trunk_weights=None, old_logprobs=real(rows.old_logprobs),
         ref_logprobs=real(rows.ref_logprobs),
@@ -84,12 +88,12 @@ def _completion_terms(config: DecoderConfig, loss: LossConfig, params, rows: Row
 
 
 def _old(logprobs, rows: Rows):
-    """log pi_old: with one update per batch the present ones without a gradient, so that rho is exactly 1."""
+    """Return log pi_old. With one update per batch it is stop_gradient(log pi), so rho is exactly 1."""
     return jax.lax.stop_gradient(logprobs) if rows.old_logprobs is None else rows.old_logprobs
 
 
 def _terms(loss: LossConfig, logprobs, inputs):
-    """The first two sums of L, term by term."""
+    """Return the terms of the first two sums of L."""
     mask, rows = inputs
     logprobs = jnp.where(mask, logprobs, 0.0)
     terms = jnp.zeros_like(logprobs)
@@ -104,7 +108,7 @@ def _terms(loss: LossConfig, logprobs, inputs):
 
 
 def _trunk_terms(config: DecoderConfig, params, rows: Rows, trunk_ULD):
-    """The third sum of L, at temperature 1: token l is predicted by the tokens before it."""
+    """Return the third sum of L, at temperature 1: token l is predicted from the tokens before it."""
     targets, weights = rows.sequences.trunk_tokens[:, 1:], rows.trunk_weights[:, 1:]
     return token_loss(config, _likelihood, params, trunk_ULD[:, :-1], targets, weights, temperature=1.0)[0]
 

@@ -1,4 +1,4 @@
-"""Optimizers of the stages, and where their state lies."""
+"""Optimizers of the stages, and the sharding of their state."""
 
 from collections.abc import Callable
 from functools import cache
@@ -13,7 +13,7 @@ from rpt_jax.config import OptimizerConfig
 from rpt_jax.parallel.mesh import replicated
 from rpt_jax.types import TrainState
 
-# Matrices of a layer: (reduction axes, output axes), the leading axis being the layer.
+# Matrices of a layer: (reduction axes, output axes); the leading axis is the layer.
 _MATRICES = {
     "q_proj": ((1,), (2, 3)),
     "k_proj": ((1,), (2, 3)),
@@ -32,7 +32,7 @@ def _by_leaf_name(params, value_of: Callable[[str], Any]):
 
 
 def muon_dimensions(params):
-    """Which leaves Muon owns, and how it reads them as matrices; None where AdamW updates the leaf."""
+    """Return how Muon reads each leaf as a matrix; None for leaves that AdamW updates."""
     return _by_leaf_name(
         params, lambda name: optax.contrib.MuonDimensionNumbers(*_MATRICES[name]) if name in _MATRICES else None
     )
@@ -40,9 +40,9 @@ def muon_dimensions(params):
 
 @cache
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a stage of `num_steps` updates: clip, then AdamW or Muon, at the scheduled rate.
+    """Make the optimizer of a stage of `num_steps` updates: clip, then AdamW or Muon at the scheduled rate.
 
-    The same object for the same arguments: an update is compiled once for each.
+    It is the same object for the same arguments, so that an update compiles once.
     """
 
     def scheduled(peak: float):
@@ -76,7 +76,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def init_state(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Step 0 around `params`; optimizer moments lie where their parameters do."""
+    """Make the state at step 0; optimizer moments are sharded like their parameters."""
     abstract = jax.eval_shape(optimizer.init, params)
     opt_state = jax.jit(optimizer.init, out_shardings=state_shardings(abstract, params, mesh))(params)
     # Two buffers: the state is donated, and one buffer cannot be donated twice.
@@ -85,7 +85,7 @@ def init_state(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> T
 
 
 def state_shardings(abstract_state, params, mesh: Mesh):
-    """Shardings of an optimizer state: a leaf whose path ends in a parameter's path lies like that parameter."""
+    """Return the shardings of an optimizer state: a leaf whose path ends in a parameter's path is sharded like it."""
 
     def keys(path):
         return tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))

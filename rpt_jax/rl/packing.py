@@ -1,7 +1,7 @@
-"""What an update runs: rows that teach something, one behind the other in lanes, in a few fixed shapes.
+"""Packing for the update: rows with a gradient, back to back in lanes, in a few fixed shapes.
 
-A row without a term in the loss is left out, and a trunk without rows; loss weights were made before, over the whole
-batch, so this changes nothing but the cost. The plan is made on the host from lengths; tokens stay on the device.
+Rows without a gradient are skipped, and so are trunks without rows. Loss weights are normalised over the whole batch
+before, so skipping changes only the cost. The plan is made on the host from lengths; tokens stay on the device.
 """
 
 from dataclasses import dataclass
@@ -16,32 +16,37 @@ from rpt_jax.parallel.mesh import TRUNK_AXES, constrain, on_mesh_of
 from rpt_jax.sequences import in_lanes, take_tokens
 from rpt_jax.types import Prompts, Rows
 
-# Lanes and their lengths come in quarters of the largest, trunks in halves: few programs are compiled.
+# Lanes and their lengths are rounded up to quarters of the largest, trunks to halves, so that few programs compile.
 _LANE_STEPS, _TRUNK_STEPS = 4, 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
+    """Where the tokens of a microbatch come from."""
+
     trunks: np.ndarray
-    """i32 [n], the batch's trunks; -1 for padding."""
+    """i32 [n], trunks of the batch; -1 for padding."""
     source: np.ndarray
-    """i32 [n, lanes, T], the token r·C + c of the trunk at each place; -1 for padding."""
+    """i32 [n, lanes, T], index r·C + c of the source token at each place; -1 for padding."""
 
 
 def plan_update(
     prompts: Prompts, rows: Rows, *, num_minibatches: int, microbatch_trunks: int, num_shards: int, has_kl: bool
 ) -> tuple[list, dict]:
-    """The microbatches of each minibatch, and what they hold. Reads lengths and weights back to the host.
+    """Plan the microbatches of each minibatch. Reads lengths and weights back to the host.
 
-    Minibatch i has every n-th trunk. A row is kept, whole, if one of its tokens has a term with a gradient: a
-    likelihood term, a policy term with an advantage, or with a KL term any policy term.
+    Minibatch i holds trunks i, i + n, i + 2n, ... A row is kept, whole, if one of its tokens has a term with a
+    gradient: a likelihood term, a policy term with an advantage, or any policy term if there is a KL term.
 
     Args:
-        microbatch_trunks: at most so many trunks each; 0: all of a minibatch.
+        prompts, rows: of the whole batch.
+        num_minibatches: n.
+        microbatch_trunks: maximum trunks of a microbatch; 0: all of a minibatch.
+        num_shards: trunk shards of the mesh.
         has_kl: there is a KL term, so every row has a gradient.
     Returns:
         ([[Microbatch, ...] for each minibatch], {"tokens_updated": tokens of stems and rows, "rows_left_out_fraction":
-        share of the rows that take part, "update_padding_fraction": share of lane places that hold no token}).
+        share of rows without a gradient, "update_padding_fraction": share of lane places without a token}).
     """
     U, _, C = rows.sequences.branch_mask.shape
     takes_part, teaches, has_trunk_loss = _teaching(rows, has_kl=has_kl)
@@ -79,7 +84,7 @@ def plan_update(
 
 @partial(jax.jit, static_argnames="has_kl")
 def _teaching(rows: Rows, *, has_kl: bool):
-    """bool [U, R]: rows with a weight, and rows with a gradient; bool [U]: trunks with a term of their own."""
+    """Return rows with a weight bool [U, R], rows with a gradient bool [U, R], trunks with a loss term bool [U]."""
     shape = rows.sequences.branch_mask.shape[:2]
     takes_part = teaches = jnp.zeros(shape, bool)
     if rows.policy_weights is not None:
@@ -95,14 +100,16 @@ def _teaching(rows: Rows, *, has_kl: bool):
 def plan_microbatches(
     lengths_UR, keeps_row_UR, keeps_trunk_U, trunks, *, width: int, microbatch_trunks: int, num_shards: int
 ) -> list[Microbatch]:
-    """Cut a minibatch into microbatches of trunks with about as many lanes; at least one, of padding if need be.
+    """Split a minibatch into microbatches of trunks with similar numbers of lanes; at least one, possibly of padding.
 
     Args:
-        lengths_UR: i32, tokens of each row. keeps_row_UR: bool, rows that have a term in the loss.
-        keeps_trunk_U: bool, trunks that have one themselves.
+        lengths_UR: i32, tokens of each row.
+        keeps_row_UR: bool, rows with a gradient.
+        keeps_trunk_U: bool, trunks with a loss term.
         trunks: indices of the minibatch's trunks.
         width: C of the batch.
-        microbatch_trunks: at most so many trunks each; a multiple of num_shards.
+        microbatch_trunks: maximum trunks of a microbatch, a multiple of num_shards.
+        num_shards: trunk shards of the mesh.
     """
     lanes = {u: _fill_lanes(lengths_UR[u], keeps_row_UR[u], width) for u in trunks}
     kept = sorted((u for u in trunks if keeps_trunk_U[u] or lanes[u]), key=lambda u: -len(lanes[u]))
@@ -111,13 +118,13 @@ def plan_microbatches(
 
 
 def _rounded(number: int, most: int, steps: int = _LANE_STEPS) -> int:
-    """Up to a multiple of one of so many steps to `most`, at least one."""
+    """Round up to one of `steps` equal steps towards `most`, at least one step."""
     step = -(-most // steps)
     return min(most, max(1, -(-number // step)) * step)
 
 
 def _fill_lanes(lengths_R, keeps_R, width: int) -> list[list[int]]:
-    """Rows of each lane: the longest first, each into the first lane with room."""
+    """Assign rows to lanes: the longest first, each to the first lane with room."""
     longest = max(1, int(np.max(lengths_R, where=keeps_R, initial=1)))
     room, lanes = [], []
     for row in sorted(np.flatnonzero(keeps_R), key=lambda r: -lengths_R[r]):
@@ -151,7 +158,7 @@ def _lay_out(group, lanes, lengths_UR, width: int, microbatch_trunks: int, num_s
 
 
 def pack(rows: Rows, trunks_n, source_nRT) -> Rows:
-    """Rows [U, R, C], one of each lane, in the lanes of a microbatch; each stays whole, in one lane."""
+    """Pack rows [U, R, C], one per lane, into the lanes of a microbatch; no row is split."""
     with on_mesh_of(rows):
         return _pack(rows, trunks_n, source_nRT)
 
@@ -171,7 +178,7 @@ def _pack(rows: Rows, trunks_n, source_nRT) -> Rows:
         advantages=in_lane(rows.advantages),
         likelihood_weights=in_lane(rows.likelihood_weights),
         trunk_weights=trunk_weights,
-        # Padding keeps a temperature that may divide.
+        # Padding needs a temperature that is safe to divide by.
         temperature=jnp.where(source_nRT >= 0, in_lane(rows.temperature), 1.0),
         sampler_logprobs=in_lane(rows.sampler_logprobs),
         old_logprobs=in_lane(rows.old_logprobs),

@@ -1,6 +1,6 @@
-"""Experience to the rows of an update: sequences, advantages, and the weight of every term of the loss.
+"""From experience to the rows of an update: sequences, advantages, and the weight of every term of the loss.
 
-Weights are made for the whole global batch before it is packed and split, so microbatches and devices just add up.
+Weights are normalised over the whole global batch before it is packed and split, so microbatches and devices add up.
 """
 
 from functools import partial
@@ -15,16 +15,18 @@ from rpt_jax.types import Experience, Rows
 
 
 def aggregation_weights(name: str, mask_URC, row_mask_UR):
-    """Weight of each token's term, so that loss = -(weights * terms).sum().
+    """Compute the weight of each token's term, so that loss = -(weights * terms).sum().
 
     seq_mean: mean over rollouts of the mean over their tokens (GRPO, arXiv:2402.03300 eq. 3).
     token_mean: mean over all tokens of the batch (DAPO, arXiv:2503.14476 eq. 8).
     constant: sum over tokens / (rollouts * C) (Dr. GRPO, arXiv:2503.20783).
 
     Args:
-        mask_URC: bool. row_mask_UR: bool, rollouts that count; the batch is the whole global one.
+        name: seq_mean, token_mean or constant.
+        mask_URC: bool, tokens of the whole global batch that count.
+        row_mask_UR: bool, rollouts that count.
     Returns:
-        f32 [U, R, C]; all zero where nothing counts.
+        f32 [U, R, C]; all zero if nothing counts.
     Raises:
         ValueError: unknown name.
     """
@@ -41,13 +43,15 @@ def aggregation_weights(name: str, mask_URC, row_mask_UR):
 
 @partial(jax.jit, static_argnames=("loss", "temperature", "header_length"))
 def policy_rows(experience: Experience, *, loss: LossConfig, temperature: float, header_length: int) -> Rows:
-    """The rows of one rollout batch, a rollout each.
+    """Build the rows of one rollout batch, one per rollout.
 
-    Weights are times the number of minibatches, so that each minibatch has a loss of the usual size.
+    Weights are multiplied by the number of minibatches, so that the loss of each minibatch has the usual scale.
 
     Args:
+        experience: the whole global batch.
+        loss: settings of the loss.
         temperature: of the rollouts.
-        header_length: trunk tokens before the document, which the next-token term leaves out.
+        header_length: trunk tokens before the document, which the next-token term skips.
     """
     prompts, rollouts, earned = experience.tasks.prompts, experience.rollouts, experience.earned
     U, M, G = prompts.row_ids.shape

@@ -1,4 +1,4 @@
-"""The two halves of a step: completions with rewards from parameters, new parameters from completions with rewards."""
+"""The two halves of an RL step: sample and reward completions, then update the parameters on them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,12 +23,18 @@ from rpt_jax.types import Experience, Rows, TaskBatch, TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """What a step of RL needs beside the state.
+    """Everything that an RL step needs besides the state.
 
     Attributes:
-        columns: what is known of a task, by its id (`batches.Source.columns`).
-        frozen: what the trained adapters sit on; None: the state holds the whole policy.
-        start: the policy that RL started from, for a KL term and for requests; None where neither asks for it.
+        config: of the run.
+        mesh: that holds parameters and batches.
+        tokenizer: of the policy.
+        header_length: trunk tokens before the document.
+        reward: of the run.
+        optimizer: of the RL stage.
+        columns: task id -> what is known of the task (`batches.Source.columns`).
+        frozen: base weights of trained adapters; None: the state holds the whole policy.
+        start: the policy that RL started from, for a KL term and for requests; None if neither needs it.
     """
 
     config: Config
@@ -42,16 +48,16 @@ class Trainer:
     start: Any = None
 
     def policy(self, state: TrainState) -> Any:
-        """The parameters that sample and are judged."""
+        """Return the policy's parameters, adapters included."""
         return join(self.frozen, state.params)
 
     def policies(self, state: TrainState) -> dict[str, Any]:
-        """Parameters of the policies that requests may name."""
+        """Return the parameters of the policies that requests may name."""
         companions = {name: join(self.frozen, tree) for name, tree in state.companions.items()}
         return {CURRENT: self.policy(state), START: self.start} | companions
 
     def roll_out(self, policies: dict[str, Any], step: int, tasks: TaskBatch, round_number: int) -> Experience:
-        """Sample G completions for each prompt with the current policy, read their predictions and reward them."""
+        """Sample G completions of each prompt with the current policy, extract their predictions and reward them."""
         born = step if tasks.prompts.born_step is None else tasks.prompts.born_step
         rollouts = generate(
             self.config.model,
@@ -73,7 +79,7 @@ class Trainer:
         )
 
     def learn(self, state: TrainState, experience: Experience) -> tuple[TrainState, list[dict]]:
-        """One update per minibatch; with a single minibatch the ratio is exactly 1."""
+        """Take one update per minibatch; with a single minibatch the ratio is exactly 1."""
         loss, mesh = self.config.loss, self.config.mesh
         rows = policy_rows(
             experience, loss=loss, temperature=self.config.rollout.temperature, header_length=self.header_length

@@ -1,6 +1,6 @@
-"""Rows in, new parameters out: one optimizer step over microbatches, which changes nothing where it is not finite.
+"""One optimizer step over microbatches, from rows to new parameters. A non-finite step changes nothing.
 
-RL and supervised training differ in their rows alone; the loss is `objective.py`.
+RL and supervised training differ only in their rows; the loss is `objective.py`.
 """
 
 from collections.abc import Sequence
@@ -18,17 +18,19 @@ from rpt_jax.types import Rows, TrainState
 def update(
     state: TrainState, microbatches: Sequence[Rows], *, loss_fn, optimizer, frozen: Frozen | None = None
 ) -> tuple[TrainState, dict]:
-    """One optimizer step; `state` is donated.
+    """Take one optimizer step; `state` is donated.
 
-    A step whose loss or gradient is not finite changes neither parameters nor optimizer state, bit for bit; it is
-    counted in `state.skipped`, which the next good step sets back to 0.
+    If the loss or a gradient is not finite, parameters and optimizer state keep every bit. `state.skipped` counts such
+    steps, and the next finite step resets it to 0.
 
     Args:
-        microbatches: run one after the other; their gradients add up. Their shapes may differ.
+        state: to update.
+        microbatches: run in order; their gradients add up. Their shapes may differ.
         loss_fn: (policy's parameters, batch) -> (scalar, dict of scalars); a static, hashable callable.
-        frozen: what the trained parameters are adapters of; None: they are the whole policy.
+        optimizer: of the stage.
+        frozen: base weights of trained adapters; None: the state holds the whole policy.
     Returns:
-        (TrainState, dict of f32 scalars: loss, grad_norm, skipped and those of the loss; names ending in _max are
+        (TrainState, {name: f32 scalar}: loss, grad_norm, skipped and the metrics of the loss; names ending in _max are
         maxima, the others sums over microbatches).
     """
     shardings = tuple(p.sharding for p in jax.tree.leaves(state.params))
@@ -44,7 +46,7 @@ def update(
 
 @jax.jit
 def _combined(metrics: list[dict]) -> dict:
-    """Apart from `apply_gradients`, which is then compiled once whatever the number of microbatches."""
+    """Combine metrics of microbatches; not in `apply_gradients`, which then compiles once for any number of them."""
     stacked = {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
     return {name: v.max() if name.endswith("_max") else v.sum() for name, v in stacked.items()}
 
@@ -57,7 +59,18 @@ def _zeros_like(params, shardings: tuple):
 
 @partial(jax.jit, static_argnames=("loss_fn", "shardings"), donate_argnames="total")
 def add_gradients(total, params, frozen, batch: Rows, *, loss_fn, shardings: tuple):
-    """A microbatch's gradients added to `total`, lying as the parameters do; and its metrics, the loss among them."""
+    """Add a microbatch's gradients to `total`.
+
+    Args:
+        total: tree like params; donated.
+        params: trained parameters.
+        frozen: base weights of adapters, or None.
+        batch: the microbatch.
+        loss_fn: as in `update`.
+        shardings: of the leaves of params, which the result keeps.
+    Returns:
+        (gradients, metrics of the loss with the loss itself).
+    """
     value_and_grad = jax.value_and_grad(lambda params: loss_fn(join(frozen, params), batch), has_aux=True)
     (loss, metrics), gradients = value_and_grad(params)
     leaves, tree = jax.tree.flatten(jax.tree.map(jnp.add, total, gradients))
@@ -66,6 +79,16 @@ def add_gradients(total, params, frozen, batch: Rows, *, loss_fn, shardings: tup
 
 @partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
 def apply_gradients(state: TrainState, gradients, metrics: dict, *, optimizer) -> tuple[TrainState, dict]:
+    """Apply summed gradients, unless the loss or their norm is not finite.
+
+    Args:
+        state: donated.
+        gradients: tree like state.params.
+        metrics: of the step; "loss" is f32 [].
+        optimizer: of the stage.
+    Returns:
+        (new state, metrics with grad_norm f32 [] and skipped i32 []).
+    """
     grad_norm = optax.tree.norm(gradients)
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

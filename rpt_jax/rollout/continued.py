@@ -1,8 +1,8 @@
-"""Rows that go on: a completion's first tokens are given, and prefilled into the row's own cache.
+"""Continued rows: a completion's first tokens are given, and prefilled into the row's cache.
 
-With equal parameters a row that was stopped and goes on is the row that never stopped, but for near-ties: its noise is
-keyed by the step that it was born in and by the token's index, and only the rounding of products of other shapes
-differs.
+With equal parameters, a row that is stopped and continued equals the row that never stopped, except at near-ties. Its
+noise is keyed by the step in which it started and by the token's index, so only the rounding of matrix products of
+other shapes differs.
 """
 
 from dataclasses import replace
@@ -18,22 +18,22 @@ from rpt_jax.models.attention import Visibility, stem_mask_of
 from rpt_jax.rollout.flight import EMPTY, Entry, Flight, Stems, Written, prompt_of, window_of
 from rpt_jax.types import Prompts, record
 
-# Given tokens of each row that run at once.
+# Given tokens of each row that are prefilled at once.
 _CHUNK = 64
 
 
 @record
 class Given:
-    """What is given of each row of a batch."""
+    """The given tokens of each row of a batch."""
 
     tokens: Any  # i32 [U, R, C'], right-padded
-    lengths: Any  # i32 [U, R], 0: the row begins anew
-    logprobs: Any  # f32 [U, R, C'], that the tokens were sampled with; 0 where nobody knows
-    is_done: Any  # bool [U, R], a stop token or the limit is among them: nothing is left to draw
+    lengths: Any  # i32 [U, R], number of given tokens; 0: the row starts fresh
+    logprobs: Any  # f32 [U, R, C'], log-probabilities they were sampled with; 0 if unknown
+    is_done: Any  # bool [U, R], they contain a stop token or reach the limit: nothing is left to draw
 
 
 def given_rows(prompts: Prompts, stop_ids: tuple[int, ...], limit: int) -> Given | None:
-    """The given tokens of a batch; None where every row begins anew."""
+    """Return the given tokens of a batch; None if every row starts fresh."""
     if prompts.prefix_tokens is None:
         return None
     U, M, G, width = prompts.prefix_tokens.shape
@@ -54,14 +54,14 @@ def given_rows(prompts: Prompts, stop_ids: tuple[int, ...], limit: int) -> Given
 
 @partial(jax.jit, static_argnames=("stop_ids", "limit"))
 def max_continued_rows(prompts: Prompts, *, stop_ids: tuple[int, ...], limit: int):
-    """i32: rows of one trunk that go on, at most. Each needs a slot from the start."""
+    """Return the largest number of continued rows in a trunk, i32 scalar. Each needs a slot from the start."""
     given = given_rows(prompts, stop_ids, limit)
     is_real_UR = jnp.repeat(prompts.prompt_mask, prompts.row_ids.shape[-1], axis=1)
     return jnp.max(jnp.sum(is_real_UR & (given.lengths > 0) & ~given.is_done, axis=1), initial=0)
 
 
 def start_order(is_real_UR, given: Given | None):
-    """(rows of each trunk in the order they start i32 [U, R], how many start i32 [U]). Rows that go on come first."""
+    """Return (rows of each trunk in starting order i32 [U, R], number to start i32 [U]); continued rows come first."""
     starts_UR, rank_UR = is_real_UR, ~is_real_UR
     if given is not None:
         starts_UR = is_real_UR & ~given.is_done
@@ -70,7 +70,7 @@ def start_order(is_real_UR, given: Given | None):
 
 
 def initial_written(num_trunks: int, num_rows: int, limit: int, is_real_UR, given: Given | None) -> Written:
-    """Nothing but what is given."""
+    """Return the initial record: blank except for the given tokens."""
     shape = (num_trunks, num_rows, limit)
     written = Written(
         tokens=jnp.zeros(shape, jnp.int32),
@@ -95,7 +95,7 @@ def initial_written(num_trunks: int, num_rows: int, limit: int, is_real_UR, give
 
 
 def load_last_given(flight: Flight, given: Given) -> Flight:
-    """Slots of rows that go on hold the last token that is given."""
+    """Make the last given token of each continued row its slot's pending token."""
     row = jnp.minimum(flight.row, given.tokens.shape[1] - 1)
     lengths_US = jnp.where(flight.row < EMPTY, jnp.take_along_axis(given.lengths, row, axis=1), 0)
     tokens_USC = jnp.take_along_axis(given.tokens, row[..., None], axis=1)
@@ -109,7 +109,7 @@ def load_last_given(flight: Flight, given: Given) -> Flight:
 
 
 def skip_continued(is_continued_US, before: Flight, after: Flight, entry: Entry) -> tuple[Flight, Entry]:
-    """A first draw as it is for the other slots: rows that go on have not fed their token in hand yet."""
+    """Undo the first draw for continued rows, which have not fed their pending token yet."""
 
     def pick(old, new):
         return jnp.where(is_continued_US, old, new)
@@ -120,7 +120,7 @@ def skip_continued(is_continued_US, before: Flight, after: Flight, entry: Entry)
 
 @partial(jax.jit, static_argnames="config", donate_argnames="flight")
 def prefill_rows(config: DecoderConfig, weights, stems: Stems, flight: Flight, given: Given) -> Flight:
-    """The caches with what is given of each row, all but its token in hand, in the columns just before the clock.
+    """Prefill the caches with each row's given tokens except the pending one, in the columns just before the clock.
 
     Args:
         weights: from `decoder.decoding_weights`.
@@ -141,7 +141,7 @@ def prefill_rows(config: DecoderConfig, weights, stems: Stems, flight: Flight, g
     columns_W = jnp.arange(window_of(flight))
 
     def feed(number, cache):
-        # The last chunk may overlap the one before: its keys and values are the same again.
+        # The last chunk may overlap the previous one and then writes the same keys and values again.
         first = jnp.minimum(number * chunk, columns - chunk)
         tokens, positions = (jax.lax.dynamic_slice_in_dim(x, first, chunk, axis=2) for x in (tokens_UST, positions_UST))
         queries_T = first + jnp.arange(chunk)

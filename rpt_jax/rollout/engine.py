@@ -1,9 +1,9 @@
-"""Many rows until all are done: stems prefilled once, branches' caches hold completion tokens only.
+"""Sampling of many rows: stems are prefilled once, and the rows' caches hold completion tokens only.
 
-Rows wait in a queue of their trunk and run in slots. One jitted loop feeds and draws a token per slot, and hands the
-slot of a row that ends to the next waiting one. Where no row waits, the host moves the live rows into fewer slots, and
-it widens the caches as rows get longer. Noise is keyed by row and token, so a schedule changes nothing but the rounding
-of products of other shapes.
+Rows queue at their trunk and run in slots. One jitted loop feeds and draws a token per slot, and gives the slot of a
+finished row to the next queued one. Once the queues are empty, the host moves running rows into fewer slots. It widens
+the caches as rows grow. Noise is keyed by row and token, so a schedule only changes the rounding of matrix products of
+other shapes.
 """
 
 import math
@@ -50,10 +50,10 @@ from rpt_jax.types import Prompts, Rollouts
 
 
 def rollout_key(seed: int, step, round_number: int = 0):
-    """The key of one rollout batch: a function of the run's seed, the step and the dynamic-sampling round.
+    """Return the PRNG key of one rollout batch, a function of seed, step and dynamic-sampling round.
 
     Args:
-        step: an int, or i32 [U]: the steps that the rows of each trunk were born in, for a key each.
+        step: an int; or i32 [U], the step in which each trunk's rows started, which gives one key per trunk.
     """
 
     def key(step):
@@ -64,21 +64,21 @@ def rollout_key(seed: int, step, round_number: int = 0):
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How rows are brought through the machine. What is sampled does not depend on it, but for near-ties."""
+    """How rows are scheduled. Sampled tokens do not depend on it, except at near-ties."""
 
     window: int = 64
-    """Columns of the caches to begin with; doubled when rows outgrow them."""
+    """Initial number of cache columns (entries along the key axis); doubled when rows outgrow them."""
     compact: bool = True
-    """Move live rows into fewer slots where no row waits."""
+    """Move running rows into fewer slots once no row is queued."""
 
 
-# Caches of full width from the start, every row in its slot until all have ended.
+# Caches of full width from the start; every row keeps its slot until all have ended.
 STATIC = Schedule(window=2**30, compact=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """What is sampled; see `generate`."""
+    """Settings of the sampling distribution; see `generate`."""
 
     max_completion_tokens: int
     temperature: float
@@ -106,16 +106,17 @@ def generate(
     """Sample G completions for every prompt.
 
     Args:
-        prompts: where it has prefixes, rows go on behind them and the rollouts hold them too (`continued.py`).
-        key: `rollout_key(...)`, or a key [U] for each trunk, of the step that its rows were born in.
+        prompts: rows continue after their prefixes, if there are any, and the rollouts include them (`continued.py`).
+        key: from `rollout_key`: one, or [U] with one key per trunk.
         max_completion_tokens: C.
         temperature, top_p, top_k: see `sampling.sample`.
-        stop_ids: a row stops after any of these tokens; empty: at the limit alone.
-        vocab_size: the tokenizer's ids; larger model vocabularies have unused entries that are never sampled.
-        slots_per_trunk: rows of a trunk in flight at once; 0: all.
+        stop_ids: a row stops after any of these tokens; empty: only at the limit.
+        vocab_size: number of the tokenizer's ids; unused entries of a larger model vocabulary are never sampled.
+        slots_per_trunk: rows of a trunk that run at once; 0: all.
+        schedule: how rows are scheduled.
     Raises:
-        ValueError: a stop id that is negative.
-        Interrupted: between two segments; nothing but time is lost, for the same call draws the same.
+        ValueError: a stop id is negative.
+        Interrupted: between two segments, on a stop signal. The same call draws the same tokens again.
     """
     if any(i < 0 for i in stop_ids):
         raise ValueError(f"stop ids {stop_ids}; they must be token ids, 0 or more")
@@ -138,7 +139,7 @@ def generate(
         stems, flight, written, given = start(config, settings, params, prompts, key, slots=slots, window=window)
         if given is not None:
             flight = prefill_rows(config, weights, stems, flight, given)
-        # Trunks of a sharded batch stay on their device.
+        # Trunks of a sharded batch must stay on their device.
         may_regroup = num_shards_of(prompts.trunk_tokens) == 1
         shapes = chain_of_shapes(U, slots, stems.stem_layout.shape[1], limit, may_regroup) if schedule.compact else []
         floor = math.prod(shapes[0]) if shapes else 0
@@ -157,7 +158,7 @@ def generate(
 
 
 def _compacted(stems: Stems, flight: Flight, shapes: list, live_U, may_regroup: bool) -> tuple[Stems, Flight]:
-    """Live rows in the smallest shape that holds them; shapes that are passed are taken off the list."""
+    """Move running rows into the smallest shape that holds them, and remove passed shapes from the list."""
     while shapes and holds(*shapes[0], live_U, may_regroup):
         groups, size = shapes.pop(0)
         if may_regroup:
@@ -168,16 +169,17 @@ def _compacted(stems: Stems, flight: Flight, shapes: list, live_U, may_regroup: 
 
 
 def num_shards_of(array) -> int:
+    """Return the number of shards of an array's leading dimension."""
     sharding = getattr(array, "sharding", None)
     return 1 if sharding is None else array.shape[0] // sharding.shard_shape(array.shape)[0]
 
 
 @partial(jax.jit, static_argnames=("config", "settings", "slots", "window"))
 def start(config: DecoderConfig, settings: SamplingSettings, params, prompts: Prompts, key, *, slots: int, window: int):
-    """Prefill the stems, fill the slots, draw the first token of each row that begins anew.
+    """Prefill the stems, fill the slots and draw the first token of each fresh row.
 
     Returns:
-        (stems, flight, written, what is given of rows that go on or None).
+        (stems, flight, written, given tokens of continued rows or None).
     """
     U, M, G = prompts.row_ids.shape
     R, C, E = M * G, settings.max_completion_tokens, prompts.tail_tokens.shape[-1]
@@ -212,7 +214,7 @@ def start(config: DecoderConfig, settings: SamplingSettings, params, prompts: Pr
 def _draw_first(
     config: DecoderConfig, settings: SamplingSettings, params, stems: Stems, flight: Flight, given: Given | None
 ):
-    """The first token of each slot's row, from its stem; rows that go on take the last token that is given."""
+    """Draw the first token of each fresh row from its stem; a continued row takes its last given token."""
     nothing_USD = jnp.zeros((*flight.row.shape, config.width), config.activation_dtype)
     if given is None:
         return _draw(settings, params, stems, flight, nothing_USD)
@@ -225,17 +227,20 @@ def _draw_first(
 def run_segment(
     config: DecoderConfig, settings: SamplingSettings, weights, stems: Stems, flight: Flight, written: Written, floor
 ):
-    """Feed and draw until all is done, the caches are full, or no row waits and at most `floor` live.
+    """Feed and draw until all rows are done, the caches are full, or no row is queued and at most `floor` run.
 
+    Args:
+        weights: from `decoder.decoding_weights`.
+        floor: i32 scalar.
     Returns:
-        (flight, written, (live rows i32 [U] by trunk, the clock, whether rows wait)).
+        (flight, written, (running rows of each trunk i32 [U], the clock, whether rows are queued)).
     """
     U, W = written.tokens.shape[0], window_of(flight)
     may_widen = settings.max_completion_tokens > W
 
     def is_running(carry):
         flight, _, steps = carry
-        # One sum of both: on a mesh the devices meet once a token for it.
+        # One reduction for both: on a mesh it is the only synchronisation per token.
         live, waiting = jnp.sum(jnp.stack([num_live(flight), num_waiting(stems, flight)]), axis=1)
         is_running = (steps < W) & ((waiting > 0) | (live > floor))
         return is_running & (flight.clock < W) if may_widen else is_running
@@ -265,7 +270,7 @@ def run_segment(
 
 
 def _write(written: Written, trunk_U, tape: Entry) -> Written:
-    """Put a tape [steps, U, S] of tokens where they belong."""
+    """Scatter the drawn tokens of a segment, [steps, U, S], into the completions."""
     place = (trunk_U[None, :, None], tape.row, tape.index)  # EMPTY is out of range: dropped
     return Written(
         tokens=written.tokens.at[place].set(tape.token, mode="drop"),
@@ -276,7 +281,7 @@ def _write(written: Written, trunk_U, tape: Entry) -> Written:
 
 
 def _is_stop(settings: SamplingSettings, tokens):
-    """bool, whether each token ends a row."""
+    """Return whether each token ends a row, bool."""
     return jnp.any(tokens[..., None] == jnp.asarray(settings.stop_ids, jnp.int32), axis=-1)
 
 
@@ -295,11 +300,11 @@ def _rollouts(settings: SamplingSettings, written: Written) -> Rollouts:
 
 
 def _feed(config: DecoderConfig, weights, stems: Stems, flight: Flight):
-    """Hidden states [U, S, D] behind the tokens in hand. A row's first token needs none: it comes from the stem."""
+    """Feed the pending tokens and return their hidden states [U, S, D]. A row's first token comes from its stem."""
     W, prompts = window_of(flight), prompt_of(stems, flight)
     cuts, tail_lengths = (jnp.take_along_axis(x, prompts, axis=1) for x in (stems.cuts, stems.tail_lengths))
     column = flight.clock % W
-    # A column holds what was fed `age` tokens ago; a row has fed index + 1 tokens, the one in hand among them.
+    # A column holds the token fed `age` steps ago; a row has fed index + 1 tokens, including the pending one.
     age_W = (column - jnp.arange(W)) % W
     own_mask = age_W < (flight.index + 1)[:, :, None, None]
     visibility = Visibility(cuts=cuts[..., None], prompts=prompts[..., None], first=None, stem_layout=stems.stem_layout)
@@ -318,7 +323,7 @@ def _feed(config: DecoderConfig, weights, stems: Stems, flight: Flight):
 
 
 def _draw(settings: SamplingSettings, params, stems: Stems, flight: Flight, hidden_USD) -> tuple[Flight, Entry]:
-    """Draw the next token of every slot; the slots of rows that end with it are empty."""
+    """Draw the next token of every slot; slots of rows that end with it become empty."""
     R = stems.queue.shape[1]
     first_USD = jnp.take_along_axis(stems.tail_hidden, prompt_of(stems, flight)[..., None], axis=1)
     hidden_USD = jnp.where((flight.index < 0)[..., None], first_USD, hidden_USD)

@@ -1,4 +1,7 @@
-"""Rows in flight: what their slots read, where each row is, and what has been written."""
+"""State of running rows: their shared stems, the slots they occupy, and the tokens recorded so far.
+
+A slot is a place in the caches that one row occupies while it runs. A column is an index along the key axis of a cache.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -7,74 +10,74 @@ import jax.numpy as jnp
 
 from rpt_jax.types import record
 
-EMPTY = 2**30  # the row of an empty slot: beyond every array
+EMPTY = 2**30  # row index of an empty slot: out of range of every array
 
 
 @record
 class Stems:
-    """What the slots of a group read: a trunk's stem, its prompts, its rows. Leading dimension: groups of slots."""
+    """What a group of slots reads: its trunk's stem, prompts and rows. The leading dimension U counts groups."""
 
-    kv: Any  # keys and values of the stems, a pair per layer
-    tail_hidden: Any  # [U, M, D], hidden state of each prompt's last token
-    cuts: Any  # i32 [U, M]
-    tail_lengths: Any  # i32 [U, M]
-    stem_layout: Any  # i32 [U, P], as attention.Visibility
-    keys: Any  # keys [U, R], of the rows' noise
-    queue: Any  # i32 [U, R], rows in the order they are started, those of padded positions last
-    num_queued: Any  # i32 [U], rows that are started
+    kv: Any  # per layer (keys, values) of the stems in cache layout [U, K, ., .], activation dtype
+    tail_hidden: Any  # [U, M, D], hidden state of each prompt's last token, activation dtype
+    cuts: Any  # i32 [U, M], trunk tokens that each prompt sees
+    tail_lengths: Any  # i32 [U, M], number of real tail tokens
+    stem_layout: Any  # i32 [U, P], as Visibility.stem_layout
+    keys: Any  # PRNG keys [U, R], noise of each row
+    queue: Any  # i32 [U, R], rows in starting order, those of padded positions last
+    num_queued: Any  # i32 [U], number of rows to start
 
 
 @record
 class Flight:
-    """Rows in their slots. The token in hand is drawn and written, but not yet fed."""
+    """Rows in their slots. A slot's pending token is drawn and recorded, but not yet fed to the model."""
 
-    clock: Any  # i32 [], tokens fed to every slot; column clock mod W of the caches is next
-    trunk: Any  # i32 [U], the trunk that a group of slots belongs to
-    num_started: Any  # i32 [U], rows of the queue that have had a slot
-    row: Any  # i32 [U, S]; EMPTY where the slot is empty
-    index: Any  # i32 [U, S], number of the token in hand in its completion; -1 before the first
-    token: Any  # i32 [U, S], in hand
-    cache: Any  # own keys and values per layer; their W columns are a ring of the last tokens fed
+    clock: Any  # i32 [], tokens fed to every slot so far; the next goes to column clock mod W of the caches
+    trunk: Any  # i32 [U], trunk of each group of slots
+    num_started: Any  # i32 [U], rows of the queue that have been started
+    row: Any  # i32 [U, S], row in each slot; EMPTY if there is none
+    index: Any  # i32 [U, S], index of the pending token in its completion; -1 before the first
+    token: Any  # i32 [U, S], pending token
+    cache: Any  # per layer (keys, values) of the rows [U, S, K, ., .]; W columns, a ring buffer of the last tokens fed
 
 
 @record
 class Written:
-    """Completions so far, by row."""
+    """Completions so far, by row. Padding is 0 and False."""
 
     tokens: Any  # i32 [U, R, C]
-    logprobs: Any  # f32 [U, R, C]
-    mask: Any  # bool [U, R, C]
-    rejected: Any  # bool [U, R, C], the token's first draw was refused
+    logprobs: Any  # f32 [U, R, C], of the untruncated distribution, nats
+    mask: Any  # bool [U, R, C], recorded tokens
+    rejected: Any  # bool [U, R, C], the first draw fell outside top-p / top-k
 
 
 def window_of(flight: Flight) -> int:
-    """W."""
+    """Return W, the number of columns of the rows' caches."""
     return flight.cache[0][1].shape[-2]
 
 
 @record
 class Entry:
-    """What one step has drawn, for every slot."""
+    """The tokens that one step drew, for every slot."""
 
-    row: Any  # i32 [U, S]; EMPTY: nothing
-    index: Any  # i32 [U, S]
+    row: Any  # i32 [U, S]; EMPTY: no token
+    index: Any  # i32 [U, S], index of the token in its completion
     token: Any  # i32 [U, S]
-    logprob: Any  # f32 [U, S]
-    rejected: Any  # bool [U, S]
+    logprob: Any  # f32 [U, S], nats
+    rejected: Any  # bool [U, S], the first draw fell outside top-p / top-k
 
 
 def num_live(flight: Flight):
-    """i32 [U], rows in each group's slots."""
+    """Return the number of occupied slots of each group, i32 [U]."""
     return jnp.sum(flight.row < EMPTY, axis=1, dtype=jnp.int32)
 
 
 def num_waiting(stems: Stems, flight: Flight):
-    """i32 [U], rows of each group's queue that have had no slot."""
+    """Return the number of queued rows of each group, i32 [U]."""
     return stems.num_queued - flight.num_started
 
 
 def start_waiting_rows(stems: Stems, flight: Flight) -> Flight:
-    """Empty slots take the next rows of their trunk's queue."""
+    """Assign the next rows of each trunk's queue to its empty slots."""
     R = stems.queue.shape[1]
     is_empty = flight.row == EMPTY
     place = flight.num_started[:, None] + jnp.cumsum(is_empty, axis=1) - 1
@@ -89,6 +92,6 @@ def start_waiting_rows(stems: Stems, flight: Flight) -> Flight:
 
 
 def prompt_of(stems: Stems, flight: Flight):
-    """i32 [U, S]: the prompt of each slot's row; that of some row where the slot is empty."""
+    """Return the prompt of each slot's row, i32 [U, S]; arbitrary but in range for empty slots."""
     R, M = stems.queue.shape[1], stems.cuts.shape[1]
     return jnp.minimum(flight.row, R - 1) // (R // M)

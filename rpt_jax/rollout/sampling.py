@@ -1,7 +1,7 @@
-"""One token per row: exact inverse-CDF sampling that returns the token's log-probability for free.
+"""One token per row: exact inverse-CDF sampling that also returns the token's log-probability.
 
-Noise is keyed by (seed, step, row id, token index), never by device, slot or process: the same rows draw the same
-numbers on any mesh.
+Noise is keyed by (seed, step, row id, token index), never by device, slot or process, so the same rows draw the same
+noise on any mesh.
 """
 
 import jax
@@ -11,7 +11,7 @@ _BLOCK = 128
 
 
 def row_keys(key, row_ids):
-    """One key per row, [...] like `row_ids`; key: one, or [U] for the leading dimension."""
+    """Return one PRNG key per row, shaped like `row_ids`; key: a single one, or [U] for the leading dimension."""
     fold = jax.random.fold_in
     if key.ndim:
         return jax.vmap(row_keys)(key, row_ids)
@@ -21,7 +21,7 @@ def row_keys(key, row_ids):
 
 
 def uniform(keys, token_index, draw):
-    """f32 in [0, 1) for each key: the noise of draw number `draw` (0 unless one was refused) of a row's token."""
+    """Return f32 noise in [0, 1) per key, for draw number `draw` of a row's token; above 0 after rejections."""
 
     def one(key, token_index):
         return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, token_index), draw))
@@ -32,9 +32,9 @@ def uniform(keys, token_index, draw):
 
 
 def _blocks(logits):
-    """[..., blocks, _BLOCK], filled with -inf.
+    """Reshape to [..., blocks, _BLOCK], padded with -inf.
 
-    Sums over all logits go by blocks: XLA's CPU backend makes and sums numbers in one pass if they are cut first.
+    Sums over all logits go by blocks: XLA's CPU backend then computes and sums the values in one pass.
     """
     *lead, V = logits.shape
     num_blocks = -(-V // _BLOCK)
@@ -43,20 +43,21 @@ def _blocks(logits):
 
 
 def _draw(logits, weight_of, floor, uniform):
-    """(index, sum of weights): an index drawn in proportion to its weight, from one uniform in [0, 1) a row.
+    """Draw an index in proportion to its weight, from one uniform in [0, 1) per row; return (index, sum of weights).
 
-    Two levels: weights are summed by blocks, the block is found in the cumulative sums, the entry inside its block. The
-    weights of all entries are summed as they are made, and never stored. Entries of weight 0 are never returned.
+    Two levels: weights are summed by blocks, the block is found in the cumulative sums, then its entry. The
+    weights of all entries are summed as they are computed and never stored. Entries of weight 0 are never drawn.
 
     Args:
         logits: f32 [..., V].
         weight_of: logits [..., any] or [..., blocks, any] -> weights.
-        floor: f32 [...], only logits above it count; None: all do.
+        floor: f32 [...], logits at or below it are excluded; None: all count.
+        uniform: f32 [...], in [0, 1).
     """
     *lead, V = logits.shape
 
     def weights(some):
-        """Of logits [..., any] or [..., blocks, any]."""
+        """Weights of logits [..., any] or [..., blocks, any]."""
         lift = (..., *(None,) * (some.ndim - len(lead)))
         some_weights = weight_of(some)
         return some_weights if floor is None else jnp.where(some > floor[lift], some_weights, 0.0)
@@ -74,7 +75,7 @@ def _draw(logits, weight_of, floor, uniform):
 
 
 def _first_above(ends, point, weights):
-    """First index whose cumulative end exceeds the point; rounding at the top falls back to the last with weight."""
+    """Return the first index whose cumulative end exceeds the point, at most the last one with weight above 0."""
     n = ends.shape[-1]
     index = jnp.sum(ends <= point[..., None], axis=-1)
     last = jnp.max(jnp.where(weights > 0, jnp.arange(n), 0), axis=-1)
@@ -82,32 +83,33 @@ def _first_above(ends, point, weights):
 
 
 def greedy(logits):
-    """(argmax i32 [...], its log-probability at temperature 1 f32 [...]); the first index wins a tie."""
+    """Return (argmax i32 [...], its log-probability at temperature 1 f32 [...]); the first index wins a tie."""
     V, blocks = logits.shape[-1], _blocks(logits)
     peak = blocks.max((-1, -2), keepdims=True)
     places = jnp.arange(blocks.shape[-2] * _BLOCK).reshape(blocks.shape[-2:])
     token = jnp.where(blocks == peak, places, V).min(-1).min(-1).astype(jnp.int32)
-    # min(V - 1): rows of NaN have no peak; the loss guard reports them.
+    # min(V - 1): rows of NaN have no peak. Their log-probability is NaN, so the update is skipped.
     return jnp.minimum(token, V - 1), -jnp.log(jnp.exp(blocks - peak).sum(-1).sum(-1))
 
 
 def sample(logits, keys, token_index, *, temperature: float, top_p: float, top_k: int):
     """Draw one token per row.
 
-    top-p and top-k are exact and sort nothing: a token drawn from the wider law is accepted iff it lies inside (the
-    mass strictly above it is below top_p, fewer than top_k tokens are strictly above it). After a rejection the next
-    draw is restricted to tokens above the rejected one, which still contains every token inside, so accepted tokens
-    follow exactly the truncated law and the support shrinks until one is accepted.
+    top-p and top-k are exact and need no sorting. A token drawn from the full distribution is accepted iff it is
+    inside: the mass strictly above it is below top_p, and fewer than top_k tokens are strictly above it. After a rejection, the
+    next draw is restricted to tokens above the rejected one, which still include every token inside. Accepted tokens
+    therefore follow exactly the truncated distribution, and the support shrinks until one is accepted.
 
     Args:
         logits: f32 [..., V].
-        keys: typed keys [...], one per row (`row_keys`).
+        keys: typed PRNG keys [...], one per row (`row_keys`).
         token_index: i32, a scalar or one per row.
         temperature: 0 is greedy.
-        top_p: in (0, 1]; top_k: 0 is no limit.
+        top_p: in (0, 1].
+        top_k: 0 is no limit.
     Returns:
-        token i32 [...]; log-probability f32 [...] under the untruncated law at `temperature` (at 1 when greedy);
-        rejected bool [...]: the first draw lay outside, an unbiased indicator of the excluded mass.
+        token i32 [...]; its log-probability f32 [...] under the untruncated distribution at `temperature` (at 1 if
+        greedy), nats; rejected bool [...]: the first draw was outside, an unbiased indicator of the excluded mass.
     """
     if temperature == 0:
         token, logprob = greedy(logits)

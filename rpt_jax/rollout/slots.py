@@ -1,4 +1,4 @@
-"""Between two segments of decoding: live rows move into fewer slots, and caches become wider."""
+"""Changes between two decoding segments: running rows move into fewer slots, and caches become wider."""
 
 import math
 from dataclasses import replace
@@ -15,15 +15,18 @@ from rpt_jax.rollout.flight import EMPTY, Flight, Stems, window_of
 
 
 def chain_of_shapes(num_trunks: int, slots: int, num_stem: int, limit: int, may_regroup: bool) -> list[tuple[int, int]]:
-    """(groups, slots a group), ever fewer: what live rows move through, one after the other.
+    """Return a decreasing list of (groups, slots per group) that running rows move through.
 
-    One chain of few shapes, for each, and each way from one to another, is a program to compile. A group has an eighth
-    of a trunk's slots, and a trunk as many groups as its rows need, each with a stem: so live rows of a few trunks fill
-    the slots. Without regrouping a trunk has one group.
+    The chain is short because each shape, and each move between two shapes, is a program to compile. With regrouping, a
+    group has an eighth of a trunk's slots, and a trunk gets as many groups as its rows need, each with a copy of the
+    stem. Running rows of a few trunks then fill the slots. Without regrouping, a trunk is one group.
 
     Args:
-        num_trunks, slots: the whole batch's, of which the chain begins with less.
-        num_stem, limit: tokens kept of a stem, and at most of a row; a shape keeps fewer than the one before.
+        num_trunks: trunks of the whole batch.
+        slots: slots per trunk of the whole batch; the chain starts with fewer.
+        num_stem: cached tokens of a stem.
+        limit: maximum cached tokens of a row. Each shape caches fewer tokens than the previous one.
+        may_regroup: whether rows of a trunk may be spread over several groups.
     """
     group_size = -(-slots // 8)
     shapes = [(num_trunks, slots)]
@@ -38,13 +41,13 @@ def chain_of_shapes(num_trunks: int, slots: int, num_stem: int, limit: int, may_
 
 
 def holds(groups: int, slots: int, live_U, may_regroup: bool) -> bool:
-    """Whether the live rows, i32 [U] by trunk, have room in so many groups."""
+    """Return whether the running rows, i32 [U] by trunk, fit into this many groups of slots."""
     return int(np.sum(-(-live_U // slots))) <= groups if may_regroup else live_U.max() <= slots
 
 
 @partial(jax.jit, static_argnames=("config", "window"))
 def widen(config: DecoderConfig, flight: Flight, *, window: int) -> Flight:
-    """Columns added behind; only before the ring has turned for the first time."""
+    """Append columns up to `window`; allowed only before the ring buffer has wrapped around."""
     more = window - window_of(flight)
 
     def pad(x, axis):
@@ -58,7 +61,7 @@ def widen(config: DecoderConfig, flight: Flight, *, window: int) -> Flight:
 
 @partial(jax.jit, static_argnames="slots")
 def shrink(flight: Flight, *, slots: int) -> Flight:
-    """Live rows in the first slots of their trunk; the others are given up."""
+    """Move the running rows to the first `slots` slots of their trunk and drop the other slots."""
     order = jnp.argsort(flight.row == EMPTY, axis=1, stable=True)[:, :slots]
 
     def take(x):
@@ -70,7 +73,7 @@ def shrink(flight: Flight, *, slots: int) -> Flight:
 
 @partial(jax.jit, static_argnames=("num_trunks", "groups", "slots"))
 def regroup(stems: Stems, flight: Flight, *, num_trunks: int, groups: int, slots: int) -> tuple[Stems, Flight]:
-    """Live rows in `groups` groups of slots; a trunk's rows fill one group after the other."""
+    """Move the running rows into `groups` groups of slots; the rows of a trunk fill its groups in order."""
     size = flight.row.size
     trunk_B = jnp.where(flight.row == EMPTY, num_trunks, flight.trunk[:, None]).reshape(-1)
     order_B = jnp.argsort(trunk_B, stable=True)
@@ -78,14 +81,14 @@ def regroup(stems: Stems, flight: Flight, *, num_trunks: int, groups: int, slots
     ends_U = jnp.searchsorted(sorted_B, jnp.arange(num_trunks), side="right")
     counts_U = jnp.diff(ends_U, prepend=0)
     last_group_U = jnp.cumsum(-(-counts_U // slots))
-    # The first slot of a trunk, then one for each of its rows. Empty slots sort last, and go nowhere.
+    # The first slot of each trunk, then one for each of its rows. Empty slots sort last and are dropped.
     first_slot_U = (last_group_U - -(-counts_U // slots)) * slots
     rank_B = jnp.arange(size) - jnp.take(ends_U - counts_U, sorted_B, mode="clip")
     place_B = jnp.where(sorted_B < num_trunks, jnp.take(first_slot_U, sorted_B, mode="clip") + rank_B, groups * slots)
     source = jnp.full(groups * slots, -1).at[place_B].set(order_B, mode="drop")
     trunk = jnp.searchsorted(last_group_U, jnp.arange(groups), side="right")
     trunk = jnp.minimum(trunk, num_trunks - 1).astype(jnp.int32)
-    # Any present group of the trunk has its stem.
+    # Any existing group of the trunk holds its stem.
     group_of_trunk_U = jnp.zeros(num_trunks, jnp.int32).at[flight.trunk].set(jnp.arange(len(flight.trunk)))
 
     def take(x):

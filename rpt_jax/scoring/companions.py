@@ -1,7 +1,7 @@
-"""Policies beside the one in training: copies that follow it, by a moving average or at set steps.
+"""Companions: copies that follow the policy, by a moving average or at fixed steps.
 
-They live in `TrainState.companions`, lie as the parameters do, are saved with them, and hold adapters only where the
-policy has adapters. An update that is skipped leaves them as they are.
+They are part of `TrainState.companions`, are sharded like the parameters, and are saved with them. They hold only
+adapters if the policy has adapters. Skipped updates do not change them.
 """
 
 from dataclasses import replace
@@ -14,21 +14,21 @@ import jax.numpy as jnp
 from rpt_jax.config import CompanionConfig
 from rpt_jax.types import TrainState
 
-# Names of the policies that a scoring pass may ask for.
+# Names of the policies that a scoring pass may use.
 CURRENT, START, AVERAGE = "current", "start", "average"
 
 
 def with_companions(state: TrainState, names: set[str]) -> TrainState:
-    """The state with a copy of its parameters for each name: updates donate their buffers, so none may stand twice."""
+    """Add a copy of the parameters for each name. Copies, because updates donate their buffers."""
     copies = {name: jax.tree.map(jnp.copy, state.params) for name in sorted(names)}
     return replace(state, companions=copies)
 
 
 def follow(state: TrainState, config: CompanionConfig) -> TrainState:
-    """The state after its companions have followed an update.
+    """Update the companions after an update of the policy.
 
     decay d < 1: average <- d * average + (1 - d) * params after every update that was not skipped.
-    every_steps n > 0: average <- params where the number of updates is a multiple of n.
+    every_steps n > 0: average <- params whenever the number of updates is a multiple of n.
     """
     if not state.companions:
         return state
@@ -50,7 +50,7 @@ def _follow(average: Any, params: Any, step, skipped, *, config: CompanionConfig
 
     def one(old, new):
         mixed = old.astype(jnp.float32) + weight * (new.astype(jnp.float32) - old.astype(jnp.float32))
-        # A whole step takes the parameters' own bits, and none keeps the old ones.
+        # Weight 1 takes the parameters bit for bit, weight 0 keeps the old copy bit for bit.
         return jnp.where(weight == 1, new, jnp.where(weight == 0, old, mixed.astype(old.dtype)))
 
     leaves, tree = jax.tree.flatten(jax.tree.map(one, average, params))

@@ -1,5 +1,5 @@
-"""Direct predictions without a thought: the entropy over the 16 likeliest tokens, the argmax, the true token's
-log-probability. The proxy model's choose positions; the policy's own are what thinking is compared with.
+"""Direct predictions, without a thought: entropy over the 16 most likely tokens, argmax, log-probability of the true
+token. Those of the proxy model select positions; those of the policy are the baseline for thinking.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,16 @@ NUM_TOP_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Proxy:
-    """A model that says how uncertain each position is."""
+    """The model whose entropies select positions.
+
+    Attributes:
+        config: the model's shape.
+        params: its parameters.
+        mesh: that holds them.
+        bos_id: id that starts every sequence, or None.
+        batch_trunks: windows per batch.
+        renormalize: divide the 16 probabilities by their sum first.
+    """
 
     config: DecoderConfig
     params: Any
@@ -32,15 +41,16 @@ class Proxy:
 
 
 def direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize: bool):
-    """Entropy, argmax and log-probability of the law that predicts each token from those before it.
+    """Compute entropy, argmax and log-probability of each token's distribution given the tokens before it.
 
     Source: top-16 entropy, arXiv:2506.08007 §3.3. The paper does not say whether the 16 are renormalised.
 
     Args:
-        tokens_UL: i32; column l is predicted by column l - 1, so column 0 holds no prediction.
+        config, params: of the model.
+        tokens_UL: i32; token l is predicted from the tokens before it, so nothing predicts token 0.
         renormalize: divide the 16 probabilities by their sum first.
     Returns:
-        (entropy f32 [U, L], argmax i32 [U, L], logprob f32 [U, L]); column 0 is 0.
+        (entropy f32 [U, L] in nats, argmax i32 [U, L], log-probability f32 [U, L] in nats); all 0 for token 0.
     """
     with on_mesh_of(params):
         return _direct_statistics(config, params, tokens_UL, renormalize=renormalize)
@@ -64,7 +74,7 @@ def _direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize:
         chosen = jnp.take_along_axis(logits_UV, target_U[:, None], axis=-1)[:, 0] - total_U
         return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1), ids[:, 0], chosen
 
-    # One column of logits at a time: [U, L, V] is never built.
+    # The logits of one token position at a time: [U, L, V] is never built.
     columns = jax.lax.map(column, (jnp.swapaxes(hidden_ULD, 0, 1)[:-1], tokens_UL.T[1:]))
     return tuple(jnp.pad(c.T, ((0, 0), (1, 0))) for c in columns)
 
@@ -73,7 +83,7 @@ _TOP_K_BLOCK = 32
 
 
 def _top_k(x_UV, k: int):
-    """The k largest of each row and their indices. They lie in the k blocks of largest maxima, so only those are
+    """Return the k largest values of each row and their indices. Only the k blocks with the largest maxima are
     searched: a sixth of the time at 152 thousand entries."""
     U, V = x_UV.shape
     num_blocks = -(-V // _TOP_K_BLOCK)
@@ -81,7 +91,7 @@ def _top_k(x_UV, k: int):
     blocks = jnp.pad(x_UV, padding, constant_values=-jnp.inf).reshape(U, num_blocks, _TOP_K_BLOCK)
 
     def top(x, k):
-        # The barrier keeps both results: where only a part is used, XLA sorts whole rows on a CPU.
+        # The barrier keeps both results: if only one is used, XLA sorts whole rows on a CPU.
         return jax.lax.optimization_barrier(jax.lax.top_k(x, k))
 
     _, chosen = top(blocks.max(-1), min(k, num_blocks))

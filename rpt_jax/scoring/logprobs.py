@@ -13,9 +13,10 @@ from rpt_jax.types import Sequences
 
 
 def predicting_states(config: DecoderConfig, params, sequences: Sequences):
-    """The hidden states that predict: branch tokens [U, R, T, D], and whole trunks [U, L, D].
+    """Return the hidden states that predict branch tokens [U, R, T, D], and those of whole trunks [U, L, D].
 
-    A completion's first token is predicted by the last token of its prompt, the others by the token before.
+    The last token of a prompt predicts the first token of its completions; the other tokens are predicted by the token
+    before them.
     """
     s = sequences
     stem_UPD, branch_URTD = decoder.forward(config, params, s)
@@ -30,11 +31,13 @@ def predicting_states(config: DecoderConfig, params, sequences: Sequences):
 
 
 def score(config: DecoderConfig, params, sequences: Sequences, *, temperature: float, trunks_at_once: int = 0):
-    """Teacher-forced log-probabilities f32 [U, R, T] of branch tokens.
+    """Compute teacher-forced log-probabilities of branch tokens, f32 [U, R, T], nats.
 
     Args:
-        temperature: of the law that is scored; > 0.
-        trunks_at_once: a divisor of U that the mesh divides, to need less memory; 0: all.
+        config, params: of the model.
+        sequences: stems and branches.
+        temperature: of the scored distribution; > 0.
+        trunks_at_once: a divisor of U, and a multiple of the trunk shards, to save memory; 0: all.
     """
     with on_mesh_of(params):
         return _score(config, params, sequences, temperature=temperature, trunks_at_once=trunks_at_once)
@@ -52,7 +55,7 @@ def _score(config: DecoderConfig, params, sequences: Sequences, *, temperature: 
         logprobs, _ = token_logprobs(config, params, hidden_nND, targets_nN, temperature=temperature)
         return logprobs.reshape(n, R, T)
 
-    # A round's trunks lie U // n apart: each shard then has its part in every round.
+    # The trunks of a round are U // n apart, so each shard takes part in every round.
     rounds = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(n, U // n, *x.shape[1:]), 1, 0), sequences)
     logprobs = jax.lax.map(of_some, rounds)
     return jnp.moveaxis(logprobs, 0, 1).reshape(U, *logprobs.shape[2:])

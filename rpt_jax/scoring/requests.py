@@ -1,4 +1,4 @@
-"""Scoring passes that a reward or an evaluation asks for: log-probabilities of a target behind a prompt and a thought.
+"""Scoring passes that a reward or an evaluation requests: log-probabilities of a target after a prompt and a thought.
 
 A request is data; `Scorer.score` runs it through the model's one graph. Rollouts share their trunk, as in the update.
 """
@@ -30,17 +30,17 @@ class Request:
 
     name: str
     policy: Literal["current", "start", "average"] = "current"
-    """The policy in training, the one that it started from, or its moving average."""
+    """The policy in training, the policy it started from, or its moving average."""
     view: Literal["prompt", "direct"] = "prompt"
-    """prompt: behind the template, as rollouts are; direct: behind document tokens alone, no template."""
+    """prompt: after the template, like rollouts; direct: after document tokens alone, without a template."""
     keep: Literal["nothing", "thought", "completion"] = "thought"
-    """Tokens of the rollout that stand before the stub. thought: up to the end of the last </think>."""
+    """Tokens of the rollout to put before the stub. thought: up to the end of the last </think>."""
     stub: str = ""
-    """Text before the target; a thought that is still open is closed before it."""
+    """Text before the target; an open thought is closed before it."""
     target: Literal["reference", "prediction"] = "reference"
-    """reference: the task's tokens; prediction: the longest vocabulary entry that begins the rollout's prediction."""
+    """reference: the task's tokens; prediction: the longest vocabulary entry that begins the prediction."""
     num_targets: int = 0
-    """Tokens of the reference that are scored, from the first on. 0: all."""
+    """Number of leading reference tokens to score. 0: all."""
 
     def __post_init__(self):
         if self.view == "direct" and (self.keep != "nothing" or self.stub):
@@ -49,11 +49,11 @@ class Request:
 
 @record
 class Scores:
-    """What a pass found."""
+    """The result of a scoring pass."""
 
     values: Any  # f32 [U, R, A], log-probabilities of the target's tokens at temperature 1, nats; padding 0
-    mask: Any  # bool [U, R, A], tokens of the target
-    tokens_run: Any  # i32 [U], tokens that the model ran for them
+    mask: Any  # bool [U, R, A], real target tokens
+    tokens_run: Any  # i32 [U], tokens that the model ran
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ class Scorer:
     """Runs requests.
 
     Attributes:
-        config: the model's. tokenizer: its ids and bytes.
-        header_length: trunk tokens before the document, BOS included.
-        trunks_at_once: U -> trunks that are run at a time, a divisor of U; None: all.
+        config: the model's shape.
+        tokenizer: of the model.
+        header_length: trunk tokens before the document, including BOS.
+        trunks_at_once: U -> number of trunks to run at a time, a divisor of U; None: all.
     """
 
     config: DecoderConfig
@@ -79,7 +80,9 @@ class Scorer:
         """Run one request.
 
         Args:
-            params: of the policy that the request names.
+            request: what to score.
+            params: of the request's policy.
+            tasks, rollouts: of one batch.
             predictions: `answer.Predictions` of the rollouts, [U, R, ...].
         """
         targets = self._targets(request, tasks, predictions)
@@ -97,7 +100,7 @@ class Scorer:
         return _gather(prompts, logprobs, first_UR, targets[1], num_targets=targets[0].shape[-1])
 
     def _targets(self, request: Request, tasks: TaskBatch, predictions):
-        """(tokens i32 [U, R, A], lengths i32 [U, R])."""
+        """Return (tokens i32 [U, R, A], lengths i32 [U, R])."""
         if request.target == "prediction":
             U, R, X = predictions.bytes.shape
             rows = predictions.bytes.reshape(U * R, X), predictions.lengths.reshape(U * R)
@@ -106,7 +109,7 @@ class Scorer:
         return _references(tasks, request.num_targets)
 
     def _stubs(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
-        """The stub behind a thought that is still open, and behind one that has closed: (ids [2, W], lengths [2])."""
+        """Return the stubs after an open thought and after a closed one: (ids [2, W], lengths [2])."""
         close, stub = (self.tokenizer.encode_continuation(text) for text in (THINK_CLOSE, request.stub))
         return np.array([close + stub, stub + [0] * len(close)], np.int32), np.array([len(close + stub), len(stub)])
 
@@ -124,9 +127,9 @@ def _references(tasks: TaskBatch, num_targets: int):
 
 
 def _kept(request: Request, rollouts: Rollouts, predictions):
-    """(tokens [U, R, C], how many are kept i32 [U, R], which stub follows i32 [U, R])."""
+    """Return (tokens [U, R, C], number to keep i32 [U, R], index of the stub i32 [U, R])."""
     is_closed = predictions.think_end_tokens > 0
-    # An open thought keeps all its tokens but a stop token; padding has none.
+    # An open thought keeps all its tokens except a stop token; padding keeps none.
     num_open = jnp.maximum(0, rollouts.mask.sum(-1) - ~rollouts.truncated)
     if request.keep == "nothing":
         nothing = jnp.zeros_like(num_open)
@@ -137,7 +140,7 @@ def _kept(request: Request, rollouts: Rollouts, predictions):
 
 @partial(jax.jit, static_argnames=("header_length", "bos_id"))
 def _documents_alone(prompts: Prompts, *, header_length: int, bos_id: int | None) -> Prompts:
-    """Prompts without a template: BOS and the document up to each cut."""
+    """Return prompts without a template: BOS and the document up to each cut."""
     num_bos = 0 if bos_id is None else 1
     U, M = prompts.cuts.shape
     tokens_UL = jnp.pad(prompts.trunk_tokens[:, header_length:], ((0, 0), (num_bos, 0)), constant_values=bos_id or 0)

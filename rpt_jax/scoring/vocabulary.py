@@ -1,7 +1,7 @@
-"""Bytes back to a token: the longest vocabulary entry that begins a byte string, for many rows at once.
+"""From bytes to a token: the longest vocabulary entry that begins a byte string, for many rows at once.
 
-Every prefix of a row is hashed by one cumulative pass and looked up in the vocabulary's sorted hashes; a hit counts
-only if the bytes agree.
+One cumulative pass hashes every prefix of a row. The hashes are looked up in the vocabulary's sorted hashes, and a hit
+counts only if the bytes agree.
 """
 
 from typing import Any
@@ -17,14 +17,16 @@ _BASE = np.uint32(0x01000193)
 
 @record
 class VocabularyIndex:
-    hashes: Any  # u32 [V], sorted
-    ids: Any  # i32 [V], the token of each hash
-    table: Any  # u8 [V, W]
-    lengths: Any  # i32 [V]
+    """A vocabulary's entries, sorted by hash; entries without bytes are left out of `hashes` and `ids`."""
+
+    hashes: Any  # u32 [V'], sorted
+    ids: Any  # i32 [V'], token of each hash
+    table: Any  # u8 [V, W], bytes of each token, padding 0
+    lengths: Any  # i32 [V], number of bytes
 
 
 def _prefix_hashes(bytes_BW):
-    """u32 [B, W]: column w hashes the first w + 1 bytes, h <- h * base + byte + 1 modulo 2^32."""
+    """Hash the first w + 1 bytes of each row into [:, w], u32 [B, W]: h <- h * base + byte + 1 modulo 2^32."""
 
     def step(hash_B, byte_B):
         hash_B = hash_B * _BASE + byte_B.astype(jnp.uint32) + jnp.uint32(1)
@@ -35,7 +37,7 @@ def _prefix_hashes(bytes_BW):
 
 
 def vocabulary_index(byte_table: tuple[np.ndarray, np.ndarray]) -> VocabularyIndex:
-    """Index `Tokenizer.byte_table()`. Of several ids with the same bytes the lowest is returned by look-ups."""
+    """Index `Tokenizer.byte_table()`. If several ids have the same bytes, look-ups return the lowest."""
     table, lengths = byte_table
     all_hashes = np.asarray(_prefix_hashes(table))
     hashes = np.where(lengths > 0, all_hashes[np.arange(len(table)), np.maximum(lengths, 1) - 1], 0)
@@ -51,11 +53,11 @@ def vocabulary_index(byte_table: tuple[np.ndarray, np.ndarray]) -> VocabularyInd
 
 @jax.jit
 def longest_prefix_tokens(index: VocabularyIndex, bytes_BX, lengths_B):
-    """i32 [B]: the longest entry that is a prefix of each row's first `lengths` bytes; -1 where there is none."""
+    """Return the longest entry that is a prefix of each row's first `lengths` bytes, i32 [B]; -1 if there is none."""
     W = min(index.table.shape[1], bytes_BX.shape[1])
     window_BW = bytes_BX[:, :W]
     hashes_BW = _prefix_hashes(window_BW)
-    # Different entries may share a hash: look at this many neighbours of a hit.
+    # Different entries may share a hash, so the next entry is checked too.
     first_BW = jnp.searchsorted(index.hashes, hashes_BW)
     best_B = jnp.full(bytes_BX.shape[0], -1, jnp.int32)
     best_length_B = jnp.zeros(bytes_BX.shape[0], jnp.int32)

@@ -1,8 +1,8 @@
 """Checkpoints of one stage of a run: the train state, and a JSON record of everything else that a resume needs.
 
-Orbax writes in the background and commits by an atomic rename, but it restores flipped bits without a word. So a
-checkpoint counts only with its manifest, the SHA-256 of every file, which is written last and verified before loading.
-A damaged or unfinished one is named and set aside, and the one before it is taken.
+Orbax writes in the background and commits by an atomic rename, but it restores flipped bits silently. So a checkpoint
+counts only with its manifest, the SHA-256 of every file, which is written last and verified before loading. A damaged
+or unfinished checkpoint is reported and set aside, and the previous one is used.
 """
 
 import hashlib
@@ -24,22 +24,25 @@ from rpt_jax.train.run_directory import write_atomically
 from rpt_jax.types import TrainState
 
 MANIFEST = "manifest.json"
-# In place of a step.
+# Results of `_choose` that are not a step.
 _NONE, _ALL_DAMAGED = -1, -2
 _UNFINISHED = "its manifest cannot be read"
 
 
 class Checkpoints:
-    """Saves and restores `TrainState` with a JSON-able record, e.g. the data cursor; a context that ends when all is
-    on disk.
+    """Saves and restores `TrainState` with a JSON record, e.g. the data cursor.
+
+    As a context manager, it waits on exit until everything is on disk.
 
     Args:
-        directory: of this stage; a checkpoint is its subdirectory, named by the step.
-        keep: newest checkpoints kept.
-        step: the one to go on from; newer ones are set aside. None: the newest that is whole.
-        read_only: touch nothing, for the run may be going on elsewhere.
+        directory: of this stage; each checkpoint is a subdirectory named by its step.
+        keep: number of newest checkpoints to keep.
+        step: the checkpoint to resume from; newer ones are set aside. None: the newest intact one.
+        read_only: change nothing on disk, because the run may be active elsewhere.
+    Attributes:
+        latest_step: step of the checkpoint to restore, or of the newest save; None: there is none.
     Raises:
-        CheckpointError: no whole checkpoint of `step`; or there are checkpoints, and none of them is whole.
+        CheckpointError: no intact checkpoint of `step`; or there are checkpoints, but none is intact.
     """
 
     def __init__(self, directory: Path, *, keep: int, step: int | None = None, read_only: bool = False):
@@ -51,17 +54,18 @@ class Checkpoints:
         self.latest_step = None if found < 0 else found
         if found == _ALL_DAMAGED:
             raise CheckpointError(
-                f"{directory} holds checkpoints and none of them is whole; the stage would begin anew. Restore one of "
-                f"{self._directory.parent / 'set_aside'} from a copy, or choose another --run.directory."
+                f"{directory} holds checkpoints, but none is intact; the stage would start from scratch. Restore one "
+                f"from a backup (damaged ones are moved to {self._directory.parent / 'set_aside'}), or choose another "
+                "--run.directory."
             )
         if step is not None and self.latest_step != step:
             raise CheckpointError(
-                f"no whole checkpoint of step {step} in {directory}; there are steps {steps_of(self._directory)}. "
-                "Choose one with --run.resume, or latest."
+                f"no intact checkpoint of step {step} in {directory}; there are steps {steps_of(self._directory)}. "
+                "Set --run.resume to one of them, or to latest."
             )
 
     def _choose(self, step: int | None) -> int:
-        """The newest whole checkpoint, or `step`; sets aside what is newer. Else _NONE or _ALL_DAMAGED."""
+        """Return the newest intact step, or `step`, else _NONE or _ALL_DAMAGED; set newer checkpoints aside."""
         for leftover in self._directory.glob("*orbax-checkpoint-tmp*"):
             if not self._read_only:
                 shutil.rmtree(leftover)
@@ -70,20 +74,20 @@ class Checkpoints:
             if step not in steps or find_damage(self._directory / str(step)):
                 return _NONE
             for newer in steps[steps.index(step) + 1 :]:
-                self._set_aside(self._directory / str(newer), f"the run goes on from step {step}")
+                self._set_aside(self._directory / str(newer), f"the run resumes from step {step}")
             return step
         for candidate in reversed(steps):
             path = self._directory / str(candidate)
             if not (problem := find_damage(path)):
                 return candidate
-            console.print(f"[bold red]checkpoint {path}[/]: {problem}; it is passed over")
+            console.print(f"[bold red]checkpoint {path}[/]: {problem}; it is skipped")
             self._set_aside(path, problem)
-        # A first save that was interrupted leaves one checkpoint without a manifest: that is a beginning.
+        # An interrupted first save leaves one checkpoint without a manifest; the stage then starts from scratch.
         is_first = len(steps) == 0 or (len(steps) == 1 and problem.startswith(_UNFINISHED))
         return _NONE if is_first else _ALL_DAMAGED
 
     def _set_aside(self, path: Path, why: str) -> None:
-        """Out of the way of the run, in case anybody still wants it."""
+        """Move a checkpoint out of the run's way, in case it is still needed."""
         if self._read_only:
             return
         place = self._directory.parent / "set_aside"
@@ -95,10 +99,14 @@ class Checkpoints:
         (target / "why.txt").write_text(why + "\n")
 
     def save(self, step: int, state: TrainState, record: dict) -> None:
-        """Write in the background; `state` may be donated as soon as this returns.
+        """Write a checkpoint in the background; `state` may be donated as soon as this returns.
 
+        Args:
+            step: number of steps done; nothing happens if its checkpoint is the latest.
+            state: to save.
+            record: to save with it, JSON-able.
         Raises:
-            CheckpointError: the save before this one failed.
+            CheckpointError: the previous save failed, or this one cannot start.
         """
         self.wait()
         if self.latest_step == step:
@@ -114,7 +122,7 @@ class Checkpoints:
                 response.result()
                 if is_main():
                     write_manifest(path)
-            except Exception as error:  # raised by the next call, in the thread that can act on it
+            except Exception as error:  # the next call raises it, in the thread that can act on it
                 self._failure = _unwritten(path, error)
             else:
                 if is_main():
@@ -127,17 +135,17 @@ class Checkpoints:
     def _remove_old(self) -> None:
         for old in steps_of(self._directory)[: -self._keep]:
             try:
-                # A checkpoint without its manifest is none: an interruption here leaves nothing half deleted.
+                # Delete the manifest first: without it, the rest does not count as a checkpoint after an interruption.
                 (self._directory / str(old) / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(self._directory / str(old))
-            except OSError as error:  # the new one is whole; the next save tries again
+            except OSError as error:  # the new one is intact; the next save tries again
                 console.print(f"checkpoint {self._directory / str(old)} could not be removed ({error})")
 
     def wait(self) -> None:
-        """Until the last save is on disk.
+        """Wait until the last save is on disk.
 
         Raises:
-            CheckpointError: it failed.
+            CheckpointError: the save failed.
         """
         if self._writer is not None:
             self._writer.join()
@@ -145,20 +153,22 @@ class Checkpoints:
         self.raise_failure()
 
     def raise_failure(self) -> None:
-        """Waits for nothing.
+        """Raise the failure of the last background save if it is known; do not wait.
 
         Raises:
-            CheckpointError: the last save in the background is known to have failed.
+            CheckpointError: the save failed.
         """
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, on the devices and in the shardings of `like`.
+        """Restore the checkpoint of `latest_step`, on the devices and in the shardings of `like`.
 
+        Returns:
+            (state, record).
         Raises:
-            CheckpointError: there is none, or it does not fit the parameters.
+            CheckpointError: there is none, or it does not match the shapes of `like`.
         """
         self.wait()
         step = self.latest_step
@@ -170,7 +180,7 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise CheckpointError(
                 f"checkpoint {self._directory} step {step} does not fit this run ({error}); the model and optimizer "
-                "settings must be those that wrote it. Choose another --run.directory."
+                "settings must match those that wrote it. Choose another --run.directory."
             ) from error
         return TrainState(**{"companions": {}} | restored["state"]), _current(restored["record"])
 
@@ -182,12 +192,12 @@ class Checkpoints:
 
 
 def _saved(state: TrainState) -> dict[str, Any]:
-    """What is written of a state: a run without companions, such as every one of an earlier version, keeps none."""
+    """Return the fields of a state to save; empty companions are left out, as in checkpoints of earlier versions."""
     return {name: value for name, value in vars(state).items() if name != "companions" or value}
 
 
 def _current(record: dict) -> dict:
-    """A record as `loop.fit` reads it; earlier versions named the data cursor after the stage's own."""
+    """Return a record as `loop.fit` reads it; earlier versions keep the data cursor as "tasks" or "position"."""
     if "cursor" in record or "flops" not in record:
         return record
     rest = {name: value for name, value in record.items() if name not in ("tasks", "position")}
@@ -196,13 +206,13 @@ def _current(record: dict) -> dict:
 
 def _unwritten(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"checkpoint {path} could not be written ({error}); earlier ones are untouched. Make room, or mend the "
-        "permissions, and start the same command again."
+        f"checkpoint {path} could not be written ({error}); earlier ones are untouched. Free disk space or fix the "
+        "permissions, then run the same command again."
     )
 
 
 def steps_of(directory: Path) -> list[int]:
-    """Steps of the stage's checkpoints, whole or not, in order."""
+    """Return the steps of the stage's checkpoints, intact or not, in ascending order."""
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
 
 
@@ -210,23 +220,23 @@ def steps_of(directory: Path) -> list[int]:
 
 
 def write_manifest(path: Path) -> None:
-    """Digests of all files of a checkpoint, and of the manifest itself."""
+    """Write the digests of all files of a checkpoint, and of the manifest itself."""
     body = json.dumps(dict(_digests(path, _files(path))), indent=1, sort_keys=True)
     write_atomically(path / MANIFEST, _sealed(body))
 
 
 def find_damage(path: Path) -> str:
-    """What is wrong with a checkpoint, in words; empty where every file is as it was written."""
+    """Return a description of a checkpoint's damage; empty if every file in its manifest is as it was written."""
     try:
         text = (path / MANIFEST).read_text()
     except (OSError, ValueError) as error:
-        return f"{_UNFINISHED} ({error}): it was never finished, or is damaged"
+        return f"{_UNFINISHED} ({error}), so it is unfinished or damaged"
     body = text.rpartition("\n}")[0] + "\n}"
     if text != _sealed(body):
         return "its manifest is damaged"
     expected = json.loads(body)
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in expected):
-        return "its manifest names files outside of it"
+        return "its manifest names files outside the checkpoint"
     missing = [name for name in expected if not (path / name).is_file()]
     if missing:
         return f"{len(missing)} file(s) are missing ({missing[0]})"

@@ -1,4 +1,4 @@
-"""What tasks are made of: positions of documents, or questions. Nothing outside asks which of the two it is."""
+"""Task domains: positions of documents, or questions. Training stages use both through `Domain`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,25 +43,26 @@ from rpt_jax.train.progress import console, counted, tracked
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """What RL trains on."""
+    """The tasks that RL trains on."""
 
     source: Source
     ids: np.ndarray
-    """Tasks of the source to train on."""
+    """i64 [tasks], ids in the source of the tasks to train on."""
     weights: tuple[float, ...] = (1.0,)
-    """Of the parts of a mixture."""
+    """Sampling weights of the parts of a mixture."""
     corpora: np.ndarray | None = None
-    """Part of the mixture of each trunk; None: there is one part."""
+    """i32 [trunks], part of the mixture that each trunk is from; None: there is one part."""
     band: tuple[float, float] | None = None
-    """Pass rates at which a trunk is asked again; None: always."""
+    """Lowest and highest pass rate at which a task is used again; None: any."""
 
 
 class Domain(Protocol):
-    """One kind of tasks.
+    """One kind of task.
 
     Attributes:
-        name: documents or questions. template: of every prompt.
-        identity: what identifies the data; a run goes on only with its own.
+        name: documents or questions.
+        template: of every prompt.
+        identity: JSON-able, identifies the data; a run resumes only with the same data.
     """
 
     name: str
@@ -69,32 +70,33 @@ class Domain(Protocol):
     identity: dict
 
     def warm_examples(self, config: Config, tokenizer: Tokenizer) -> Sequence[Example]:
-        """What a warm start learns."""
+        """Return the examples that a warm start learns."""
         ...
 
     def control_examples(self, run) -> Sequence[Example] | None:
-        """What a control learns from; None: there is none."""
+        """Return the examples that a control learns; None: the domain has no control."""
         ...
 
     def training_tasks(self, run, params) -> Tasks:
-        """Tasks to train on; params: the policy that RL starts from."""
+        """Return the tasks to train on; `params` are those of the policy that RL starts from."""
         ...
 
     def heldout(self, run, params) -> Source:
-        """Tasks to be judged on."""
+        """Return the held-out tasks, for evaluation; `params` as in `training_tasks`."""
         ...
 
     def evaluator(self, run, source: Source, limits: dict[str, int], reward) -> Any:
-        """An evaluator on at most so many tasks of each split; its splits are named (limit's name, split)."""
+        """Return an evaluator whose splits, keyed (limit name, split), hold up to `limits[limit name]` tasks each."""
         ...
 
 
 def open_domain(config: Config, tokenizer: Tokenizer) -> Domain:
-    """The domain that the config names, read and checked."""
+    """Read and check the domain that the config names."""
     return (open_questions if config.questions.path else open_documents)(config, tokenizer)
 
 
 def cache_directory(config: Config) -> Path:
+    """Return the directory of the cached corpus and its scored positions: data.cache, or the run's directory."""
     return Path(config.data.cache or config.run.directory)
 
 
@@ -121,7 +123,7 @@ class Questions:
     def warm_examples(self, config: Config, tokenizer: Tokenizer) -> Sequence[Example]:
         if not config.supervised.path:
             raise ConfigError(
-                "a warm start on questions needs their solutions. Set --supervised.path to a file of them."
+                "a warm start on questions needs their solutions. Set --supervised.path to a file of solutions."
             )
         return read_examples(config.supervised.path, tokenizer, self.template, config)
 
@@ -144,14 +146,15 @@ class Questions:
 
 
 def open_questions(config: Config, tokenizer: Tokenizer) -> Questions:
-    """Training and held-out questions.
+    """Read the training and held-out questions.
 
     Raises:
-        ConfigError, DataError: settings or records that cannot be used.
+        ConfigError: unusable settings.
+        DataError: unusable records.
     """
     if config.rollout.prompts_per_trunk != 1:
         raise ConfigError(
-            f"rollout.prompts_per_trunk={config.rollout.prompts_per_trunk}; a question is a trunk of its own. "
+            f"rollout.prompts_per_trunk={config.rollout.prompts_per_trunk}; every question is a separate trunk. "
             "Set --rollout.prompts-per-trunk 1."
         )
     training = read_questions(config.questions.path)
@@ -161,7 +164,10 @@ def open_questions(config: Config, tokenizer: Tokenizer) -> Questions:
         cut = min(len(training) - 1, max(1, round(len(training) * (1 - config.data.heldout_fraction))))
         training, heldout = training[:cut], training[cut:]
     if not training:
-        raise ConfigError("one question leaves none to hold out. Set --questions.heldout-path, or give more questions.")
+        raise ConfigError(
+            "questions.path holds one question; training and evaluation need at least one each. "
+            "Set --questions.heldout-path, or add questions."
+        )
     return Questions(
         template=make_question_template(tokenizer, config.questions, config.data),
         training=question_source(training, "training", config, tokenizer),
@@ -172,12 +178,12 @@ def open_questions(config: Config, tokenizer: Tokenizer) -> Questions:
 def question_source(
     questions: str | list[Question], where: str, config: Config, tokenizer: Tokenizer
 ) -> QuestionSource:
-    """Questions of a path, or these ones, as tasks; says how many cannot be asked."""
+    """Return the source of questions given as a path or a list; print how many are skipped, and why."""
     found = read_questions(questions) if isinstance(questions, str) else questions
     source, left_out = make_question_source(found, tokenizer, config.questions, config.data)
     for reason, count in left_out.items():
         if count:
-            console.print(f"{count} of {len(found)} {where} questions {reason}; left out")
+            console.print(f"{count} of {len(found)} {where} questions {reason}; skipped")
     return source
 
 
@@ -186,7 +192,7 @@ def question_source(
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """Positions of documents, chosen by a proxy's entropy."""
+    """Positions of documents, by default selected by a proxy's entropy."""
 
     template: Template
     training: Sequence[Document]
@@ -202,12 +208,12 @@ class Documents:
         supervised = config.supervised
         if supervised.path:
             return read_examples(supervised.path, tokenizer, self.template, config)
-        # Beside drafts, plain text weighs like their contexts, or it would drown their few tokens.
+        # Mixed with drafts, plain text gets the weight of their contexts, or it would drown out their few tokens.
         weight = supervised.context_weight if supervised.draft_fraction else 1.0
         plain = document_examples(self.training, tokenizer, config.data.trunk_length, weight=weight)
         if not supervised.draft_fraction:
             return plain
-        # No more than the warm start can use: of a large corpus only a part is ever seen.
+        # Take no more than the warm start can use, which is only part of a large corpus.
         plain = plain.sample(supervised.num_steps * supervised.batch_size)
         drafts = draft_examples(self.training, tokenizer, self.template, config, len(plain))
         console.print(f"warm start: {len(plain):,} plain sequences, {len(drafts):,} drafts")
@@ -228,7 +234,7 @@ class Documents:
         return Tasks(source=source, ids=ids, weights=self.weights, corpora=corpora, band=band)
 
     def training_positions(self, run, proxy: Proxy, identity: str) -> ScoredCorpus:
-        """Positions of the training documents that may be chosen."""
+        """Return the positions of the training documents to select from; `identity` is the proxy's fingerprint."""
         training = self.training
         if run.config.positions.max_documents:
             training = documents_lib.first(training, run.config.positions.max_documents)
@@ -258,7 +264,7 @@ class Documents:
         )  # fmt: skip
 
     def _scored(self, run, documents, proxy: Proxy, identity: str, *, always: bool = False) -> ScoredCorpus:
-        """Positions of the documents; without scores where the selector needs none, unless `always`."""
+        """Return the positions of the documents, scored if the selector needs scores or `always` is set."""
         config, facts = run.config, token_facts(run.token_bytes, boxed_mode=run.config.reward.boxed_mode)
         windows = Windows(
             window=config.data.trunk_length - len(self.template.header),
@@ -277,10 +283,11 @@ class Documents:
 
 
 def open_documents(config: Config, tokenizer: Tokenizer) -> Documents:
-    """Training and held-out documents.
+    """Read the training and held-out documents.
 
     Raises:
-        ConfigError, DataError: settings or a corpus that cannot be used.
+        ConfigError: unusable settings.
+        DataError: an unusable corpus.
     """
     _check_proxy(config, tokenizer)
     template = make_template(tokenizer, config.data)
@@ -288,7 +295,8 @@ def open_documents(config: Config, tokenizer: Tokenizer) -> Documents:
     if least < config.positions.min_context_tokens:
         raise ConfigError(
             f"data.window_stride={config.data.window_stride} leaves a position as few as {least} tokens of context in "
-            f"its window; positions.min_context_tokens={config.positions.min_context_tokens}. Lower the stride."
+            f"its window; positions.min_context_tokens={config.positions.min_context_tokens} requires more. Lower "
+            "--data.window-stride."
         )
     corpora = training_corpora(config.data)
     read = partial(
@@ -325,18 +333,18 @@ def _check_proxy(config: Config, tokenizer: Tokenizer) -> None:
     model = read_config(path)
     if load_tokenizer(path).encoding_fingerprint != tokenizer.encoding_fingerprint:
         raise ConfigError(
-            f"the tokenizer in proxy.path={path!r} is not the policy's; positions are token indices, so both must "
-            "share one. Choose a proxy of the same family."
+            f"the tokenizer in proxy.path={path!r} is not the policy's; positions are token indices, so both "
+            "models must share a tokenizer. Choose a proxy of the same family."
         )
     if config.data.trunk_length + 2 > model.max_positions:
         raise ConfigError(
-            f"the proxy has {model.max_positions} positions; data.trunk_length={config.data.trunk_length} does not "
-            "fit. Lower it, or choose another proxy."
+            f"the proxy has {model.max_positions} positions; it needs data.trunk_length={config.data.trunk_length} "
+            "plus 2. Lower --data.trunk-length, or choose another proxy."
         )
 
 
 def load_proxy(run, params) -> tuple[Proxy, str]:
-    """The model that scores positions, and its fingerprint; `params` where no other is named."""
+    """Return the model that scores positions, and its fingerprint. Without a proxy.path it is the policy, `params`."""
     model, path = run.config.model, run.config.proxy.path
     if path:
         model = replace(read_config(path), activation_dtype=model.activation_dtype)
@@ -350,5 +358,5 @@ def load_proxy(run, params) -> tuple[Proxy, str]:
         batch_trunks=run.config.eval.batch_trunks,
         renormalize=run.config.positions.renormalize,
     )
-    # Not how it is computed, which another machine may do in another way.
+    # Exclude remat and platform, which change only how the scores are computed and may differ between machines.
     return proxy, f"{replace(model, remat=True, platform='')}{fingerprint(params)}"

@@ -1,4 +1,4 @@
-"""Evaluations of a run: its held-out tasks, by split, logged at the steps that ask for them."""
+"""Evaluations of a run on its held-out tasks, by split, logged at fixed steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,9 @@ class Evaluations:
     """Evaluates policies on the held-out tasks; the first and last evaluation use more of them.
 
     Attributes:
-        start: the policy that RL starts from, for requests of the reward that name it.
+        run: the run.
+        source: its held-out tasks.
+        start: parameters of the policy that RL starts from, for requests of the reward that name it.
     """
 
     run: Run
@@ -23,7 +25,13 @@ class Evaluations:
     start: Any = None
 
     def at_step(self, step: int, params, flops: Callable[[], float]) -> None:
-        """Evaluate before the first step, every eval.every_steps and after the last, unless that was done."""
+        """Evaluate before the first step, every eval.every_steps steps and after the last, unless already logged.
+
+        Args:
+            step: number of steps done.
+            params: of the policy.
+            flops: returns the FLOPs so far.
+        """
         config, directory = self.run.config, self.run.directory
         is_last = step == config.run.num_steps
         if not (is_last or step % config.eval.every_steps == 0) or directory.has_record("evaluation", step):
@@ -32,11 +40,13 @@ class Evaluations:
         directory.log("evaluation", step, {"flops": flops()} | figures)
 
     def evaluate(self, params, *, thinking: bool, final: bool) -> dict[str, dict]:
-        """{"splits": figures per split, on eval.num_positions tasks of each}.
+        """Return {"splits": {split: figures}}, on up to eval.num_positions tasks of each split.
 
         Args:
-            final: "splits" are on eval.final_num_positions; the others, of which a curve over steps is made, are
-                beside them as "curve".
+            params: of the policy.
+            thinking: False computes the direct figures only.
+            final: "splits" use eval.final_num_positions tasks instead, and "curve" is added with the usual number, for
+                curves over steps.
         """
         settings = self.run.config.eval
         limits = {"splits": settings.num_positions}
@@ -48,5 +58,5 @@ class Evaluations:
 
     @cached_property
     def _reward(self) -> Reward:
-        """Made once: a new one would start processes again."""
+        """Create the reward once, because every instance starts worker processes."""
         return self.run.make_reward(self.source)

@@ -1,7 +1,7 @@
 """The training loop: RL, supervised training and the control all run through `fit`.
 
-Saving, resuming, skipped updates, interruption, progress and metrics stand here once. What a step is belongs to the
-stage (`stages/`): reinforcement pre-training takes tasks, rolls out, rewards and updates (`stages/rl.py`).
+`fit` handles saving, resuming, skipped updates, interruption, progress and metrics. Each stage in `stages/` defines its
+step: reinforcement pre-training takes tasks, rolls out, rewards and updates (`stages/rl.py`).
 """
 
 from collections.abc import Callable
@@ -28,20 +28,28 @@ def fit(
     at_boundary: Callable[[int, TrainState, Callable[[], float]], None] = lambda *_: None,
     stop_at_step: int | None = None,
 ) -> tuple[TrainState, float]:
-    """Train from the newest checkpoint, or from `state`, until the end.
+    """Train until the end, from the newest checkpoint or, without one, from `state`.
 
-    A step is all or nothing: where a process ends within one, the next draws the same tasks and the same noise again.
+    A step is all or nothing: if a process ends during one, the next process draws the same tasks and noise again.
 
     Args:
-        run, checkpoints: where to log and save; None: nowhere.
-        at_boundary: called with (steps done, state, a function that gives the FLOPs so far) before each step and at the
-            end.
-        stop_at_step: stop and save here as an interruption would.
+        training: the kind of training.
+        state: at step 0; also gives the shapes and shardings to restore.
+        run: where to log; None: nowhere.
+        checkpoints: where to save and resume; None: nowhere.
+        until: when training ends.
+        save_every_steps: interval of saves, in addition to the last step.
+        max_skipped_updates: consecutive skipped updates that stop the run.
+        at_boundary: called before each step and at the end with (steps done, state, function that returns the FLOPs so
+            far).
+        stop_at_step: save and stop here, as an interruption would.
     Returns:
         (state, FLOPs spent).
     Raises:
-        CheckpointError: the run is past its end; too many updates in a row were skipped; a checkpoint was not written.
-        Interrupted, RewardError, DataError: told to stop; a reward function failed; no task is left. All is saved.
+        CheckpointError: the run is past its end, too many consecutive updates were skipped, or a save failed.
+        Interrupted: the run received a stop signal; the last complete step is saved, as in the next two.
+        RewardError: a reward function failed.
+        DataError: no task is left.
     """
     done, recorder = 0, Recorder(training.name, run)
     if checkpoints is not None and checkpoints.latest_step is not None:
@@ -50,8 +58,8 @@ def fit(
         training.set_cursor(record["cursor"])
     if until.steps is not None and done > until.steps:
         raise CheckpointError(
-            f"{training.name} has done {done} steps, and run.num_steps={until.steps}. Raise --run.num-steps, or go "
-            f"back with --run.resume {until.steps}."
+            f"{training.name} has done {done} steps; run.num_steps={until.steps} must be at least that. Raise "
+            f"--run.num-steps, or go back with --run.resume {until.steps}."
         )
     for name in (training.name, *training.also_records) if run is not None else ():
         run.cut_metrics(name, done)
@@ -70,7 +78,7 @@ def fit(
                     break
                 state, outcome = training.step(state, done)
                 done, cursor = done + 1, training.get_cursor()
-                # Where FLOPs set the end they are known on the host; else metrics are read a step late.
+                # If FLOPs set the end, wait for this step's; otherwise metrics are read one step late.
                 spent = recorder.flops_with(outcome) if until.flops is not None else 0.0
                 is_done = until.is_reached(done, spent)
                 recorder.add(done, outcome, keep=is_done or done % training.log_every_steps == 0)

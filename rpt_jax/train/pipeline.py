@@ -1,4 +1,4 @@
-"""Stages in order, and runs in order: how a whole run, or a recipe of several, goes through and resumes."""
+"""Execution of all stages of a run, or of a recipe of several runs, in order; both resume after an interruption."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,12 +17,13 @@ from rpt_jax.train.stages.warm_start import warm_start
 
 
 def run_stages(config: Config, *, stop_at_step: int | None = None) -> Run:
-    """Warm start, tasks, RL, control. A finished stage is not run again; an interrupted one resumes.
+    """Run the warm start, RL and the control. A finished stage is not run again; an interrupted one resumes.
 
     Args:
-        stop_at_step: stop RL and save here as an interruption would; nothing comes after it.
+        config: of the run.
+        stop_at_step: save and stop RL here, as an interruption would; later stages do not run.
     Returns:
-        The run, its records closed.
+        The run, with its records closed.
     """
     run = prepare(config)
     params = warm_start(run)
@@ -44,19 +45,19 @@ Recipe = Sequence[tuple[str, Config]]
 def run_recipe(
     recipe: Recipe, directory: str | Path, *, after_each: Callable[[Run], Any] = lambda run: None
 ) -> list[Path]:
-    """Named runs one after the other, each in its own directory, each from the policy that the one before ended with.
+    """Run named runs in order, each in its own directory and from the final policy of the previous run.
 
-    A finished run is checked, not run again, and an interrupted one resumes: after an interruption anywhere, the same
-    call ends with the same policies, bit for bit.
+    A finished run is checked but not run again, and an interrupted one resumes. After any interruption, the same call
+    ends with the same policies, bit for bit.
 
     Args:
-        recipe: (name, config) of each; the first starts from its own policy.path. Names are unique.
-        directory: holds a directory of each name.
-        after_each: called with each run that has ended in this process.
+        recipe: (name, config) of each run; the first starts from its own policy.path. Names are unique.
+        directory: parent of the runs' directories, which have the names of the runs.
+        after_each: called with each run that ends in this process.
     Returns:
         The runs' directories.
     Raises:
-        ConfigError: names that are not unique, or a policy.path in any run but the first.
+        ConfigError: names are not unique, or a run other than the first has a policy.path.
         CheckpointError: a directory holds a run with another config or corpus.
     """
     configs = chained(recipe, Path(directory))
@@ -72,18 +73,22 @@ def run_recipe(
 
 
 def chained(recipe: Recipe, directory: Path) -> list[Config]:
-    """The configs of a recipe with their directories, each with the run before as its policy."""
+    """Return the configs of a recipe with their directories, each with the previous run as its policy.
+
+    Raises:
+        ConfigError: names are not unique, or a run other than the first has a policy.path.
+    """
     names = [name for name, _ in recipe]
     if len(set(names)) < len(names):
-        raise ConfigError(f"a recipe has runs {names}; each needs a name of its own. Rename one.")
+        raise ConfigError(f"a recipe has runs {names}; each needs a unique name. Rename one.")
     configs: list[Config] = []
     for name, config in recipe:
         policy = config.policy
         if configs:
             if policy.path:
                 raise ConfigError(
-                    f"run {name!r} of a recipe has policy.path={policy.path!r}; it starts from the run before. Leave "
-                    "policy.path out, or begin another recipe."
+                    f"run {name!r} of a recipe has policy.path={policy.path!r}; it starts from the previous run. Remove "
+                    "policy.path, or start another recipe."
                 )
             policy = replace(policy, path=configs[-1].run.directory)
         configs.append(replace(config, policy=policy, run=replace(config.run, directory=str(directory / name))))

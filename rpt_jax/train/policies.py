@@ -1,4 +1,4 @@
-"""A run's tokenizer, shape and first parameters: those of a model directory, of another run, or random."""
+"""A run's tokenizer, model shape and initial parameters: from a model directory, from another run, or new."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,17 +25,21 @@ from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.run_directory import read_config, read_json
 from rpt_jax.types import TrainState
 
-# Documents that a tokenizer is trained on, at most, in characters.
+# Characters of documents to train a tokenizer on, about.
 _TOKENIZER_CHARACTERS = 50_000_000
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a policy path names a run directory, not a model's."""
+    """Return whether a policy path is a run directory, not a model directory."""
     return (Path(path) / "checkpoints").is_dir() and (Path(path) / "config.json").exists()
 
 
 def find_tokenizer(config: Config) -> Tokenizer:
-    """data.tokenizer; else that of policy.path; else the run's own, trained on its documents."""
+    """Return data.tokenizer, else the tokenizer of policy.path, else the run's own, trained on its documents.
+
+    Raises:
+        ConfigError: none is set for a run on questions.
+    """
     if config.data.tokenizer:
         return load_tokenizer(config.data.tokenizer)
     if config.policy.path:
@@ -45,7 +49,7 @@ def find_tokenizer(config: Config) -> Tokenizer:
     if (own / "tokenizer.json").exists():
         return load_tokenizer(own)
     if config.questions.path:
-        raise ConfigError("questions.path without a tokenizer; questions train none. Set --data.tokenizer.")
+        raise ConfigError("questions.path is set without a tokenizer; a run on questions needs one. Set --data.tokenizer.")
 
     def texts():
         left = _TOKENIZER_CHARACTERS
@@ -60,14 +64,16 @@ def find_tokenizer(config: Config) -> Tokenizer:
 
 
 def resolve(config: Config, tokenizer: Tokenizer, kept: Config | None = None) -> Config:
-    """The config with what is resolved at a run's first start filled in: the model's shape, and the stop ids.
+    """Return the config with the values that a run's first start resolves: the model's shape and the stop ids.
 
-    The shape is the checkpoint's, or has a vocabulary entry for every id.
+    The shape is that of policy.path. Without one, model.vocab_size=0 becomes at least one entry for every id.
 
     Args:
-        kept: the config that the run directory holds; what it resolved at its first start is used again.
+        config: of this start.
+        tokenizer: of the run.
+        kept: the config in the run directory, whose resolved values are used again; None: a new run.
     Raises:
-        ConfigError: fewer entries than ids, or sizes that do not fit each other.
+        ConfigError: fewer entries than ids, invalid stop ids, or sizes that do not fit each other.
     """
     model, path = config.model, config.policy.path
     if path:
@@ -80,16 +86,16 @@ def resolve(config: Config, tokenizer: Tokenizer, kept: Config | None = None) ->
     if size and size < tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size={size}; the tokenizer has {tokenizer.vocab_size} ids and each needs an entry. "
-            "Raise --model.vocab-size, use 0, or give the tokenizer that belongs to the checkpoint."
+            "Raise --model.vocab-size, use 0, or use the tokenizer that belongs to the checkpoint."
         )
     model = replace(model, vocab_size=size or -(-tokenizer.vocab_size // shards) * shards)
-    # Runs that were made before stop ids were kept stopped at the one end token.
+    # A run directory without stop ids is of an earlier version, which stops at the end token alone.
     kept_ids = () if kept is None else kept.rollout.stop_ids or (tokenizer.eos_id,)
     stop_ids = config.rollout.stop_ids or kept_ids or tokenizer.stop_ids
     if not all(0 <= i < tokenizer.vocab_size for i in stop_ids):
         raise ConfigError(
             f"rollout.stop_ids={stop_ids}; they must be ids of the tokenizer, below {tokenizer.vocab_size}. Correct "
-            "them, or leave them out."
+            "them, or remove them."
         )
     config = replace(config, model=model, rollout=replace(config.rollout, stop_ids=stop_ids))
     config.validate()
@@ -101,7 +107,7 @@ def _shape_of(path: str) -> DecoderConfig:
 
 
 def start_params(config: Config, mesh: Mesh) -> Any:
-    """The policy's parameters before any training: from policy.path, or random."""
+    """Return the policy's parameters before any training, in policy.param_dtype: from policy.path, or random."""
     path, kind = config.policy.path, config.policy.param_dtype
     if not path:
         params = init_params(config.model, mesh, jax.random.key(config.run.seed))
@@ -113,24 +119,24 @@ def start_params(config: Config, mesh: Mesh) -> Any:
 
 
 def _policy_of_run(path: Path, mesh: Mesh) -> Any:
-    """The newest policy of a run directory, adapters merged.
+    """Return the newest policy of a run directory, with its adapters merged.
 
     Raises:
-        CheckpointError: RL has no checkpoint yet, or the model that the run started from has changed since.
+        CheckpointError: RL has no checkpoint yet, or the model that the run started from has changed.
     """
     config = read_config(path, say=False)
     if _checkpoints(path, "rpt", config).latest_step is None:
         raise CheckpointError(
-            f"policy.path={str(path)!r} is a run without a checkpoint of RL; it has no policy yet. Train it on, or "
-            "name another."
+            f"policy.path={str(path)!r} is a run without an RL checkpoint; it must have a policy. Continue training it, "
+            "or choose another --policy.path."
         )
     params = start_params(config, mesh)
     if config.policy.path and read_json(path / "policy.json")["checksum"] != fingerprint(params):
         raise CheckpointError(
             f"policy.path={str(path)!r} is a run that started from {config.policy.path}, whose weights have changed "
-            "since. Restore them, or name another."
+            "since. Restore them, or choose another --policy.path."
         )
-    # Adapters sit on what the warm start made; without them RL's checkpoint holds all weights.
+    # Adapters belong to the warm-started weights; without adapters, RL's checkpoint holds all weights.
     has_base = config.supervised.num_steps and config.lora.rank
     for stage in ("warm_start", "rpt") if has_base else ("rpt",):
         state, frozen = fresh_state(config, mesh, params, stage)
@@ -143,17 +149,17 @@ def _checkpoints(path: Path, stage: str, config: Config) -> Checkpoints:
 
 
 def trainable(config: Config, mesh: Mesh, params) -> tuple[Any, Frozen | None]:
-    """(what a stage trains, what stays beside it): a copy of the parameters, or fresh adapters on the parameters."""
+    """Return (trained parameters, frozen ones): a copy of `params` and None, or fresh adapters and `params`."""
     settings = config.lora
     if not settings.rank:
-        # The first update donates its state: keep the start's own buffers for the control and the reference.
+        # The first update donates its state, but the control and the reference still need the buffers of `params`.
         return jax.tree.map(jnp.copy, params), None
     adapters = lora.init_adapters(config.model, settings, mesh, jax.random.key(config.run.seed + 1))
     return adapters, Frozen(params=params, scale=np.float32(settings.alpha / settings.rank))
 
 
 def stage_optimizer(config: Config, stage: str) -> Any:
-    """The optimizer of a stage: warm_start, rpt or control."""
+    """Return the optimizer of a stage: warm_start, rpt or control."""
     settings, num_steps = {
         "warm_start": (config.supervised.optimizer, config.supervised.num_steps),
         "rpt": (config.optimizer, config.num_updates),
@@ -163,7 +169,7 @@ def stage_optimizer(config: Config, stage: str) -> Any:
 
 
 def fresh_state(config: Config, mesh: Mesh, params, stage: str) -> tuple[TrainState, Frozen | None]:
-    """(a stage's state at step 0, with the companions that its reward asks for; what its adapters sit on)."""
+    """Return (a stage's state at step 0, with the companions that the reward requests; its adapters' base weights)."""
     trained, frozen = trainable(config, mesh, params)
     state = init_state(trained, stage_optimizer(config, stage), mesh)
     companions = requested_policies(config.reward) & {AVERAGE} if stage == "rpt" else set()
@@ -172,7 +178,7 @@ def fresh_state(config: Config, mesh: Mesh, params, stage: str) -> tuple[TrainSt
 
 @jax.jit
 def _checksum(params):
-    """Two u32 sums over the bits of all numbers, each weighted by its place: the same on any mesh."""
+    """Return u32 [2], sums over the bits of all parameters, each hashed with its index: the same on any mesh."""
     total = jnp.zeros(2, jnp.uint32)
     for number, leaf in enumerate(jax.tree.leaves(params)):
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32)
@@ -183,5 +189,5 @@ def _checksum(params):
 
 
 def fingerprint(params: Any) -> str:
-    """What tells one set of parameters from another; a checksum, no proof against intent."""
+    """Return a checksum that identifies parameters; it does not protect against deliberate collisions."""
     return "-".join(f"{int(part):08x}" for part in _checksum(params))

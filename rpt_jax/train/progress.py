@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a console on stderr and progress bars."""
+"""What a person sees during a run: a console on stderr and progress bars."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,12 @@ console = Console(stderr=True)
 
 @contextmanager
 def progress_bar(description: str, total: int | None) -> Iterator:
-    """A rich progress bar; yields update(completed, note). total: None where it is not known."""
+    """Show a rich progress bar; yield update(completed, note).
+
+    Args:
+        description: text before the bar.
+        total: number of items; None if unknown.
+    """
     columns = (
         TextColumn("[bold]{task.description:<24}"),
         BarColumn(),
@@ -28,7 +33,7 @@ def progress_bar(description: str, total: int | None) -> Iterator:
 
 
 def tracked(description: str, batches: Iterable) -> Iterable:
-    """Passes batches on and shows how many are done."""
+    """Yield the batches and show how many are done."""
     batches = list(batches)
     with progress_bar(description, len(batches)) as progress:
         for number, batch in enumerate(batches, start=1):
@@ -37,7 +42,7 @@ def tracked(description: str, batches: Iterable) -> Iterable:
 
 
 def counted(description: str, items: Iterable) -> Iterable:
-    """Passes items on and shows how many there were; their total is not known."""
+    """Yield the items and show how many are done, without a known total."""
     with progress_bar(description, None) as progress:
         for number, item in enumerate(items, start=1):
             yield item

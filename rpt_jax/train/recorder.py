@@ -1,4 +1,4 @@
-"""What a step leaves behind: metrics read a step late, token and FLOP counts, sampled completions."""
+"""Records of steps: metrics read one step late, token and FLOP counts, sampled completions."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from rpt_jax.types import Experience
 
 @jax.jit
 def experience_metrics(experience: Experience) -> dict[str, jax.Array]:
-    """Scalars of one rollout batch; fractions are over rollouts of real positions unless the name says otherwise."""
+    """Compute f32 scalars of one rollout batch; fractions are over rollouts of real prompts unless named otherwise."""
     tasks, rollouts, predictions = experience.tasks, experience.rollouts, experience.predictions
     earned = experience.earned
     groups = tasks.prompts.prompt_mask
@@ -36,24 +36,27 @@ def experience_metrics(experience: Experience) -> dict[str, jax.Array]:
         "truncated_fraction": fraction(rollouts.truncated),
         "no_think_end_fraction": fraction(predictions.think_end_tokens == 0),
         "no_prediction_fraction": fraction(~predictions.found),
-        # Longer than any continuation: cannot match, and bytes past the horizon are unknown.
+        # Longer than any continuation, so it cannot match; bytes past the horizon are unknown.
         "prediction_overflow_fraction": fraction(predictions.lengths > width),
         "excluded_mass": jnp.sum(rollouts.num_rejected) / jnp.maximum(1, jnp.sum(lengths)),
         "padded_prompt_fraction": 1 - jnp.mean(groups),
     } | {name: jnp.sum(jnp.where(groups[..., None], x, 0)) / num_rows for name, x in earned.metrics.items()}
 
 
-# Sums over tokens with the loss's own weights, which need not sum to 1.
+# Sums over tokens with the loss's weights, which need not sum to 1.
 _WEIGHTED = ("kl", "entropy", "clip_fraction", "sampler_mismatch")
 
 
 class Recorder:
-    """Holds one step's outcome until the next step is under way, then writes it: the devices never wait for the disk.
+    """Holds a step's outcome until the next step is running, then writes it: the devices never wait for the disk.
 
     Args:
+        name: stage of the records.
         run: where records go; None: nowhere.
     Attributes:
-        flops: of all steps that are written. num_skipped: updates skipped in a row by then. note: for the progress bar.
+        flops: of all written steps.
+        num_skipped: consecutive skipped updates, up to the last written step.
+        note: text for the progress bar.
     """
 
     def __init__(self, name: str, run: RunDirectory | None):
@@ -64,16 +67,22 @@ class Recorder:
         self.note = ""
 
     def add(self, step: int, outcome: Outcome, *, keep: bool) -> None:
-        """Take a step's outcome; writes the previous step's. keep: log its record."""
+        """Write the previous step's outcome and hold this one.
+
+        Args:
+            step: number of steps done.
+            outcome: of the last of them.
+            keep: log its record.
+        """
         self.flush()
         self._pending = (step, outcome, keep)
 
     def flops_with(self, outcome: Outcome) -> float:
-        """FLOPs so far and of this outcome, which has not been added."""
+        """Return the FLOPs so far, plus those of an outcome that is not added yet."""
         return self.flush() + outcome.flops()
 
     def flush(self) -> float:
-        """Write what is held; FLOPs so far."""
+        """Write the held outcome, if any; return the FLOPs so far."""
         if self._pending is None:
             return self.flops
         (step, outcome, keep), self._pending = self._pending, None
@@ -88,11 +97,11 @@ class Recorder:
 
 
 def step_record(rounds: list[dict], counts: list[dict], updates: list[dict], masked: float) -> dict:
-    """The record of one step of RL, of floats.
+    """Return the record of one RL step, as floats.
 
     Args:
-        rounds: `experience_metrics`, counts: `work.count_tokens`, of every rollout round. What dynamic sampling kept
-            would flatter the rewards.
+        rounds: `experience_metrics` of every rollout round; those of the kept trunks alone would flatter the rewards.
+        counts: `work.count_tokens` of every rollout round.
         updates: metrics of every update.
         masked: share of prompts that took no part in the update.
     """
@@ -102,7 +111,7 @@ def step_record(rounds: list[dict], counts: list[dict], updates: list[dict], mas
     for name in (n for n in updates[0] if n != "token_weight"):
         values = [u[name] for u in updates]
         if name in _WEIGHTED:
-            # Of no tokens there is no mean: the step then has no such metric.
+            # Without tokens there is no mean, so the record omits the metric.
             record |= {name: sum(values) / weight} if weight else {}
         else:
             record[name] = max(values) if name.endswith("_max") else float(np.mean(values))
@@ -114,10 +123,12 @@ def step_record(rounds: list[dict], counts: list[dict], updates: list[dict], mas
 
 
 def completion_columns(experience: Experience, tokenizer, columns: Callable[[int], dict]) -> dict[str, list]:
-    """One row per rollout of a real task: context, completion, prediction, truth, reward, and the token ids.
+    """Return columns with one row per rollout of a real prompt: context, completion, prediction, reward, ids and more.
 
     Args:
-        columns: of a task id (`batches.Source.columns`).
+        experience: of one batch.
+        tokenizer: of the policy.
+        columns: task id -> what is known of the task (`batches.Source.columns`).
     """
     tasks, rollouts, predictions, rewards = to_host(
         (experience.tasks, experience.rollouts, experience.predictions, experience.earned.rewards)
@@ -152,12 +163,12 @@ def completion_columns(experience: Experience, tokenizer, columns: Callable[[int
 
 
 def to_floats(metrics: dict) -> dict:
-    """Device scalars to Python floats."""
+    """Convert device scalars to Python floats."""
     return {name: float(np.asarray(value)) for name, value in metrics.items()}
 
 
 def _truth(columns: dict) -> str:
-    """How the text goes on, as far as a prediction may reach, or the accepted answers."""
+    """Return the true continuation, as far as a prediction may reach, or the accepted answers."""
     if "answers" in columns:
         return " or ".join(columns["answers"])
     return columns["continuation"][: columns["boundaries"][-1]].decode("utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""Rejection sampling: rollouts that earned reward become examples for a cold start, with the ids that they had."""
+"""Rejection sampling: rewarded rollouts become examples for a cold start, with the token ids that were sampled."""
 
 import json
 from collections import defaultdict
@@ -7,10 +7,12 @@ from pathlib import Path
 
 
 def accepted_rows(rows: Iterable[dict], *, min_reward: float, per_prompt: int) -> tuple[list[dict], dict[str, int]]:
-    """Rows worth learning from: right, finished, different, at most `per_prompt` of a prompt, shortest first.
+    """Select rows to learn from: correct, finished, distinct, at most `per_prompt` of a prompt, shortest first.
 
     Args:
-        rows: of `records.completion_columns`.
+        rows: with the fields of `recorder.completion_columns`.
+        min_reward: lowest accepted reward.
+        per_prompt: maximum number of rows of a prompt.
     Returns:
         (rows, counts: rollouts, low_reward, truncated, repeated, over_limit, kept).
     """
@@ -38,7 +40,14 @@ def accepted_rows(rows: Iterable[dict], *, min_reward: float, per_prompt: int) -
 
 
 def write_examples(path: Path, rows: list[dict], *, tokenizer: str, template: str) -> None:
-    """A file for supervised.path: one line per row, token ids and the fingerprints of what they belong to."""
+    """Write a file for supervised.path, one line per row: token ids, and the fingerprints that they depend on.
+
+    Args:
+        path: of the file.
+        rows: from `accepted_rows`.
+        tokenizer: fingerprint of the tokenizer.
+        template: fingerprint of the prompt template.
+    """
     with path.open("w") as file:
         for row in rows:
             line = {name: row[name] for name in ("trunk_tokens", "completion_tokens")}

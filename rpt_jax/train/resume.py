@@ -1,4 +1,4 @@
-"""Where a run goes on: its newest checkpoint, an earlier one, or those of another run that it begins as a copy of."""
+"""Where a run resumes: at its newest checkpoint, at an earlier one, or as a copy of another run."""
 
 import json
 import shutil
@@ -12,22 +12,22 @@ from rpt_jax.train.checkpoint import find_damage, steps_of
 from rpt_jax.train.progress import console
 from rpt_jax.train.run_directory import read_config, read_json, read_records, write_atomically
 
-# What a copy takes over beside checkpoints: what was found out once and must stay the same.
+# Files that a copy takes over along with checkpoints: facts that are recorded once and must stay the same.
 _FACTS = ("policy.json", "proxy.json", "corpus.json", "versions.json")
 
 
 @dataclass(frozen=True)
 class Resume:
-    """The reading of --run.resume."""
+    """The parsed value of --run.resume."""
 
     step: int | None = None
     """None: the newest checkpoint."""
     source: Path | None = None
-    """The run that a new one begins as a copy of."""
+    """The run to copy into a new directory; None: resume the run in the directory."""
 
     @staticmethod
     def parse(text: str) -> "Resume":
-        """latest · STEP · DIR · DIR@STEP."""
+        """Parse latest, STEP, DIR or DIR@STEP."""
         if text == "latest":
             return Resume()
         if text.isdigit():
@@ -39,15 +39,16 @@ class Resume:
 
 
 def begin_as_copy(config: Config, identity: dict) -> None:
-    """Give a new run directory the checkpoints and records of the run that --run.resume names.
+    """Copy the checkpoints and records of the run that --run.resume names, if any, into a new run directory.
 
-    The new run has its own config; it must read the same corpus with the same tokenizer and template.
+    The new run has its own config. It must read the same corpus with the same tokenizer and template.
 
     Args:
-        identity: what identifies the data, as `RunDirectory` keeps it.
+        config: of the new run.
+        identity: identifies the data, as `RunDirectory` stores it.
     Raises:
-        CheckpointError: the source is no run, has other data, adapters that sit on other weights, or no whole
-            checkpoint of that step; or the directory holds something else already.
+        CheckpointError: the source is not a run, or has other data, adapters on other base weights, or no intact
+            checkpoint of that step; or the directory already holds something else; or copying failed.
     """
     resume, target = Resume.parse(config.run.resume), Path(config.run.directory)
     if resume.source is None:
@@ -58,26 +59,26 @@ def begin_as_copy(config: Config, identity: dict) -> None:
         asked = {"run": str(resume.source), "step": resume.step}
         has_begun = (target / "forked.json").exists() and read_json(target / "forked.json") == asked
         if (target / "config.json").exists() and has_begun:
-            return  # the same command again
+            return  # the copy exists: this is a restart
         if ((target / "config.json").exists() or (target / "checkpoints").exists()) and not has_begun:
             raise CheckpointError(
-                f"run.resume={config.run.resume!r} begins a new run, and {target} holds something else already. Choose "
-                "another --run.directory; to go back in a run, give its step alone."
+                f"run.resume={config.run.resume!r} starts a new run, but {target} already holds something else. Choose "
+                "another --run.directory; to go back in a run, give only the step."
             )
         if not (resume.source / "config.json").exists():
             raise CheckpointError(
-                f"run.resume={config.run.resume!r}: {resume.source} holds no run (no config.json); it must be latest, "
-                "a step, or the directory of a run. Correct --run.resume."
+                f"run.resume={config.run.resume!r}: {resume.source} is not a run (no config.json); the value must be "
+                "latest, a step, or the directory of a run. Correct --run.resume."
             )
         if read_json(resume.source / "corpus.json") != identity:
             raise CheckpointError(
-                f"run.resume={config.run.resume!r} is a run on other data; a copy goes on with the same corpus, "
-                "tokenizer and template. To train it on others, export its policy and set --policy.path."
+                f"run.resume={config.run.resume!r} is a run on other data; a copy must keep the corpus, tokenizer and "
+                "template. To train its policy on other data, export it and set --policy.path."
             )
         _check_same_base(read_config(resume.source, say=False), config)
         step = _whole_step(resume)
         target.mkdir(parents=True, exist_ok=True)
-        # First a sign of what this directory is to be, last the config: an interrupted copy is made again.
+        # The marker is written first and the config last, so that an interrupted copy is made again.
         write_atomically(target / "forked.json", json.dumps(asked, indent=2))
         shutil.rmtree(target / "checkpoints", ignore_errors=True)
         stages = resume.source / "checkpoints"
@@ -93,17 +94,17 @@ def begin_as_copy(config: Config, identity: dict) -> None:
             problem = str(error)
         if problem:
             raise CheckpointError(
-                f"{resume.source} could not be copied at step {step} ({problem}); it must stay as it is meanwhile. "
-                "Start the same command again."
+                f"{resume.source} could not be copied at step {step} ({problem}); it must not change during the copy. "
+                "Run the same command again."
             )
         kept = [r for r in read_records(resume.source) if _is_before(r, step)]
         write_atomically(target / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
         write_atomically(target / "config.json", config.to_json())
-        console.print(f"begun as a copy of {resume.source} at step {step}")
+        console.print(f"started as a copy of {resume.source} at step {step}")
 
 
 def _check_same_base(old: Config, new: Config) -> None:
-    """Adapters are good only on the weights that they were made with, which each run makes again."""
+    """Check that adapters get the base weights that they were trained on, which each run computes itself."""
     if not old.lora.rank and not new.lora.rank:
         return
 
@@ -119,8 +120,8 @@ def _check_same_base(old: Config, new: Config) -> None:
     for name in sorted({*before, *after}):
         if before.get(name, nothing) != after.get(name, nothing):
             raise CheckpointError(
-                f"run.resume={new.run.resume!r} has adapters made with {name}={before.get(name, nothing)}, and this "
-                f"run has {after.get(name, nothing)}; the weights under them would be others. Use the same."
+                f"run.resume={new.run.resume!r} has adapters made with {name}={before.get(name, nothing)}, but this "
+                f"run has {after.get(name, nothing)}; their base weights must stay the same. Use the same value."
             )
 
 
@@ -132,7 +133,7 @@ def _whole_step(resume: Resume) -> int:
             return step
         console.print(f"[bold red]checkpoint {directory / str(step)}[/]: {problem}")
     raise CheckpointError(
-        f"{directory} has no whole checkpoint to begin from; there are steps {steps}. Choose another --run.resume."
+        f"{directory} has no intact checkpoint to start from; there are steps {steps}. Choose another --run.resume."
     )
 
 

@@ -1,5 +1,4 @@
-"""A run, read and checked: what its stages share. Everything that can be wrong with the input is found here, before
-anything compiles."""
+"""A checked run, which its stages share. Invalid input is found here, before anything compiles."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,9 +35,12 @@ class Run:
     """A checked run.
 
     Attributes:
-        config: with the model's shape filled in.
-        directory: where it keeps its records. domain: what its tasks are made of.
-        warm_examples: what the warm start learns.
+        config: with resolved values, such as the model's shape.
+        mesh: that holds parameters and batches.
+        directory: of its records and checkpoints.
+        tokenizer: of the policy.
+        domain: kind of its tasks.
+        warm_examples: examples that the warm start learns; empty without a warm start.
     """
 
     config: Config
@@ -50,33 +52,40 @@ class Run:
 
     @property
     def template(self) -> Template:
+        """Return the template of every prompt."""
         return self.domain.template
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
+        """Return the bytes of every token id."""
         return [self.tokenizer.token_bytes(i) for i in range(self.tokenizer.vocab_size)]
 
     def checkpoints(self, stage: str, *, read_only: bool = False) -> Checkpoints:
+        """Open the checkpoints of a stage: warm_start, rpt or control."""
         directory = self.directory.path / "checkpoints" / stage
         return Checkpoints(directory, keep=self.config.checkpoint.keep, read_only=read_only)
 
     def make_reward(self, source: Source) -> Reward:
-        """The run's reward for tasks of the source."""
+        """Create the run's reward for tasks of the source."""
         config = self.config
         scorer = Scorer(config.model, self.tokenizer, len(self.template.header), _at_once(config))
         return make_reward(config.reward, self.tokenizer, source.columns, scorer)
 
     def start_params(self) -> Any:
-        """The policy's parameters before any training. A policy that is read must stay the one it was."""
+        """Return the policy's parameters before any training.
+
+        Raises:
+            CheckpointError: the weights of policy.path are not those that the run was made with.
+        """
         params = start_params(self.config, self.mesh)
         if self.config.policy.path:
-            # Adapters, warm starts and references are only good on the weights that they were made with.
+            # Adapters, warm starts and references are valid only with the weights that they were made from.
             self.directory.remember("policy", {"path": self.config.policy.path, "checksum": fingerprint(params)})
         return params
 
 
 def _at_once(config: Config):
-    """Trunks that a scoring pass runs at a time: as many as an update's microbatch, where U and the mesh divide."""
+    """Return U -> number of trunks per scoring pass: as close to an update's microbatch as U and the mesh allow."""
 
     def number(U: int) -> int:
         limit, shards = config.mesh.microbatch_trunks or U, config.mesh.trunk_shards
@@ -86,12 +95,13 @@ def _at_once(config: Config):
 
 
 def prepare(config: Config, *, read_only: bool = False) -> Run:
-    """Read and check everything; nothing compiles here.
+    """Read and check a run's input; nothing compiles here.
 
     Args:
-        read_only: an existing run, which may be going on elsewhere and is not written to.
+        config: of the run.
+        read_only: write nothing, because the run exists and may be active elsewhere.
     Raises:
-        ConfigError, DataError, CheckpointError: see the modules that do the reading.
+        ConfigError, DataError, CheckpointError: see the modules that read the input.
     """
     config.validate()
     check_rewards(config)
@@ -106,7 +116,7 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
         domain = open_domain(config, tokenizer)
     check_positions(config, domain.template)
     examples = domain.warm_examples(config, tokenizer) if config.supervised.num_steps else ()
-    # The template too: a chat template may write the day's date into every prompt.
+    # The template is included because a chat template may write the current date into every prompt.
     identity = domain.identity | {
         "tokenizer": {"sha256": tokenizer.fingerprint},
         "template": {"sha256": domain.template.fingerprint},
@@ -125,39 +135,46 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
 
 
 def _config_of(path: Path | None, *, say: bool) -> Config | None:
-    """What the run at `path` was made with; None where there is none."""
+    """Return the config of the run at `path`; None if there is none."""
     return read_config(path, say=say) if path and (path / "config.json").exists() else None
 
 
 def check_model(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError where the model cannot be trained so, or could not be exported in the end."""
+    """Raise ConfigError if the model cannot be trained with these settings, or not be exported afterwards."""
     lora.check_targets(config.model, config.lora)
     if config.model.activation_dtype == "bfloat16" and mesh.devices.flat[0].platform == "cpu":
         raise ConfigError(
-            "model.activation_dtype='bfloat16' on a CPU, whose compiler lacks these products. Use float32 there."
+            "model.activation_dtype='bfloat16' on a CPU, whose compiler lacks bfloat16 products. Use float32 there."
         )
     if config.policy.param_dtype == "bfloat16" and not config.lora.rank:
         raise ConfigError(
             "policy.param_dtype='bfloat16' without adapters: most updates are smaller than the spacing of bfloat16 and "
-            "would be lost. Use float32, or --lora.rank."
+            "would be lost. Use float32, or set --lora.rank."
         )
     config_json(config.model, "float32", {})
 
 
 def check_positions(config: Config, template: Template) -> None:
-    """Raises ConfigError where a prompt and its completion are longer than the model."""
+    """Raise ConfigError if a prompt and its completion need more positions than the model has."""
     longest = config.data.trunk_length + len(template.tail) + config.rollout.max_completion_tokens
     if longest > config.model.max_positions:
         raise ConfigError(
             f"data.trunk_length={config.data.trunk_length}, a tail of {len(template.tail)} and "
             f"rollout.max_completion_tokens={config.rollout.max_completion_tokens} make {longest} positions; the model "
-            f"has {config.model.max_positions}. Lower one of the two."
+            f"has {config.model.max_positions}. Lower one of the two settings."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedPolicy:
-    """A policy to judge, without a run around it."""
+    """A policy to evaluate without a run.
+
+    Attributes:
+        config: with resolved values, such as the model's shape.
+        mesh: that holds the parameters.
+        tokenizer: of the policy.
+        params: parameters of the policy.
+    """
 
     config: Config
     mesh: Mesh
@@ -166,10 +183,13 @@ class LoadedPolicy:
 
 
 def load_policy(config: Config, template_of) -> LoadedPolicy:
-    """The model and tokenizer that the config names, to be judged without a run.
+    """Load the model and tokenizer that the config names, to evaluate them without a run.
 
     Args:
-        template_of: tokenizer -> Template, whose prompts must fit.
+        config: names the model and the tokenizer.
+        template_of: tokenizer -> Template whose prompts must fit.
+    Raises:
+        ConfigError: prompts do not fit, or see `resolve`.
     """
     mesh, tokenizer = make_mesh(config.mesh), find_tokenizer(config)
     config = resolve(config, tokenizer)
@@ -178,16 +198,17 @@ def load_policy(config: Config, template_of) -> LoadedPolicy:
 
 
 def newest_state(run: Run, params) -> tuple[TrainState, Frozen | None, int]:
-    """(state of the newest RL checkpoint, what its adapters sit on, its step).
+    """Return (state of the newest RL checkpoint, base weights of its adapters, its step).
 
     Args:
-        params: that RL started from: their shapes, and where there are adapters their values.
+        run: the run.
+        params: that RL started from; adapters use their values, other runs only their shapes.
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no RL checkpoint.
     """
     checkpoints = run.checkpoints("rpt", read_only=True)
     if checkpoints.latest_step is None:
-        raise CheckpointError(f"{run.directory.path} has no checkpoint of RPT yet. Train on, or name another --run.")
+        raise CheckpointError(f"{run.directory.path} has no checkpoint of RPT yet. Continue training, or choose another --run.")
     like, frozen = fresh_state(run.config, run.mesh, params, "rpt")
     state, record = checkpoints.restore(like)
     return state, frozen, record["step"]

@@ -1,7 +1,7 @@
 """The run directory: config.json, metrics.jsonl, TensorBoard events, sampled completions.
 
-A resumed run cuts metrics.jsonl back to the step it resumes from, so every step stands there once. Of several
-processes the first writes.
+A resumed run cuts metrics.jsonl back to the step it resumes from, so every step appears there once. If there are
+several processes, process 0 writes.
 """
 
 import json
@@ -21,19 +21,23 @@ from rpt_jax.errors import CheckpointError
 from rpt_jax.parallel.distributed import from_main, is_main, main_first
 from rpt_jax.train.progress import console
 
-# Written when all stages of a run are done; removed while it goes on for longer.
+# Written when all stages of a run are done; removed when the run starts again, e.g. to continue for longer.
 FINISHED = "finished.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole: an interruption leaves the old one."""
+    """Replace a file as a whole; an interruption leaves the old one."""
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(text)
     os.replace(temporary, path)
 
 
 def read_records(directory: Path) -> list[dict]:
-    """Records of metrics.jsonl; a last line that an interruption cut off is left out."""
+    """Read the records of metrics.jsonl, except a last line that an interruption cut off.
+
+    Raises:
+        CheckpointError: another line is damaged.
+    """
     path = directory / "metrics.jsonl"
     complete = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     records = []
@@ -41,17 +45,21 @@ def read_records(directory: Path) -> list[dict]:
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            raise CheckpointError(f"{path} line {number} is damaged ({error}); remove the line.") from error
+            raise CheckpointError(f"{path} line {number} is damaged ({error}); it must be JSON. Remove it.") from error
     return records
 
 
 def _ends_whole(path: Path) -> bool:
-    """The file's last line is complete."""
+    """Return whether the file's last line is complete."""
     return not path.exists() or not path.stat().st_size or path.read_bytes().endswith(b"\n")
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file of a run directory; raises CheckpointError where it is missing or damaged."""
+    """Read a JSON file of a run directory.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -59,9 +67,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(directory: Path, *, say: bool = True) -> Config:
-    """The config of a run, whichever version made it.
+    """Read the config of a run, made by this version or an earlier one.
 
     Args:
+        directory: of the run.
         say: print which fields were moved or filled in.
     Raises:
         CheckpointError: it is missing or damaged.
@@ -76,15 +85,18 @@ def read_config(directory: Path, *, say: bool = True) -> Config:
 class RunDirectory:
     """Opens or creates a run directory and writes its records.
 
+    Attributes:
+        path: of the directory.
     Raises:
-        CheckpointError: the directory holds a run with another config or corpus, or files that are no run.
+        CheckpointError: the directory holds a run with another config or corpus, or files that are not a run.
     """
 
     def __init__(self, config: Config, corpus: dict, *, read_only: bool = False):
         """
         Args:
-            corpus: what identifies the data; a run goes on only with its own.
-            read_only: write nothing, for the run may be going on elsewhere.
+            config: of the run.
+            corpus: JSON-able, identifies the data; a run resumes only with the same data.
+            read_only: write nothing to an existing run, because it may be active elsewhere.
         """
         self.path = Path(config.run.directory)
         self._tensorboard = None
@@ -98,8 +110,8 @@ class RunDirectory:
         saved = self.path / "config.json"
         if not is_main() and not saved.exists():
             raise CheckpointError(
-                f"process 0 has opened run directory {self.path}, and it is not there for process "
-                f"{jax.process_index()}; all processes must see one file system. Choose a shared --run.directory."
+                f"process 0 has opened run directory {self.path}, but process {jax.process_index()} does not find it; "
+                "all processes must share a file system. Choose a shared --run.directory."
             )
         if saved.exists():
             _check_same_run(
@@ -111,12 +123,12 @@ class RunDirectory:
             _check_same_corpus(read_json(self.path / "corpus.json"), corpus, self.path)
         elif self.path.exists() and (not self.path.is_dir() or (self.path / "checkpoints").exists()):
             raise CheckpointError(
-                f"run directory {self.path} exists and is not a run (no config.json); it must be new or hold a run of "
+                f"run directory {self.path} exists but is not a run (no config.json); it must be new or hold a run of "
                 "this config. Choose another --run.directory."
             )
         elif config.run.resume.isdigit():
             raise CheckpointError(
-                f"run.resume={config.run.resume}, and {self.path} holds no run to go on with. Check --run.directory."
+                f"run.resume={config.run.resume}, but {self.path} holds no run to resume. Check --run.directory."
             )
         else:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -124,29 +136,33 @@ class RunDirectory:
             write_atomically(self.path / "corpus.json", json.dumps(corpus, indent=2))
         if self._writes:
             (self.path / FINISHED).unlink(missing_ok=True)
-            # A step to go back to is meant once; a later reader of this file goes on from the newest.
+            # A step to go back to applies to this start only; later readers of this file use the newest checkpoint.
             kept = replace(config.run, resume="latest") if config.run.resume.isdigit() else config.run
             write_atomically(saved, replace(config, run=kept).to_json())
 
     def remember(self, name: str, value: dict) -> None:
-        """Keep `value` as <name>.json; raises CheckpointError where the run was made with another."""
+        """Keep `value` as <name>.json.
+
+        Raises:
+            CheckpointError: the run was made with another value.
+        """
         path = self.path / f"{name}.json"
         if not path.exists():
             if self._writes:
                 write_atomically(path, json.dumps(value, indent=2))
         elif (old := read_json(path)) != value:
             raise CheckpointError(
-                f"run directory {self.path} was made with another {name}: {old} -> {value}; a run goes on only with "
-                "its own. Restore it, or choose another --run.directory."
+                f"run directory {self.path} was made with another {name}: {old} -> {value}; it must stay the "
+                "same. Restore it, or choose another --run.directory."
             )
 
     def has_record(self, stage: str, step: int) -> bool:
-        """Whether metrics.jsonl has the stage's record of this step; one answer for all processes."""
+        """Return whether metrics.jsonl has the stage's record of this step; all processes get the same answer."""
         records = read_records(self.path) if is_main() else ()
         return bool(from_main(any(r["stage"] == stage and r["step"] == step for r in records)))
 
     def cut_metrics(self, stage: str, step: int) -> None:
-        """Forget the stage's records after `step`: it is about to write them again."""
+        """Remove the stage's records after `step`, which it is about to write again."""
         if not self._writes:
             return
         records = read_records(self.path)
@@ -156,7 +172,7 @@ class RunDirectory:
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
 
     def log(self, stage: str, step: int, record: dict) -> None:
-        """Append one record: {"stage", "step", ...}; numbers also go to TensorBoard under the stage's name."""
+        """Append one record {"stage", "step", ...}; scalars also go to TensorBoard under the stage's name."""
         if not self._writes:
             return
         with (self.path / "metrics.jsonl").open("a") as file:
@@ -172,17 +188,18 @@ class RunDirectory:
                 self._tensorboard.add_scalar(f"{stage}/{name}", value, step)
 
     def write_completions(self, step: int, columns: dict[str, list]) -> None:
-        """One rollout batch as completions/step_<n>.parquet."""
+        """Write the rows of one rollout batch to completions/step_<n>.parquet."""
         directory = self.path / "completions"
         directory.mkdir(exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.table(columns), directory / f"step_{step:06d}.parquet")
 
     def finish(self) -> None:
-        """All stages are done."""
+        """Mark all stages of the run as done."""
         if self._writes:
             write_atomically(self.path / FINISHED, "{}\n")
 
     def close(self) -> None:
+        """Close the TensorBoard file."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -191,7 +208,7 @@ def _check_same_corpus(old: dict, new: dict, path: Path) -> None:
     differing = [f"{part}: {old.get(part)} -> {new[part]}" for part in new if old.get(part) != new[part]]
     if differing:
         raise CheckpointError(
-            f"run directory {path} was made from other data ({'; '.join(differing)}); a run goes on only with its own. "
+            f"run directory {path} was made from other data ({'; '.join(differing)}); a run must keep its data. "
             "Restore the files, or choose another --run.directory."
         )
 
@@ -199,18 +216,18 @@ def _check_same_corpus(old: dict, new: dict, path: Path) -> None:
 def _check_same_run(old: Config, new: Config, path: Path, free: set[str]) -> None:
     def comparable(config: Config) -> dict:
         values = {name: value for name, f, value in walk(config) if f.metadata.get("free") not in free}
-        # A linear schedule ends at num_steps, so changing it changes what was already done.
+        # A linear schedule ends at num_steps, so another num_steps would change the steps already done.
         is_scheduled = config.optimizer.schedule != "constant"
         return values | {"run.num_steps": config.run.num_steps if is_scheduled else "free"}
 
     a, b = comparable(old), comparable(new)
-    # A value that an earlier version did not keep is whatever it is resolved to now.
+    # A resolved value that is not stored, as in earlier versions, may be any.
     unkept = {name for name, f, value in walk(old) if f.metadata.get("resolved") and not value}
     differing = [f"{name}: {a[name]} -> {b[name]}" for name in a if a[name] != b[name] and name not in unkept]
     if differing:
         raise CheckpointError(
-            f"run directory {path} holds a run with another config ({'; '.join(differing)}); a run goes on only with "
-            "its own. Choose another --run.directory, or undo these settings."
+            f"run directory {path} holds a run with another config ({'; '.join(differing)}); a run must keep "
+            "its config. Choose another --run.directory, or undo these changes."
         )
 
 

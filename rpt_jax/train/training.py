@@ -1,4 +1,4 @@
-"""What `loop.fit` needs to know of one kind of training: its steps, what they leave behind, and where they end."""
+"""The interface between `loop.fit` and one kind of training: its steps, their outcomes, and when it ends."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,10 +9,11 @@ from rpt_jax.types import TrainState
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step leaves behind, still on the devices.
+    """The outcome of a step, still on the devices. Reading a field may wait for them.
 
     Attributes:
-        flops: FLOPs of the step. record: its record, "skipped" among it. Both may wait for the devices.
+        flops: returns the FLOPs of the step.
+        record: returns the step's record, which includes "skipped".
     """
 
     flops: Callable[[], float]
@@ -21,26 +22,27 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Until:
-    """Where training ends: after so many steps, or with the step that has spent so many FLOPs."""
+    """When training ends: after `steps` steps, or with the step that reaches `flops` FLOPs. One of them is set."""
 
     steps: int | None = None
     flops: float | None = None
 
     def is_reached(self, step: int, flops: float) -> bool:
+        """Return whether training ends after this many steps and FLOPs."""
         return step >= self.steps if self.steps is not None else flops >= self.flops
 
     def percent(self, step: int, flops: float) -> int:
-        """Of the way, at most 100."""
+        """Return the progress in percent, at most 100."""
         return min(100, round(100 * (step / self.steps if self.steps is not None else flops / max(self.flops, 1.0))))
 
 
 class Training(Protocol):
-    """One kind of step.
+    """One kind of training.
 
     Attributes:
-        name: of its records and checkpoints.
-        also_records: stages of other records that belong to a step, such as evaluations.
-        log_every_steps: how often a step's record is kept; the last one is in any case.
+        name: stage of its records.
+        also_records: stages of other records that belong to its steps, such as evaluations.
+        log_every_steps: interval of the steps whose records are kept; the last step's is always kept.
     """
 
     name: str
@@ -48,11 +50,17 @@ class Training(Protocol):
     log_every_steps: int
 
     def step(self, state: TrainState, number: int) -> tuple[TrainState, Outcome]:
-        """Step `number`, counted from 0. Raises Interrupted, RewardError or DataError before it changes the state."""
+        """Run step `number`, counted from 0.
+
+        Raises:
+            Interrupted, RewardError, DataError: before the state changes.
+        """
         ...
 
     def get_cursor(self) -> dict:
-        """JSON-able: where the data stands."""
+        """Return the current position in the data, JSON-able."""
         ...
 
-    def set_cursor(self, cursor: dict) -> None: ...
+    def set_cursor(self, cursor: dict) -> None:
+        """Continue the data from a position that `get_cursor` returned."""
+        ...

