@@ -4,11 +4,10 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-flags = os.environ.get("XLA_FLAGS", "")
-if "xla_backend_optimization_level" not in flags:
-    # Compiling takes most of the time of a test, and twice as long with optimisations. make trials keeps them.
-    flags += " --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = flags + " --xla_force_host_platform_device_count=8"
+# Compiling takes most of the time of a test, and twice as long with optimisations. make trials sets the level to 3.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
 
 from pathlib import Path
 
