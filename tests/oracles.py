@@ -1,6 +1,7 @@
 """Slow, obvious definitions that the array programs are checked against. Plain Python and float64 NumPy."""
 
 import math
+import re
 
 import numpy as np
 
@@ -13,18 +14,19 @@ def extract(text: bytes, mode: str, require_think_end: bool = True) -> bytes | N
         if think < 0:
             return None
         start = think + len(b"</think>")
-    box = text.rfind(b"\\boxed{", start)
-    if box < 0:
+    boxes = list(re.finditer(rb"\\boxed *\{", text[start:]))
+    if not boxes:
         return None
-    rest = text[box + len(b"\\boxed{") :]
-    balanced, depth = None, 1
+    rest = text[start + boxes[-1].end() :]
+    balanced, tail, depth, is_escaped = None, None, 1, False
     for i, byte in enumerate(rest):
-        depth += (byte == ord("{")) - (byte == ord("}"))
-        if depth == 0:
-            balanced = rest[:i]
-            break
-    last = rest.rfind(b"}")
-    tail = rest[:last] if last >= 0 else None
+        if not is_escaped:
+            depth += (byte == ord("{")) - (byte == ord("}"))
+            if byte == ord("}"):
+                tail = rest[:i]
+            if depth == 0 and balanced is None:
+                balanced = rest[:i]
+        is_escaped = byte == ord("\\") and not is_escaped
     if mode == "balanced":
         return balanced
     if mode == "tail":

@@ -140,6 +140,10 @@ def pickled(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
 
+def one_nan(tensors):
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 2] = np.nan
+
+
 INDEX = "model.safetensors.index.json"
 DAMAGES = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
@@ -158,7 +162,7 @@ DAMAGES = {
     "odd head": (edit_config(head_dim=9), "even rotary dimension"),
     "negative size": (edit_config(vocab_size=-1), "vocab_size=-1"),
     "size is a string": (edit_config(hidden_size="24"), "hidden_size|width"),
-    "other width": (edit_config(hidden_size=32), "embed_tokens.weight is .67, 24.; config.json asks for .67, 32."),
+    "other width": (edit_config(hidden_size=32), "embed_tokens.weight is .67, 24.; config.json requires .67, 32."),
     "fewer layers": (edit_config(num_hidden_layers=1), "have no place .model.layers.1"),
     "more layers": (edit_config(num_hidden_layers=3), "are missing .model.layers.2"),
     "tied but not equal": (edit_config(tie_word_embeddings=True), "lm_head.weight differs from the embedding"),
@@ -166,18 +170,20 @@ DAMAGES = {
     "pickled weights": (pickled, "pytorch_model.bin.*pickled files are not read"),
     "weights empty": (write("model.safetensors", b""), "has 0 bytes"),
     "weights cut off": (edit_bytes(lambda b: b[:-100]), "is truncated or damaged"),
-    "header cut off": (edit_bytes(lambda b: b[:100]), "truncated or no safetensors"),
+    "header cut off": (edit_bytes(lambda b: b[:100]), "truncated or not safetensors"),
     "header no JSON": (edit_bytes(lambda b: b[:8] + b"#" + b[9:]), "header does not parse"),
-    "header size huge": (edit_bytes(lambda b: b"\xff" * 8 + b[8:]), "truncated or no safetensors"),
+    "header size huge": (edit_bytes(lambda b: b"\xff" * 8 + b[8:]), "truncated or not safetensors"),
     "key missing": (edit_tensors(lambda t: t.pop("model.norm.weight")), "are missing .model.norm.weight"),
     "key left over": (edit_tensors(lambda t: t.update(extra=np.zeros(2, np.float32))), "have no place .extra"),
     "integer weights": (
         edit_tensors(lambda t: t.update({"model.norm.weight": np.zeros(24, np.int8)})),
         "model.norm.weight has type I8",
     ),
+    "one NaN": (edit_tensors(one_nan), "layers.1.mlp.down_proj.weight has 1 of .* values that are not finite"),
+    "rotates a part": (edit_config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
     "two types": (two_types, "mlp.up_proj.weight have types"),
-    "index no JSON": (write(INDEX, b"{"), "is no index"),
-    "index without map": (write(INDEX, b"{}"), "is no index"),
+    "index no JSON": (write(INDEX, b"{"), "is not an index"),
+    "index without map": (write(INDEX, b"{}"), "is not an index"),
     "index names a missing file": (write(INDEX, b'{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors is missing"),
     "index names a missing key": (write(INDEX, b'{"weight_map": {"a": "model.safetensors"}}'), "a should be in"),
     "index points outside": (write(INDEX, b'{"weight_map": {"a": "../../x.safetensors"}}'), "x.safetensors is missing"),
@@ -192,6 +198,30 @@ def test_damaged_model_directories_are_refused_by_name(name, tmp_path):
     with pytest.raises(CheckpointError, match=message) as error:
         load_hf(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("stored", ["embedding", "head", "both"])
+def test_tied_models_load_however_the_matrix_is_stored(tmp_path, stored):
+    torch_parity.write_checkpoint(tmp_path, PLAIN)
+    edit_config(tie_word_embeddings=True)(tmp_path)
+
+    def tie(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        if stored != "both":
+            tensors.pop("lm_head.weight" if stored == "embedding" else "model.embed_tokens.weight")
+
+    matrix = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    edit_tensors(tie)(tmp_path)
+    config, params = load_hf(tmp_path)
+    assert config.tie_embeddings and "head" not in params
+    np.testing.assert_array_equal(params["embedding"], matrix)
+
+
+def test_a_type_too_narrow_for_the_weights_is_refused(tmp_path):
+    torch_parity.write_checkpoint(tmp_path, PLAIN)
+    edit_tensors(lambda t: t.update({"model.norm.weight": np.full(24, 1e5, np.float32)}))(tmp_path)
+    with pytest.raises(CheckpointError, match="model.norm.weight does not fit float16"):
+        load_hf(tmp_path, dtype="float16")
 
 
 def test_a_proxy_of_few_heads_lies_on_a_mesh_of_more(tmp_path):

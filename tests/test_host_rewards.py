@@ -44,10 +44,21 @@ def test_math_answers(prediction, answers, expected):
     assert math_judge.math(b"", encoded, {"answers": answers}) == expected
 
 
-def test_words_are_no_letters():
+def test_words_are_not_letters_and_several_letters_are_no_answer():
     for text, letter in (
         ("A decrease in temperature", None), ("I think C", None), ("I'd say B", None), ("A", "A"), ("A.", "A"),
-        ("(A) a decrease", "A"), ("A: a decrease", "A"), ("C copper", "C"),
+        ("(A) a decrease", "A"), ("A: a decrease", "A"), ("C copper", "C"), ("I", "I"), ("Paris", None), ("12", None),
+        # Decoration and lead-ins.
+        ("$B$", "B"), ("**B**", "B"), ("Option B", "B"), ("option (b)", "B"), ("[B]", "B"), ("\u201cB\u201d", "B"),
+        ("$\\text{(B)}$", "B"), ("\\mathbf{(B)}", "B"), ("\\text{Option B}", "B"), ("The correct answer is (C).", "C"),
+        ("Answer: D", "D"), ("**Answer:** B", "B"), ("B\n", "B"), ("choice B.", "B"), ("final answer: B", "B"),
+        # The letter and its text.
+        ("B. Vitamin C", "B"), ("B, because it melts", "B"), ("B (Paris)", "B"), ("C: none of A, B", "C"),
+        ("D. all of the above", "D"),
+        # Several letters.
+        ("B or C", None), ("B, C", None), ("B/C", None), ("B and C", None), ("(B) or (C)", None), ("B C", None),
+        ("BC", None), ("B & C", None), ("B; C", None), ("A, B, and C", None), ("B. C", None), ("B-C", None),
+        ("B, or C", None), ("B) or C)", None), ("Both B and C", None), ("B not C", None), ("", None),
     ):  # fmt: skip
         assert judges.named_letter(text) == letter, text
 

@@ -31,6 +31,7 @@ PIECES = [
     b"boxed{", b"\\box", b"ed{", b"}", b"}}", b"}{", b"{}", b"{ ", b" }", b"a", b" a", b"b", b" ", b"\n", b"\\n", b"n",
     b"\xc3", b"\xa9", b"\xf0\x9f", b"\x98\x80", "é".encode(), b"x}y", b"</think>\\boxed{", b"</think>\\boxed{a} b",
     b"\\boxed{\\boxed{", b"<think>", b".</think>\n\n", b"long piece of twenty", b"\\boxed{b}",
+    b"\\{", b"\\}", b"\\\\", b"\\boxed", b" {", b"          ", b"\\left\\{", b"\\boxed ", b"a\\", b"}\\",
 ]  # fmt: skip
 
 
@@ -243,6 +244,17 @@ def test_box_that_needs_a_brace():
     assert extract_text("</think>\\boxed{}}", "balanced_then_tail") == b"}"
     assert extract_text("</think>\\boxed{ \\frac{}") is None
     assert extract_text("</think>\\boxed{ \\frac{}", "balanced_then_tail") == b" \\frac{"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_escaped_braces_are_text_and_a_command_may_stand_apart_from_its_brace(mode):
+    assert extract_text("</think>\\boxed{\\left\\{ 1, 2 \\right.}", mode) == b"\\left\\{ 1, 2 \\right."
+    assert extract_text("</think>\\boxed{\\{1\\}}", mode) == b"\\{1\\}"
+    assert extract_text("</think>\\boxed {5}", mode) == b"5"
+    assert extract_text("</think>\\boxed   { 5 }", mode) == b" 5 "
+    # Two backslashes are a line break, and the brace after it counts.
+    assert extract_text("</think>\\boxed{1 \\\\}", mode) == b"1 \\\\"
+    assert extract_text("</think>\\boxed{1\\}", mode) is None
 
 
 def test_think_end_rules():

@@ -135,8 +135,13 @@ def token_facts(token_bytes: list[bytes], *, boxed_mode: str = "balanced") -> To
     """boxed_mode: `RewardConfig.boxed_mode`; where the last brace ends a box, it holds any."""
 
     def closes_first(token: bytes) -> bool:
-        depths = np.cumsum([(byte == ord("{")) - (byte == ord("}")) for byte in token])
-        return bool(len(depths)) and depths.min() < 0
+        depth, is_escaped = 0, False
+        for byte in token:
+            depth += 0 if is_escaped else (byte == ord("{")) - (byte == ord("}"))
+            if depth < 0:
+                return True
+            is_escaped = byte == ord("\\") and not is_escaped
+        return False
 
     return TokenFacts(
         leaves_box=np.array([boxed_mode == "balanced" and b"}" in b and closes_first(b) for b in token_bytes], bool),

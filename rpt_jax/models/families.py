@@ -128,6 +128,7 @@ def _refuse_unsupported(path: Path, raw: dict, filled, family: Family) -> None:
         "quantization_config": bool(raw.get("quantization_config")),
         f"sliding_window={getattr(filled, 'sliding_window', None)}": is_sliding,
         "auto_map (code in the directory)": bool(raw.get("auto_map")),
+        f"partial_rotary_factor={_partial_rotary(raw, filled)}": _partial_rotary(raw, filled) != 1,
     }
     for what, is_present in refusals.items():
         if is_present:
@@ -135,6 +136,12 @@ def _refuse_unsupported(path: Path, raw: dict, filled, family: Family) -> None:
                 f"{path}: {what} is not supported; the model must be a plain {family.architecture}, full attention, "
                 "silu and unquantised weights. Convert it or choose another."
             )
+
+
+def _partial_rotary(raw: dict, filled) -> Any:
+    """Return the share of each head that is rotated; rotating all of it where the file says less would be silent."""
+    values = (raw.get("partial_rotary_factor"), (filled.rope_parameters or {}).get("partial_rotary_factor"))
+    return next((v for v in values if v is not None), 1)
 
 
 def _number(path: Path, values: dict, name: str) -> float:

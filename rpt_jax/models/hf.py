@@ -37,6 +37,7 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class _Entry:
+    name: str
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -47,6 +48,11 @@ class _Entry:
         array = np.fromfile(self.file, self.dtype, count, offset=self.offset)
         if array.size != count:
             raise CheckpointError(f"{self.file} ended while being read; replace the damaged file.")
+        if num_bad := count - int(np.isfinite(array).sum()):
+            raise CheckpointError(
+                f"{self.file}: {self.name} has {num_bad} of {count} values that are not finite; the model would predict "
+                "nothing but NaN. Replace the damaged file."
+            )
         return array.reshape(self.shape)
 
 
@@ -63,7 +69,8 @@ def load_hf(
         (DecoderConfig, parameters in the layout of `decoder.init_params`).
     Raises:
         CheckpointError: unsupported architecture, damaged file, or a missing, surplus or misshapen tensor; names the
-            file and the key. It is raised before anything is allocated on a device.
+            file and the key, before anything is allocated on a device. A tensor with values that are not finite is
+            found and named when it is read.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -87,6 +94,11 @@ def _put(target: jax.ShapeDtypeStruct, source: _Entry, *, is_matrix: bool) -> ja
     """Load a stored tensor onto the mesh; every process reads it and keeps its shards."""
     array = source.read()
     array = (array.T if is_matrix else array).reshape(target.shape).astype(target.dtype, copy=False)
+    if not np.isfinite(array).all():
+        raise CheckpointError(
+            f"{source.file}: {source.name} does not fit {target.dtype}; some values would become infinite. Use bfloat16 "
+            "or float32."
+        )
     return jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
 
 
@@ -115,10 +127,9 @@ def _plan(directory: Path, config: DecoderConfig, abstract, entries: dict[str, _
         if name in abstract["layers"]:
             wanted["layers", name] = [f"model.layers.{i}.{tensor}" for i in range(config.num_layers)]
     used = Counter(tensor for tensors in wanted.values() for tensor in tensors)
+    if config.tie_embeddings:
+        entries = _with_tied(directory, entries)
     found = {name for name in entries if not name.endswith(_DERIVED)}
-    if config.tie_embeddings and TOP_TENSORS["head"] in found:
-        _check_tied(directory, entries)
-        found.remove(TOP_TENSORS["head"])
     missing, surplus = sorted(used.keys() - found), sorted(found - used.keys())
     if missing or surplus:
         raise CheckpointError(
@@ -153,13 +164,18 @@ def _check_shape(entry: _Entry, tensor: str, shape: tuple[int, ...], *, is_matri
         )
 
 
-def _check_tied(directory: Path, entries: dict[str, _Entry]) -> None:
+def _with_tied(directory: Path, entries: dict[str, _Entry]) -> dict[str, _Entry]:
+    """Return the tensors with the tied matrix as the embedding alone; files store it as either, or as both."""
     head, embedding = (entries.get(TOP_TENSORS[name]) for name in ("head", "embedding"))
-    if embedding is None or head.read().tobytes() != embedding.read().tobytes():
+    if head is None:
+        return entries
+    if embedding is not None and head.read().tobytes() != embedding.read().tobytes():
         raise CheckpointError(
             f"{directory}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; one of the two "
             "would be lost. Set tie_word_embeddings to false in config.json."
         )
+    rest = {name: entry for name, entry in entries.items() if name != TOP_TENSORS["head"]}
+    return rest | {TOP_TENSORS["embedding"]: embedding or head}
 
 
 def _some(names: list[str]) -> str:
@@ -234,7 +250,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, _Entry]]:
                 f"{file}: {name} should take {math.prod(shape) * kind.itemsize} bytes and has {end - begin} of a file "
                 f"of {total}; the file is truncated or damaged. Replace it."
             )
-        yield name, _Entry(file, kind, shape, 8 + size + begin)
+        yield name, _Entry(name, file, kind, shape, 8 + size + begin)
 
 
 def save_hf(

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE
 from rpt_jax.types import record
@@ -36,9 +37,10 @@ class AnswerTables:
     think_end: Any  # i32 [V, 8], bytes of the token up to the end of the last </think> it completes; 0: none
     box_next: Any  # i32 [V, 7], as think_next, for the box
     box_end: Any  # i32 [V, 7], as think_end, for the box
-    net: Any  # i32 [V], opening minus closing braces
-    low: Any  # i32 [V], lowest running brace count within the token; at most 0
-    last_close: Any  # i32 [V], bytes up to and including the last closing brace; 0: none
+    escape_next: Any  # i32 [V, 2], 1 if the token leaves a backslash that escapes the next byte, by the same before it
+    net: Any  # i32 [V, 2], opening minus closing braces, by whether the first byte is escaped
+    low: Any  # i32 [V, 2], lowest running brace count within the token; at most 0
+    last_close: Any  # i32 [V, 2], bytes up to and including the last closing brace; 0: none
 
 
 @record
@@ -46,6 +48,7 @@ class _Text:
     """Completions in bytes: the place of each token, and the vocabulary's bytes."""
 
     tokens: Any  # i32 [B, C], 0 where the mask is False
+    escaped: Any  # i32 [B, C], 1 if a backslash before the token escapes its first byte
     mask: Any  # bool [B, C]
     starts: Any  # i32 [B, C], byte position of the token's first byte
     ends: Any  # i32 [B, C], byte position after its last byte
@@ -66,28 +69,36 @@ class _Mark:
 def _automaton(mark: str, table_VW, lengths_V):
     """Compute the transitions of the automaton that finds `mark`, for every token and state.
 
-    In state s, the last s bytes are the mark's first s. The first byte of a mark does not recur in it, so a failed
-    match falls back to state 1 or 0, and matches cannot overlap.
+    In state s, the last bytes are the mark's first s, and in the last state any number of spaces: LaTeX allows them
+    between a command and its brace. The first byte of a mark does not recur in it, so a failed match falls back to
+    state 1 or 0, and matches cannot overlap.
     """
     pattern = jnp.frombuffer(mark.encode(), jnp.uint8)
-    size = len(mark)
+    size, last = len(mark), len(mark) - 1
     V, W = table_VW.shape
+    may_wait = mark.endswith("{")
 
     def step(w, state, end):
-        byte = table_VW[:, w].reshape((V,) + (1,) * (state.ndim - 1))
-        active = (w < lengths_V).reshape(byte.shape)
+        byte = table_VW[:, w][:, None]
+        active = (w < lengths_V)[:, None]
         advanced = jnp.where(byte == pattern[state], state + 1, (byte == pattern[0]).astype(jnp.int32))
+        if may_wait:
+            advanced = jnp.where((state == last) & (byte == ord(" ")), last, advanced)
         end = jnp.where(active & (advanced == size), w + 1, end)
         return jnp.where(active, advanced % size, state), end
 
     state = jnp.broadcast_to(jnp.arange(size), (V, size))
     end = jnp.zeros((V, size), jnp.int32)
-    head = min(size - 1, W)
+    head = min(last, W)
     state, end = jax.lax.fori_loop(0, head, lambda w, c: step(w, *c), (state, end))
-    # After size - 1 bytes of a token, the state no longer depends on earlier tokens.
-    inner = jax.lax.fori_loop(head, W, lambda w, c: step(w, *c), (state[:, 0], jnp.zeros((V,), jnp.int32)))
-    is_long = (lengths_V >= size - 1)[:, None]
-    return jnp.where(is_long, inner[0][:, None], state), jnp.maximum(end, inner[1][:, None])
+    # After size - 1 bytes of a token, only the last state still depends on earlier tokens: through spaces.
+    ends = np.array([0, last])
+    inner, inner_end = jax.lax.fori_loop(
+        head, W, lambda w, c: step(w, *c), (state[:, ends], jnp.zeros((V, 2), jnp.int32))
+    )
+    which = (np.arange(size) == last).astype(int)
+    is_long = (lengths_V >= last)[:, None]
+    return jnp.where(is_long, inner[:, which], state), jnp.maximum(end, inner_end[:, which])
 
 
 @jax.jit
@@ -102,17 +113,38 @@ def answer_tables(byte_table_VW, byte_lengths_V) -> AnswerTables:
     think_next, think_end = _automaton(THINK_CLOSE, byte_table_VW, byte_lengths_V)
     box_next, box_end = _automaton(BOX_OPEN, byte_table_VW, byte_lengths_V)
     W = byte_table_VW.shape[1]
-    braces_VW = _braces(byte_table_VW, jnp.arange(W) < byte_lengths_V[:, None])
-    is_close = braces_VW < 0
+    mask_VW = jnp.arange(W) < byte_lengths_V[:, None]
+    # A brace after an unescaped backslash is text. Column e: the first byte is escaped (1) or not (0).
+    escaped = [_escaped(byte_table_VW, jnp.full(len(byte_lengths_V), e)) for e in (0, 1)]
+    braces = [_braces(byte_table_VW, mask_VW & ~escaped_VW) for escaped_VW in escaped]
+
+    def by_escape(of_braces):
+        return jnp.stack([of_braces(braces_VW) for braces_VW in braces], axis=-1)
+
+    last_V = jnp.maximum(byte_lengths_V - 1, 0)
+    leaves = [_at((byte_table_VW == ord("\\")) & ~escaped_VW, last_V) for escaped_VW in escaped]
+    is_empty = byte_lengths_V == 0
     return AnswerTables(
         think_next=think_next,
         think_end=think_end,
         box_next=box_next,
         box_end=box_end,
-        net=braces_VW.sum(-1),
-        low=jnp.minimum(0, jnp.cumsum(braces_VW, axis=-1).min(-1)),
-        last_close=jnp.max(jnp.where(is_close, jnp.arange(1, W + 1), 0), axis=-1),
+        escape_next=jnp.stack([jnp.where(is_empty, e, leaves[e]) for e in (0, 1)], axis=-1).astype(jnp.int32),
+        net=by_escape(lambda braces_VW: braces_VW.sum(-1)),
+        low=by_escape(lambda braces_VW: jnp.minimum(0, jnp.cumsum(braces_VW, axis=-1).min(-1))),
+        last_close=by_escape(lambda braces_VW: jnp.max(jnp.where(braces_VW < 0, jnp.arange(1, W + 1), 0), axis=-1)),
     )
+
+
+def _escaped(bytes_BW, first_B):
+    """Return the bytes that an unescaped backslash precedes, bool [B, W]; first_B: i32, 1 if the first byte is one."""
+    W = bytes_BW.shape[1]
+    is_other = bytes_BW != ord("\\")
+    # A byte is escaped if an odd number of backslashes stands directly before it.
+    last_other = jax.lax.cummax(jnp.where(is_other, jnp.arange(W), -1), axis=1)
+    before = jnp.pad(last_other[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    count = jnp.arange(W) - 1 - before + jnp.where(before < 0, first_B[:, None], 0)
+    return count % 2 == 1
 
 
 def _braces(bytes_, mask):
@@ -134,12 +166,19 @@ def _first(flags_BC):
     return jnp.argmax(flags_BC, axis=1), jnp.any(flags_BC, axis=1)
 
 
-def _lay_out(tokens_BC, mask_BC, byte_table_VW, byte_lengths_V) -> _Text:
+def _lay_out(tokens_BC, mask_BC, byte_table_VW, byte_lengths_V, tables: AnswerTables) -> _Text:
     byte_table_VW, byte_lengths_V = jnp.asarray(byte_table_VW), jnp.asarray(byte_lengths_V)
     tokens_BC = jnp.where(mask_BC, tokens_BC, 0)
     ends_BC = jnp.cumsum(jnp.where(mask_BC, byte_lengths_V[tokens_BC], 0), axis=1)
+
+    def escape(escaped_B, inputs):
+        token_B, mask_B = inputs
+        return jnp.where(mask_B, tables.escape_next[token_B, escaped_B], escaped_B), escaped_B
+
+    start_B = jnp.zeros(tokens_BC.shape[0], jnp.int32)
     return _Text(
         tokens=tokens_BC,
+        escaped=jax.lax.scan(escape, start_B, (tokens_BC.T, mask_BC.T))[1].T,
         mask=mask_BC,
         starts=jnp.pad(ends_BC[:, :-1], ((0, 0), (1, 0))),
         ends=ends_BC,
@@ -184,16 +223,18 @@ def _balanced_close(tables: AnswerTables, text: _Text, box: _Mark):
 
     def depth_inside(index_B, depth_B, from_byte_B):
         token_B = _at(text.tokens, index_B)
+        bytes_BW = text.byte_table[token_B]
         inside_BW = (jnp.arange(W) >= from_byte_B[:, None]) & (jnp.arange(W) < text.byte_lengths[token_B][:, None])
-        return depth_B[:, None] + jnp.cumsum(_braces(text.byte_table[token_B], inside_BW), axis=1)
+        inside_BW &= ~_escaped(bytes_BW, _at(text.escaped, index_B))
+        return depth_B[:, None] + jnp.cumsum(_braces(bytes_BW, inside_BW), axis=1)
 
     depth_BW = depth_inside(box.token, jnp.ones_like(box.token), box.offset)
     near_offset_B, near_B = _first(depth_BW == 0)
 
     later_BC = (jnp.arange(C) > box.token[:, None]) & text.mask
-    net_BC = jnp.where(later_BC, tables.net[text.tokens], 0)
+    net_BC = jnp.where(later_BC, tables.net[text.tokens, text.escaped], 0)
     before_BC = depth_BW[:, -1:] + jnp.cumsum(net_BC, axis=1) - net_BC
-    far_token_B, far_B = _first(later_BC & (before_BC + tables.low[text.tokens] <= 0))
+    far_token_B, far_B = _first(later_BC & (before_BC + tables.low[text.tokens, text.escaped] <= 0))
     far_depth_BW = depth_inside(far_token_B, _at(before_BC, far_token_B), jnp.zeros_like(far_token_B))
     far_offset_B, _ = _first(far_depth_BW == 0)
 
@@ -206,7 +247,7 @@ def _box_end(mode: str, tables: AnswerTables, text: _Text, box: _Mark):
     balanced_end_B, balanced_B = _balanced_close(tables, text, box)
     if mode == "balanced":
         return balanced_end_B, balanced_B
-    tail_end_B = _last_mark(text, jnp.where(text.mask, tables.last_close[text.tokens], 0)).position - 1
+    tail_end_B = _last_mark(text, jnp.where(text.mask, tables.last_close[text.tokens, text.escaped], 0)).position - 1
     has_tail_B = tail_end_B >= box.position
     if mode == "tail":
         return tail_end_B, has_tail_B
@@ -269,7 +310,8 @@ def extract_predictions(
         byte_table_VW: u8, from `Tokenizer.byte_table()`. Special tokens have no bytes.
         byte_lengths_V: i32, likewise.
         mode: balanced (up to the brace that balances the box), tail (up to the completion's last brace),
-            balanced_then_tail (tail if balanced finds no end, or an empty box while braces remain).
+            balanced_then_tail (tail if balanced finds no end, or an empty box while braces remain). An escaped brace is
+            text, and spaces may separate the command from its brace.
         require_think_end: a prediction needs a </think> before it; False: use the last box of the whole completion.
         unescape_newline: read backslash-n as a newline.
         max_prediction_bytes: X; None: as many as possible, at most 1024.
@@ -282,7 +324,7 @@ def extract_predictions(
     if mode not in _MODES:
         raise ValueError(f"mode {mode!r}; it must be one of {_MODES}")
     tables = answer_tables(byte_table_VW, byte_lengths_V) if tables is None else tables
-    text = _lay_out(tokens_BC, mask_BC, byte_table_VW, byte_lengths_V)
+    text = _lay_out(tokens_BC, mask_BC, byte_table_VW, byte_lengths_V, tables)
     X = max_prediction_bytes or min(tokens_BC.shape[1] * text.byte_table.shape[1], _DEFAULT_MAX_BYTES)
     think, box = (_last_mark(text, end_BC) for end_BC in _scan_marks(tables, text))
     # Marks cannot overlap, so the box follows </think> iff it ends later.

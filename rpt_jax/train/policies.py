@@ -49,7 +49,9 @@ def find_tokenizer(config: Config) -> Tokenizer:
     if (own / "tokenizer.json").exists():
         return load_tokenizer(own)
     if config.questions.path:
-        raise ConfigError("questions.path is set without a tokenizer; a run on questions needs one. Set --data.tokenizer.")
+        raise ConfigError(
+            "questions.path is set without a tokenizer; a run on questions needs one. Set --data.tokenizer."
+        )
 
     def texts():
         left = _TOKENIZER_CHARACTERS
