@@ -16,6 +16,8 @@ from rpt_jax.rl.update import update
 from rpt_jax.scoring.companions import AVERAGE, follow, with_companions
 from rpt_jax.train.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 SGD = make_optimizer(OptimizerConfig(learning_rate=0.1, max_grad_norm=0.0, weight_decay=0.0), 10)
 
 

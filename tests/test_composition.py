@@ -19,6 +19,8 @@ from rpt_jax.train.run import newest_state
 from rpt_jax.train.stages.warm_start import warm_start
 from rpt_jax.types import Earned, Evidence
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 A = [[[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]]
 B = [[[0.5, 0.5, 1.0, 0.0], [0.0, 1.0, np.nan, 0.0]]]
 

@@ -177,9 +177,9 @@ def test_chunked_laws_and_their_gradients_equal_the_whole(tiny_config, monkeypat
     config = dataclasses.replace(tiny_config, vocab_size=50, platform="cpu")
     logprobs, entropy = token_logprobs(config, params, hidden, targets, temperature=0.7)
     z = (hidden.astype(np.float64) @ params["head"].T) / 0.7
-    logprobs = z - np.log(np.exp(z).sum(-1, keepdims=True))
-    np.testing.assert_allclose(logprobs, np.take_along_axis(logprobs, targets[..., None], -1)[..., 0], atol=1e-5)
-    np.testing.assert_allclose(entropy, -(np.exp(logprobs) * logprobs).sum(-1), atol=1e-5)
+    expected = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    np.testing.assert_allclose(logprobs, np.take_along_axis(expected, targets[..., None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(entropy, -(np.exp(expected) * expected).sum(-1), atol=1e-5)
 
     def term(logprobs, inputs):
         return inputs["w"] * jnp.exp(0.1 * logprobs)

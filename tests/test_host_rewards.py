@@ -116,7 +116,7 @@ def test_every_fault_is_of_its_own_completion():
     assert "ValueError: on purpose" in results["raise"]
     assert "time_limit_seconds=3.0" in results["hang"] and "ended its process" in results["die"]
     for kind in ("none", "string", "list", "array"):
-        assert "which is no number" in results[kind], kind
+        assert "which is not a number" in results[kind], kind
     assert results["nan"] == "returned nan" and results["inf"] == "returned inf"
     pool.close()
 

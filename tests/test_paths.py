@@ -19,6 +19,8 @@ from rpt_jax.models.hf import load_hf, save_hf
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.tokenizer import load_tokenizer, train_byte_level
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 SENTENCES = ("the cat sat on the mat. ", "one and one is two. ", "a dog ran to the house. ")
 TINY = {
     "--run.num-steps": 2, "--run.completions-every-steps": 1, "--rollout.num-trunks": 4, "--rollout.group-size": 2,
@@ -245,7 +247,7 @@ def test_a_failing_judge_stops_the_run(home, tmp_path):
         (["--reward.terms", "prefix"], "reads a text's continuation"),
         (["--reward.terms", "custom"], "custom needs a function"),
         (["--reward.function", "a:b"], "no other reward takes one"),
-        (["--rollout.prompts-per-trunk", "2"], "a question is a trunk of its own"),
+        (["--rollout.prompts-per-trunk", "2"], "every question is a separate trunk"),
         (["--rollout.max-completion-tokens", "400"], "the model has 512"),
         (["--supervised.num-steps", "3"], "needs their solutions"),
         (["--lora.rank", "2", "--lora.targets", "head"], "tied to the embedding"),

@@ -208,7 +208,9 @@ def newest_state(run: Run, params) -> tuple[TrainState, Frozen | None, int]:
     """
     checkpoints = run.checkpoints("rpt", read_only=True)
     if checkpoints.latest_step is None:
-        raise CheckpointError(f"{run.directory.path} has no checkpoint of RPT yet. Continue training, or choose another --run.")
+        raise CheckpointError(
+            f"{run.directory.path} has no checkpoint of RPT yet. Continue training, or choose another --run."
+        )
     like, frozen = fresh_state(run.config, run.mesh, params, "rpt")
     state, record = checkpoints.restore(like)
     return state, frozen, record["step"]

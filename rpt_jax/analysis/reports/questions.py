@@ -1,4 +1,4 @@
-"""A run of RL on questions becomes plots and one self-contained report.html."""
+"""Report of a run of RL on questions: plots and one self-contained report.html."""
 
 import base64
 import html
@@ -19,7 +19,7 @@ from rpt_jax.train.run_directory import read_records, write_atomically
 
 
 def write_report(directory: Path) -> Path:
-    """Write results.json, plots/*.png and report.html into `directory`; the path of the page.
+    """Write results.json, plots/*.png and report.html into `directory`, and return the path of the page.
 
     Raises:
         CheckpointError: see `read_evaluations`.
@@ -79,15 +79,15 @@ def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
     judge = config["reward"]["function"] or config["reward"]["name"]
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>RL on questions</title>
 <style>{PAGE_STYLE}</style>
-<h1>Reinforcement learning on questions: what this run did</h1>
-<p class="lead">On {after["n"]} held-out questions the accuracy of a sampled thought's answer {word}:
+<h1>Reinforcement learning on questions: results of this run</h1>
+<p class="lead">On {after["n"]} held-out questions, the accuracy of sampled answers {word}:
 <b>{before["value"]:.3f} → {after["value"]:.3f}</b> (change {gain:+.3f} ± {error:.3f}).</p>
 <p>{results["steps"][-1]} steps on {corpus["training"]["questions"]:,} questions,
-{config["rollout"]["group_size"]} rollouts each, judged by {html.escape(judge)}.</p>
+{config["rollout"]["group_size"]} rollouts each, graded by {html.escape(judge)}.</p>
 {picture("learning")}{_table(results)}
 <p>± is one standard error over questions. <b>sampled</b>: mean of {config["eval"]["num_samples"]} thoughts;
-<b>greedy</b>: the thought at temperature 0; <b>direct</b>: the likeliest letter without thinking (options
-only).</p>
+<b>greedy</b>: one thought at temperature 0; <b>direct</b>: the most likely letter without thinking (multiple
+choice only).</p>
 <h2>How training went</h2>{picture("training")}
 <h2>Thoughts from the last logged batch</h2>{completion_examples(directory)}
 <h2>The run</h2><p>seed {config["run"]["seed"]} · {html.escape(results["versions"]["devices"])} · code
