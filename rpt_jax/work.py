@@ -3,7 +3,7 @@
 A forward pass costs 2 FLOPs per parameter and token. An update costs 6: forward, and backward to activations and to
 weights. An update of adapters costs 4, because gradients of the frozen weights are never formed. A trunk counts once,
 however many branches it has, and padding does not count. Rooflines use `Shape`. It also counts attention (4 FLOPs per
-attended pair, layer and unit of the heads' width), counts the head only for tokens that predict, and the embedding
+attended pair, layer and unit of the heads' width). It counts the head only for tokens that predict, and the embedding
 lookup as free.
 """
 

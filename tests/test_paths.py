@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from experiments import convert_hf, evaluate, filter_positions, rejection_sample, train, zero_shot
+from rpt_jax.analysis.reports import REPORTS
 from rpt_jax.config import DecoderConfig, MeshConfig
 from rpt_jax.data import positions as positions_lib
 from rpt_jax.errors import CheckpointError, ConfigError, DataError, RewardError
@@ -233,6 +234,11 @@ def test_fine_tuning_on_questions(home, tmp_path, capsys):
         figures["x"]
     )
     assert "direct" in capsys.readouterr().out
+    # A run whose judge is built in names it on its page.
+    config = json.loads((run / "config.json").read_text())
+    config["reward"] |= {"terms": ["exact"], "function": ""}
+    (run / "config.json").write_text(json.dumps(config))
+    assert "graded by exact" in REPORTS["questions"](run).read_text()
 
 
 def test_a_failing_judge_stops_the_run(home, tmp_path):

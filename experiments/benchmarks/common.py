@@ -109,17 +109,13 @@ def save_results(args: argparse.Namespace, figures: dict, draw: Callable, panels
     Args:
         draw: called with the axes of so many panels, side by side.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from rpt_jax.analysis.reports.figures import subplots
 
     command = " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
     record = {"command": command, "machine": machine()} | figures
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(record, indent=2) + "\n")
-    figure, axes = plt.subplots(1, panels, figsize=(7 if panels == 1 else 3.6 * panels, 4), layout="constrained")
+    figure, axes = subplots(1, panels, figsize=(7 if panels == 1 else 3.6 * panels, 4), layout="constrained")
     draw(*np.atleast_1d(axes))
     figure.savefig(args.json.with_suffix(".png"), dpi=130)
-    plt.close(figure)
     print(json.dumps(record, indent=2))

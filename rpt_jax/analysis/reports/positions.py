@@ -5,12 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
+from rpt_jax.analysis.reports.figures import subplots
 from rpt_jax.data.documents import Document
 from rpt_jax.data.positions import PositionTable, ScoredCorpus, Selection
 from rpt_jax.tokenizer import Tokenizer
@@ -46,7 +43,7 @@ def entropy_counts(corpus: ScoredCorpus, selected: PositionTable) -> EntropyCoun
 
 def write_picture(path: Path, counts: EntropyCounts, threshold: float) -> None:
     """Plot the histograms on a logarithmic scale, and the share of positions at or above each entropy (PNG)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+    figure, (left, right) = subplots(1, 2, figsize=(11, 3.8))
     middle, width = counts.edges[:-1], 0.05
     left.bar(middle, counts.all, width, align="edge", color="#c9d1d9", label=f"all, {counts.all.sum():,}")
     left.bar(
@@ -66,7 +63,6 @@ def write_picture(path: Path, counts: EntropyCounts, threshold: float) -> None:
     right.set_ylabel("share at or above")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def write_sample(

@@ -5,14 +5,12 @@ import html
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
+from rpt_jax.analysis.reports.figures import save_figures, subplots
 from rpt_jax.analysis.reports.run import (
     PAGE_STYLE,
     completion_examples,
     plot_training,
     read_evaluations,
-    save_figures,
     series,
 )
 from rpt_jax.train.run_directory import read_records, write_atomically
@@ -34,7 +32,7 @@ def write_report(directory: Path) -> Path:
 
 
 def _plot_learning(results: dict):
-    figure, axis = plt.subplots(figsize=(6.4, 4))
+    figure, axis = subplots(figsize=(6.4, 4))
     for metric, style in (("sampled", "-o"), ("greedy", "--s"), ("direct", ":"), ("no_prediction", "-.")):
         value, error = series(results["curve"], "all", metric)
         if len(value):
@@ -76,7 +74,7 @@ def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
         return f"<img alt='{name}' src='data:image/png;base64,{data}'>"
 
     config, corpus = results["config"], results["corpus"]
-    judge = config["reward"]["function"] or config["reward"]["name"]
+    judge = config["reward"]["function"] or " + ".join(config["reward"]["terms"])
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>RL on questions</title>
 <style>{PAGE_STYLE}</style>
 <h1>Reinforcement learning on questions: results of this run</h1>

@@ -5,13 +5,10 @@ import html
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet
 
+from rpt_jax.analysis.reports.figures import save_figures, subplots
 from rpt_jax.analysis.scaling import fit_power_law
 from rpt_jax.errors import CheckpointError, DataError
 from rpt_jax.train.run_directory import read_config, read_records, write_atomically
@@ -101,16 +98,6 @@ def write_report(directory: Path) -> Path:
     return page
 
 
-def save_figures(directory: Path, figures: dict) -> dict[str, Path]:
-    """Save figures as plots/<name>.png, close them and return {name: path}."""
-    paths = {name: directory / "plots" / f"{name}.png" for name in figures}
-    (directory / "plots").mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(paths[name], dpi=110, bbox_inches="tight")
-        plt.close(figure)
-    return paths
-
-
 def headline_split(results: dict) -> str:
     """Return the split that the report leads with: hard labelled positions, else hard, else all."""
     families = [s for s in results["after"] if s.startswith("hard ")]
@@ -131,7 +118,7 @@ def _plot_learning(results: dict):
     first, *others = dict.fromkeys(splits)
     # If all hard positions are labelled, both splits are equal and share a panel.
     splits = [first, *(s for s in others if results["after"][s] != results["after"][first])]
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         2, -(-len(splits) // 2), figsize=(4.2 * -(-len(splits) // 2), 6.6), sharex=True, squeeze=False
     )
     for axis, split in zip(axes.flat, splits):
@@ -159,7 +146,7 @@ def _plot_learning(results: dict):
 
 
 def _plot_scaling(results: dict):
-    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    figure, axis = subplots(figsize=(6.4, 4.2))
     points = [(f, c) for f, c in zip(results["flops"], results["curve"], strict=True) if f > 0]
     headline = headline_split(results)
     names = [headline, *(s for s in ("hard", "medium", "easy", "all") if s != headline)]
@@ -186,7 +173,7 @@ def _plot_scaling(results: dict):
 
 def plot_training(steps: list[dict]):
     """Plot reward, failure and optimisation metrics of training over the steps; return the figure."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    figure, axes = subplots(1, 3, figsize=(12, 3.2))
     x = [r["step"] for r in steps]
     for axis, names in zip(
         axes,
@@ -208,7 +195,7 @@ def plot_training(steps: list[dict]):
 
 
 def _plot_thoughts(results: dict, steps: list[dict]):
-    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    figure, axis = subplots(figsize=(6.4, 3.4))
     axis.plot([r["step"] for r in steps], [r["completion_tokens"] for r in steps], lw=1, label="training rollouts")
     for split in dict.fromkeys([headline_split(results), "settled"]):
         if split in results["after"]:
@@ -223,7 +210,7 @@ def _plot_thoughts(results: dict, steps: list[dict]):
 
 def _plot_labels(results: dict):
     names = sorted(s for s in results["after"] if "/" in s)
-    figure, axis = plt.subplots(figsize=(6.8, 3.4))
+    figure, axis = subplots(figsize=(6.8, 3.4))
     x = np.arange(len(names))
     bars = [
         ("before", results["before"], "sampled_prefix", "before RPT, thinking"),
@@ -376,6 +363,14 @@ pre { background: #f6f8fa; padding: 1em; overflow-x: auto; font-size: 12px }
 """
 
 
+def _reward_text(reward: dict) -> str:
+    if tuple(reward["terms"]) == ("prefix",):
+        return (
+            "The reward is 1 if the boxed bytes match the document's continuation and end where a token ends, else 0."
+        )
+    return f"The reward is {html.escape(' + '.join(reward['terms']))} (compose: {html.escape(reward['compose'])})."
+
+
 def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
     config, corpus = results["config"], results["corpus"]
     thresholds = config["eval"]["difficulty_thresholds"]
@@ -398,10 +393,10 @@ def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
 {corpus["training"]["documents"]:,} documents ({corpus["training"]["tokens"]:,} tokens). A warm start of
 {config["supervised"]["num_steps"]} supervised updates was followed by {results["steps"][-1]} steps of reinforcement
 pre-training: at a selected position of a document, the model sees the text so far, writes a thought, and boxes its
-prediction of what comes next. The reward is 1 if the boxed bytes match the document's continuation and end where a
-token ends, else 0.
+prediction of what comes next. {_reward_text(config["reward"])}
 Each position was sampled {config["rollout"]["group_size"]} times, and training made the better samples more likely
-(GRPO). Accuracies are measured on {corpus["held-out"]["documents"]:,} documents that the model was not trained on.</p>
+(advantage: {config["loss"]["advantage"]}). Accuracies are measured on {corpus["held-out"]["documents"]:,} documents
+that the model was not trained on.</p>
 <h2>Did it learn?</h2>{picture("learning")}
 {_table(results)}
 <p>± is one standard error over positions. <b>thinking</b>: the boxed prediction of a sampled thought (mean of
