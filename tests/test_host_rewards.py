@@ -136,7 +136,7 @@ def test_a_slow_expression_of_the_policy_does_not_stop_a_run(letters):
     _, earned, _ = earn(reward, {}, tasks, rollouts)
     rewards, faults = earned.rewards, earned.faults
     assert not np.asarray(rewards).any()
-    # Of the first prediction math-verify tries to evaluate the answers; the others need no arithmetic, or are none.
+    # math-verify tries to evaluate the first prediction; the others need no arithmetic, or are not predictions.
     assert np.asarray(faults)[:, 0].tolist() == [[True, False], [False, False], [False, False]]
 
 

@@ -64,7 +64,7 @@ def terminate():
         (supervised, "update", 2),  # in the warm start
     ],
 )
-def test_sigterm_saves_and_the_same_command_goes_on_exactly(
+def test_sigterm_saves_and_the_same_command_resumes_exactly(
     corpus,  # noqa: F811
     straight,
     tmp_path,
@@ -97,7 +97,7 @@ def test_an_end_between_two_updates_of_one_batch_repeats_the_whole_step(corpus, 
     assert run(config) == straight
 
 
-def test_a_copy_goes_on_as_its_source_did_and_may_change(corpus, straight, tmp_path):  # noqa: F811
+def test_a_copy_continues_as_its_source_did_and_may_change(corpus, straight, tmp_path):  # noqa: F811
     """--run.resume DIR@STEP: the same settings give the same end; the source stays as it was."""
     config = evaluated_at_the_ends(tiny_run(corpus, tmp_path / "source", loss=LOSS))
     assert run(config) == straight

@@ -212,7 +212,7 @@ def question_flags(home, run, *extra):
 
 
 def test_fine_tuning_on_questions(home, tmp_path, capsys):
-    """A judge that pays for length: the reward is real, and every rollout is kept with the truth beside it."""
+    """A judge that rewards length: rewards are floats, and every rollout is kept with its true answer."""
     run = tmp_path / "run"
     custom = ("--reward.terms", "custom", "--reward.function", "tests.judges_for_tests:length")
     train.main(question_flags(home, run, *custom))
