@@ -194,8 +194,8 @@ def test_damaged_model_directories_are_refused_by_name(name, tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_proxy_of_few_heads_lies_on_a_mesh_of_more(tmp_path):
-    """A small model on the mesh of a policy with tensor = 4: heads that 4 does not divide stay whole, results are equal."""
+def test_a_proxy_of_few_heads_on_a_mesh_of_more(tmp_path):
+    """A small model on the mesh of a policy with tensor = 4: heads that 4 does not divide stay whole."""
     config = DecoderConfig(
         family="qwen2", vocab_size=64, num_layers=2, width=48, mlp_width=64, num_heads=12, num_kv_heads=2, head_size=8,
         qkv_bias=True, qk_norm=False,
