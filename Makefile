@@ -16,15 +16,15 @@ $(INSTALLED): requirements.txt constraints.txt setup.py
 quickstart: $(INSTALLED)
 	$(RUN) -m experiments.quickstart --run.directory runs/quickstart
 
-# Two processes, a file each at a time: most of a test is compiling, on one core.
+# Two processes, one test file each at a time.
 test: $(INSTALLED)
 	$(RUN) -m pytest -n 2 --dist loadfile
 
 trials: $(INSTALLED)
 	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) -m pytest -m slow
 
-# The claims of the README's performance tables, on a CPU: most of an hour on a quiet machine of two cores, up to two where
-# they are older, and more on first use, when TRL and Tunix are installed in .venv-peers.
+# The performance tables, on a CPU: about an hour on a quiet machine of two cores, up to two on an older one, and more on
+# first use, when TRL and Tunix are installed in .venv-peers.
 benchmark: $(INSTALLED)
 	$(RUN) -m experiments.benchmarks.sampling
 	$(RUN) -m experiments.benchmarks.reward

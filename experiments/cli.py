@@ -1,4 +1,4 @@
-"""Command lines: preset, then flags, to a Config. Shared by every experiment script."""
+"""Command lines of all experiment scripts: a preset and flags make a Config."""
 
 import json
 import os
@@ -25,11 +25,11 @@ from rpt_jax.train.run_directory import read_config
 
 
 def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple[Config, bool]:
-    """(config, dry run?) of a command line: default < preset < flag.
+    """Parse a command line (default < preset < flag) to (config, whether --dry-run was given).
 
     Raises:
-        ConfigError: unknown preset or flag, no preset, or settings that cannot run.
-        SystemExit: --help, or a value that its flag cannot take; tyro says which.
+        ConfigError: unknown preset or flag, no preset, or invalid settings.
+        SystemExit: --help, or an invalid value of a flag, which tyro reports.
     """
     flags, preset, dry_run = list(argv), default_preset, False
     if "--dry-run" in flags:
@@ -68,13 +68,13 @@ def _flag(path: str) -> str:
 
 
 def print_help(flags: list[str], config: Config) -> None:
-    """The script's own text and the settings that people vary, in the order of a run; with --help-all every setting.
+    """Print the script's docstring and the common settings, in the order of a run; with --help-all every setting.
 
     Raises:
         SystemExit: always.
     """
     print(sys.modules["__main__"].__doc__)
-    print(f"--preset: one of {', '.join(PRESETS)}\n--dry-run: the resolved run, nothing done\n")
+    print(f"--preset: one of {', '.join(PRESETS)}\n--dry-run: print the resolved run and exit\n")
     if "--help-all" in flags:
         tyro.cli(Config, default=config, args=["--help"], prog="experiment")
     texts = help_texts(config)
@@ -94,25 +94,24 @@ def _ready(config: Config) -> Config:
 
 
 def load_run(directory: Path, flags: list[str]) -> Config:
-    """The config of an existing run directory; its corpus and tokenizer must still be where they were.
+    """Load the config of an existing run, whose corpus and tokenizer must still be in place.
 
     Args:
-        flags: what is to differ here: the mesh, what evaluations take (`RunDirectory` says what may).
+        directory: of the run.
+        flags: settings to change, such as the mesh and those of evaluations (see `RunDirectory`).
     Raises:
-        CheckpointError: no run there.
-        ConfigError: unknown flag, or settings that cannot run.
+        CheckpointError: there is no run.
+        ConfigError: unknown flag, or invalid settings.
     """
     path = directory / "config.json"
     if not path.exists():
-        raise CheckpointError(
-            f"--run {directory} holds no config.json; it must be the directory of a run. Check the path."
-        )
+        raise CheckpointError(f"--run {directory} contains no config.json; it must be a run directory. Check the path.")
     config = _ready(_with_flags(read_config(directory), flags))
     return replace(config, run=replace(config.run, directory=str(directory)))
 
 
 def describe(config: Config) -> str:
-    """The resolved run in a page: config, batch arithmetic, mesh."""
+    """Describe the resolved run: config, batch arithmetic, mesh."""
     r, mesh = config.rollout, config.mesh
     prompts = r.num_trunks * r.prompts_per_trunk
     updates = config.loss.num_minibatches
@@ -128,20 +127,20 @@ def describe(config: Config) -> str:
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run `main(arguments)`.
 
-    Our own errors end it with their message and status 2, others with a traceback and 1. A run that was told to stop
-    has saved and ends with `RESUMABLE`: a scheduler may start the same command again.
+    rpt_jax's errors exit with their message and status 2, others with a traceback and status 1. A run that was stopped
+    by a signal has saved and exits with `RESUMABLE`, so that a scheduler may start the same command again.
     """
     try:
         main(sys.argv[1:])
     except Interrupted as stop:
         console.print(
-            f"{stop}; what was done is saved. The same command goes on, with --run.resume latest if it named a step "
-            f"(exit status {RESUMABLE})"
+            f"{stop}; the run is saved. Run the same command again to resume, with --run.resume latest if it named a "
+            f"step (exit status {RESUMABLE})"
         )
         sys.exit(RESUMABLE)
     except Exception as error:
         if isinstance(error, (ConfigError, DataError, CheckpointError, RewardError)):
-            console.quiet = False  # the processes that write no files are quiet, but not about this
+            console.quiet = False  # processes that write no files are quiet, except about errors
             console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
             status = 2
         else:
@@ -149,5 +148,5 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             status = 1
         sys.stderr.flush()
         if jax.distributed.is_initialized() and jax.process_count() > 1:
-            os._exit(status)  # an orderly end would wait for the others, who wait for this process
+            os._exit(status)  # an orderly exit would deadlock: the other processes wait for this one
         sys.exit(status)

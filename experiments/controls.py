@@ -1,8 +1,8 @@
-"""Controls for a finished run: other supervised training from its warm start, at its compute, over learning rates.
+"""Controls for a finished run: supervised training from its warm start with the same compute, over learning rates.
 
 python -m experiments.controls --run runs/quickstart [--learning-rates 3e-4 1e-3 3e-3]
 
-documents: next-token training on the training documents. cold_start: more of the warm start's own sequences.
+documents: next-token training on the training documents. cold_start: more training on the warm start's sequences.
 Writes controls.json into the run directory and prints a table.
 """
 
@@ -33,13 +33,13 @@ def main(argv: list[str]) -> None:
     documents = run.domain.control_examples(run)
     if documents is None:
         raise ConfigError(
-            f"--run {args.run} is a run on {run.domain.name}; controls are trained on documents. Give such a run."
+            f"--run {args.run} is a run on {run.domain.name}; controls need documents. Choose such a run."
         )
     params = warm_start(run)
     evaluations = Evaluations(run=run, source=run.domain.heldout(run, params), start=params)
     sources = {"documents": documents}
     if run.warm_examples:
-        # A warm-start file is in training order: its second half is what training ended on.
+        # A warm-start file is in training order: the warm start ended with its second half.
         half = len(run.warm_examples) // 2 if config.supervised.path else 0
         sources["cold_start"] = [run.warm_examples[i] for i in range(half, len(run.warm_examples))]
     split, rows = headline_split(results), []

@@ -1,9 +1,9 @@
-"""Export a run's newest policy as a Hugging Face model directory, tokenizer included.
+"""Export a run's newest policy as a Hugging Face model directory, including its tokenizer.
 
 python -m experiments.convert_hf --run runs/tiny_text --out exported [--dtype bfloat16]
 python -m experiments.convert_hf --run runs/tiny_text --out adapters --adapters      # PEFT layout, a LoRA run only
 
-On another machine than the run's, say what differs: --mesh.fsdp 1 --mesh.tensor 1 --model.activation-dtype float32.
+On another machine, add the settings that differ: --mesh.fsdp 1 --mesh.tensor 1 --model.activation-dtype float32.
 """
 
 import argparse
@@ -22,18 +22,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--run", type=Path, required=True, help="run directory with an RL checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="a new directory")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as trained; float32 where adapters were"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as trained; float32 for merged adapters"
     )
-    parser.add_argument("--adapters", action="store_true", help="only the adapters of the RL stage, not merged")
+    parser.add_argument("--adapters", action="store_true", help="export only the adapters of the RL stage, not merged")
     args, flags = parser.parse_known_args(argv)
     run = prepare(load_run(args.run, flags), read_only=True)
     config = run.config
     if args.adapters and not config.lora.rank:
-        raise ConfigError(f"--adapters of {args.run}, which trained every parameter. Leave --adapters out.")
+        raise ConfigError(
+            f"--adapters of {args.run}, which trained every parameter; it needs a LoRA run. Remove --adapters."
+        )
     if args.adapters and config.supervised.num_steps:
         raise ConfigError(
-            f"--adapters of {args.run}, whose adapters sit on a warm-started policy that is no checkpoint. "
-            "Leave --adapters out to export the merged policy."
+            f"--adapters of {args.run}, whose base weights are a warm-started policy that is not a checkpoint. "
+            "Remove --adapters to export the merged policy."
         )
     state, frozen, step = newest_state(run, warm_start(run))
     if args.adapters:

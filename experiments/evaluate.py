@@ -2,7 +2,7 @@
 
 python -m experiments.evaluate --run runs/quickstart [--eval.num-samples 16] [--mesh.fsdp 1]
 
-The run is not touched, and may be going on meanwhile.
+It does not write to the run, which may still be training.
 """
 
 import argparse

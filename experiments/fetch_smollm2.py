@@ -78,7 +78,7 @@ def write_model(source: Path, out: Path) -> None:
         tensors[f"{layer}{_NAMES[part]}.weight"] = np.ascontiguousarray(weight)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     _write_json(out / "config.json", model_config(values))
-    ends = {"bos_token_id": values["tokenizer.ggml.bos_token_id"], "eos_token_id": values["tokenizer.ggml.eos_token_id"]}
+    ends = {f"{name}_token_id": values[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")}
     _write_json(out / "generation_config.json", ends)
     write_tokenizer(values, out)
 

@@ -1,12 +1,12 @@
-"""Score a corpus with a proxy model and select positions, in bounded memory; run it again to go on where it stopped.
+"""Score a corpus with a proxy model and select positions, in bounded memory; run it again to resume.
 
 python -m experiments.filter_positions --preset tiny_text --data.path 'corpus/*.parquet' --data.tokenizer DIR
     --proxy.path DIR --data.cache cache [--positions.selector entropy_top_fraction]
 
-Leaves in the cache directory what a training run with the same data, tokenizer, proxy and cache then only reads: the
-tokenised documents and the scored positions. Writes into the run directory positions.json (counts, threshold, tokens
-per second, peak memory), positions.png (the entropies and what was kept) and positions.html (text in colour). Without
---proxy.path the proxy is the preset's warm-started policy.
+The tokenised documents and scored positions go into the cache directory, where a training run with the same data,
+tokenizer and proxy reads them. The run directory gets positions.json (counts, threshold, tokens per second, peak
+memory), positions.png (the entropies of all and of selected positions) and positions.html (text colored by entropy).
+Without --proxy.path, the proxy is the preset's warm-started policy.
 """
 
 import json
@@ -26,10 +26,10 @@ from rpt_jax.train.stages.warm_start import warm_start
 
 
 def score(config: Config) -> dict:
-    """Score, select, draw; the figures."""
+    """Score, select and plot; return the figures."""
     if config.positions.selector in UNSCORED_SELECTORS:
         raise ConfigError(
-            f"positions.selector={config.positions.selector!r} asks no proxy; there is nothing to score. Choose "
+            f"positions.selector={config.positions.selector!r} uses no proxy, so there is nothing to score. Choose "
             "entropy_threshold or entropy_top_fraction."
         )
     started = time.perf_counter()

@@ -1,10 +1,10 @@
-"""What a preset needs on a TPU slice: memory, arithmetic, traffic and a roofline, from a machine without one.
+"""Plan a preset on a TPU slice: memory, arithmetic, traffic and a roofline, on a machine without a TPU.
 
 python -m experiments.plan --preset rpt_qwen2_5_14b --topology v5p:4x4x4 [--json FILE] [--tail-tokens 64]
     [--no-nearest] [--section.field VALUE ...]
 
-Needs libtpu, the TPU's compiler: pip install -e '.[tpu]'. fsdp becomes what the topology leaves to data and tensor.
-Exit status 3 where the run does not fit; then the nearest setting that does is searched for, and compiled.
+It needs libtpu, the TPU's compiler: pip install -e '.[tpu]'. fsdp is set to what data and tensor leave of the topology.
+If the run does not fit, the exit status is 3, and the nearest setting that fits is searched for and compiled.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from rpt_jax.train.progress import console
 
 
 def main(argv: list[str]) -> None:
-    # Nothing is run here: an accelerator of the machine's own stays free.
+    # Nothing runs here, so an accelerator of this machine stays free.
     jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--topology", required=not {"-h", "--help"} & set(argv))
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
                 result["nearest"] = {"changes": changes, "plan": found.to_json()}
                 break
         else:
-            print("\nnothing that was tried fits.")
+            print("\nno setting that was tried fits.")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
     if not plan.fits:
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
 
 
 def nearest(config: Config, topology: str, num_tail: int, memory: float) -> Iterator[tuple[list[str], str, Config]]:
-    """(changes, topology, config) worth compiling: two on these chips, then one on each larger topology."""
+    """Yield (changes, topology, config) to compile: two on these chips, then one on each larger topology."""
     for changes, nearer in itertools.islice(nearest_settings(config, num_tail, memory), 2):
         yield changes, topology, nearer
     for larger in larger_topologies(topology):
@@ -75,7 +75,7 @@ def nearest(config: Config, topology: str, num_tail: int, memory: float) -> Iter
 
 
 def describe(plan: Plan, config: Config) -> str:
-    """The plan as tables of text."""
+    """Format the plan as text tables."""
     gib, mesh, chip = 2**30, config.mesh, plan.chip
     room = max(p.peak + p.resident for p in plan.programs)
     lines = [

@@ -18,27 +18,27 @@ from rpt_jax.config import (
     SupervisedConfig,
 )
 
-# The quickstart: worked puzzles, 0.8 M parameters, 2 CPU cores, minutes.
+# The quickstart: worked puzzles, 0.8 M parameters, minutes on 2 CPU cores.
 TINY_WORKED = Config(
     run=RunConfig(num_steps=120),
     data=DataConfig(template="minimal", trunk_length=64, window_stride=32),
     positions=PositionsConfig(
         entropy_threshold=2.0,
-        # The first free digit lies at token 15 at the latest: nothing determines it, so it is no task.
+        # The first free digit is at token 15 at the latest. Nothing determines it, so it is not a task.
         min_context_tokens=17,
         unfiltered_fraction=0.3,
     ),
     model=DecoderConfig(num_layers=4, width=128, mlp_width=384, num_heads=4, num_kv_heads=4, head_size=32),
     supervised=SupervisedConfig(num_steps=380, batch_size=40),
     rollout=RolloutConfig(num_trunks=48, prompts_per_trunk=1, group_size=8, max_completion_tokens=32, temperature=1.0),
-    # Six trunks at a time: the activations of a pass then stay in the cache of a small CPU.
+    # Six trunks at a time: then the activations of a pass fit into the cache of a small CPU.
     mesh=MeshConfig(microbatch_trunks=6),
     optimizer=OptimizerConfig(learning_rate=4e-4, max_grad_norm=1.0, weight_decay=0.0),
     checkpoint=CheckpointConfig(every_steps=40),
     eval=EvalConfig(every_steps=20, num_positions=100, difficulty_thresholds=(0.5, 1.0, 2.0)),
 )
 
-# Anybody's text on the same machine: a trained tokenizer, a cold start from drafts of the text itself.
+# Any text on the same machine: a trained tokenizer, and a cold start from drafts of the text.
 TINY_TEXT = Config(
     run=RunConfig(num_steps=60),
     data=DataConfig(template="minimal", trunk_length=128, window_stride=64),
@@ -52,10 +52,10 @@ TINY_TEXT = Config(
     eval=EvalConfig(every_steps=10, num_positions=100, final_num_positions=300, batch_trunks=32),
 )
 
-# Gentle steps of supervised training, for a model that was trained before.
+# Small learning rate, for supervised training of a pretrained model.
 _FINE_TUNING = OptimizerConfig(learning_rate=1e-5, max_grad_norm=1.0, warmup_steps=10)
 
-# Text for a policy that --policy.path names, on one accelerator: prompts in the chat template's turns, no warm start.
+# Text for the policy in --policy.path, on one accelerator: prompts in the chat template's turns, no warm start.
 TEXT = Config(
     run=RunConfig(num_steps=200),
     data=DataConfig(chat=True, trunk_length=1024, window_stride=512),
@@ -71,7 +71,7 @@ TEXT = Config(
     eval=EvalConfig(every_steps=50, num_positions=100, final_num_positions=400, num_samples=4, batch_trunks=16),
 )
 
-# Questions with answers: RL fine-tuning and zero-shot evaluation of a policy that --policy.path names.
+# Questions with answers: RL fine-tuning and zero-shot evaluation of the policy in --policy.path.
 QUESTIONS = Config(
     run=RunConfig(num_steps=100),
     data=DataConfig(trunk_length=1024),
@@ -89,10 +89,10 @@ QUESTIONS = Config(
 
 
 def _rpt(model: DecoderConfig, mesh: MeshConfig, **rollout) -> Config:
-    """The paper's run (arXiv:2506.08007 §3.3): 256 positions x 8 rollouts a step, contexts of 4,096 tokens, completions
-    of 8,192, 1,000 steps, dynamic sampling from step 500; four positions share a document here.
+    """Make the paper's run (arXiv:2506.08007 §3.3): 256 positions x 8 rollouts per step, contexts of 4,096 tokens,
+    completions of 8,192, 1,000 steps, dynamic sampling from step 500. Here four positions share a document.
 
-    --policy.path, --proxy.path and --data.path are the user's; the model section is the shape that plans are made for.
+    Set --policy.path, --proxy.path and --data.path. The model section is the shape that plans use.
     """
     rollout = (
         dict(num_trunks=64, prompts_per_trunk=4, group_size=8, max_completion_tokens=8192, temperature=0.8) | rollout
@@ -106,12 +106,12 @@ def _rpt(model: DecoderConfig, mesh: MeshConfig, **rollout) -> Config:
         rollout=RolloutConfig(**rollout, dynamic_sampling_from_step=500),
         mesh=replace(mesh, microbatch_trunks=mesh.trunk_shards),
         checkpoint=CheckpointConfig(every_steps=20),
-        # An evaluation's rollouts then take no more memory than a step's.
+        # The rollouts of an evaluation then need no more memory than those of a step.
         eval=EvalConfig(every_steps=100, num_samples=4, batch_trunks=rollout["num_trunks"]),
     )
 
 
-# The paper's own: DeepSeek-R1-Distill-Qwen-14B, on 64 chips of TPU v5p.
+# The paper's policy: DeepSeek-R1-Distill-Qwen-14B, on 64 chips of TPU v5p.
 RPT_QWEN2_5_14B = _rpt(
     DecoderConfig(
         family="qwen2", vocab_size=152064, num_layers=48, width=5120, mlp_width=13824, num_heads=40, num_kv_heads=8,

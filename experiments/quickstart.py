@@ -13,12 +13,12 @@ from rpt_jax.data.synthetic import write_corpus
 from rpt_jax.parallel import distributed
 
 NUM_TRAIN, NUM_HELDOUT = 12_000, 800
-# Warm-start updates with puzzles of one or two steps, of supervised.num_steps.
+# Number of warm-start updates on puzzles of one or two steps.
 NUM_SHORT_STEPS = 200
 
 
 def with_corpus(config: Config) -> Config:
-    """The config reading the corpus files that `write_corpus` leaves in the run directory."""
+    """Point the config to the corpus files that `write_corpus` writes into the run directory."""
     corpus = Path(config.run.directory) / "corpus"
     data = replace(
         config.data,
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_corpus(config: Config) -> None:
-    """Write the run's own corpus; the tokenizer, written last, marks it complete."""
+    """Write the run's corpus; the tokenizer comes last and marks it complete."""
     size, short = config.supervised.batch_size, min(NUM_SHORT_STEPS, config.supervised.num_steps)
     write_corpus(
         Path(config.run.directory) / "corpus",

@@ -1,10 +1,10 @@
-"""Sample rollouts of a preset's policy and keep those that earned reward, as a file for a cold start.
+"""Sample rollouts of a preset's policy and write the rewarded ones to a file for a cold start.
 
 python -m experiments.rejection_sample --preset tiny_text --data.path my.txt --policy.path DIR --out cold_start.jsonl
     [--batches 10] [--per-prompt 2] [--min-reward 1]
 
-The policy is the run directory's newest RL checkpoint, or where there is none its warm start. The file goes to
---supervised.path. Prints how many rollouts were kept and why the others were not.
+The policy is the run's newest RL checkpoint, or its warm start. Use the file as --supervised.path. The script prints
+how many rollouts were kept and why the others were not.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     policies = trainer.policies(state)
     rollout = config.rollout
     shape = dict(num_trunks=rollout.num_trunks, prompts_per_trunk=rollout.prompts_per_trunk)
-    # A seed of its own: the prompts are not those that training starts with.
+    # Another seed, so that the prompts are not those that training starts with.
     iterator = TrainIterator(
         tasks.source,
         tasks.ids,
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     with progress_bar("rollouts", args.batches) as progress:
         for number in range(args.batches):
             batch = shard_batch(run.mesh, next(iterator))
-            # Training's steps are counted from 0 up: these keys are its only in runs of more than 2^30 steps.
+            # Training counts steps from 0, so it would share these keys only after 2^30 steps.
             experience = trainer.roll_out(policies, 2**30 + number, batch, 0)
             columns = completion_columns(experience, run.tokenizer, tasks.source.columns)
             rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

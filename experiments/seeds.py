@@ -1,8 +1,8 @@
-"""The quickstart over several seeds, and the table of all of them in Markdown.
+"""Run the quickstart over several seeds and print a Markdown table of all of them.
 
 python -m experiments.seeds [--seeds 0 1 2] [--directory runs/seeds]
 
-A seed whose run is finished is not run again. The seed draws the corpus, the parameters and the sampling noise.
+Finished seeds are not run again. The seed determines the corpus, the parameters and the sampling noise.
 """
 
 import argparse
@@ -26,7 +26,7 @@ COLUMNS = (
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown: a row per split; in each cell every seed's value, and the largest standard error over positions."""
+    """Format a Markdown table: a row per split; each cell has every seed's value and the largest standard error."""
     lines = [
         "| split | n | " + " | ".join(title for title, *_ in COLUMNS) + " |",
         "|---|---|" + "---|" * len(COLUMNS),

@@ -15,10 +15,10 @@ from rpt_jax.train.progress import console
 
 
 def run(config: Config) -> None:
-    """All stages of a run; each resumes from what the run directory holds. Writes the report.
+    """Run all stages, each from its checkpoint if there is one, and write the report.
 
     Raises:
-        Interrupted: told to stop; what was done is saved.
+        Interrupted: on a stop signal; the run is saved.
     """
     distributed.start(config.distributed)
     console.quiet = not distributed.is_main()

@@ -1,9 +1,9 @@
-"""Judge a Hugging Face model on questions: thinking, and of multiple choice direct, by category.
+"""Evaluate a Hugging Face model on questions by category: thinking, and direct for multiple choice.
 
 python -m experiments.zero_shot --policy.path DIR --questions.path mmlu_pro_test.jsonl [--eval.num-positions 200]
     [--data.chat] [--eval.num-samples 8] [--rollout.max-completion-tokens 4096] [--json figures.json]
 
---eval.num-positions questions are drawn, and as many of each category. arXiv:2506.08007 Table 3.
+It draws --eval.num-positions questions, and as many of each category (arXiv:2506.08007 Table 3).
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     args, rest = parser.parse_known_args(argv)
     config, dry_run = parse_config(rest, default_preset="questions")
     if not (config.policy.path and config.questions.path):
-        raise ConfigError("zero_shot judges a model on questions. Set --policy.path and --questions.path.")
+        raise ConfigError("zero_shot needs a model and questions. Set --policy.path and --questions.path.")
     is_default = config.reward == PRESETS["questions"].reward
     if is_default and all(q.choices for q in read_questions(config.questions.path)):
         config = replace(config, reward=replace(config.reward, terms=("choice",)))
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
 
 
 def table(figures: dict) -> str:
-    """One line per category, value ± standard error per metric."""
+    """Format one line per category, with value ± standard error per metric."""
     metrics = list(dict.fromkeys(m for cells in figures.values() for m in cells))
     width = max(len(name) for name in figures) + 2
     lines = [" " * width + f"{'n':>6}" + "".join(f"{m:>16}" for m in metrics)]

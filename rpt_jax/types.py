@@ -31,9 +31,7 @@ class Prompts:
     tail_lengths: Any  # i32 [U, M], number of real tail tokens, at least 1
     prompt_mask: Any  # bool [U, M], False for padding in a trunk with fewer than M prompts
     row_ids: Any  # i32 [U, M, G], unique per rollout; keys the sampling noise
-    prefix_tokens: Any = (
-        None  # i32 [U, M, G, C'], first tokens of continued completions, right-padded; None: all start fresh
-    )
+    prefix_tokens: Any = None  # i32 [U, M, G, C'], first tokens of continued rows, right-padded; None: all start fresh
     prefix_lengths: Any = None  # i32 [U, M, G], number of given tokens; 0: the row starts fresh
     prefix_logprobs: Any = None  # f32 [U, M, G, C'], log-probabilities they were sampled with; None: unknown
     born_step: Any = None  # i32 [U], step in which the trunk's rows were started, keys their noise; None: this step
@@ -120,7 +118,7 @@ class Sequences:
     branch_mask: Any  # bool [U, R, T], False for padding
     branch_prompts: Any  # i32 [U, R, T], prompt m of each token
     branch_index: Any  # i32 [U, R, T], number of tokens before it in its completion
-    trunk_segments: Any = None  # i32 [U, L], number of the packed sequence of each token, M = 0; None: one sequence
+    trunk_segments: Any = None  # i32 [U, L], index of each token's packed sequence, needs M = 0; None: one
 
 
 @record

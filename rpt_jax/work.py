@@ -2,9 +2,9 @@
 
 A forward pass costs 2 FLOPs per parameter and token. An update costs 6: forward, and backward to activations and to
 weights. An update of adapters costs 4, because gradients of the frozen weights are never formed. A trunk counts once,
-however many branches it has, and padding does not count. Rooflines use `Shape`, which also counts attention (4 per
-attended pair, layer and unit of the heads' width), runs the head only on tokens that predict, and makes the embedding
-free.
+however many branches it has, and padding does not count. Rooflines use `Shape`. It also counts attention (4 FLOPs per
+attended pair, layer and unit of the heads' width). It counts the head only for tokens that predict, and the embedding
+lookup as free.
 """
 
 from dataclasses import dataclass
@@ -78,6 +78,7 @@ class Shape:
 
     @property
     def heads_width(self) -> int:
+        """Width of all query heads together."""
         return self.config.num_heads * self.config.head_size
 
     @property

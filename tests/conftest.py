@@ -18,6 +18,8 @@ import pytest
 from rpt_jax.config import DecoderConfig, MeshConfig
 from rpt_jax.models.decoder import init_params
 from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.rl import packing
+from rpt_jax.rollout import engine
 from rpt_jax.tokenizer import load_tokenizer, word_level
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -38,6 +40,19 @@ def few_memory_maps():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > _MOST_MAPS:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def few_programs():
+    """Compile one shape of rollouts and one of updates, for tests of what runs leave behind.
+
+    Schedules and packing change no token and no gradient: test_rollout.py and test_rl.py compare them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "chain_of_shapes", lambda *_: [])
+        patch.setattr(packing, "_LANE_STEPS", 1)
+        patch.setattr(packing, "_TRUNK_STEPS", 1)
+        yield
 
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

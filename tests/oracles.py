@@ -7,7 +7,7 @@ import numpy as np
 
 
 def extract(text: bytes, mode: str, require_think_end: bool = True) -> bytes | None:
-    """The string in the last \\boxed{} after the last </think>, None where there is none."""
+    """Return the string in the last \\boxed{} after the last </think>, or None."""
     start = 0
     if require_think_end:
         think = text.rfind(b"</think>")

@@ -137,7 +137,7 @@ def test_an_interrupted_first_save_is_a_beginning(saved):
 def test_a_run_does_not_begin_anew_in_silence(saved):
     for step in ("1", "2"):
         flip(next(p for p in (saved / step).rglob("*") if p.is_file()))
-    with pytest.raises(CheckpointError, match="holds checkpoints and none of them is whole"):
+    with pytest.raises(CheckpointError, match="holds checkpoints, but none is intact"):
         Checkpoints(saved, keep=3)
 
 
@@ -153,13 +153,13 @@ def test_a_reader_touches_nothing(saved):
 def test_going_back_to_a_step_sets_later_ones_aside(saved):
     assert Checkpoints(saved, keep=3, step=1).latest_step == 1
     assert steps_of(saved) == [1] and (saved.parent / "set_aside" / "rpt-2.0").is_dir()
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint of step 7 .* there are steps \[1\]"):
+    with pytest.raises(CheckpointError, match=r"no intact checkpoint of step 7 .* there are steps \[1\]"):
         Checkpoints(saved, keep=3, step=7)
 
 
 def test_going_back_to_a_damaged_step_changes_nothing(saved):
     unfinished(saved / "1")
-    with pytest.raises(CheckpointError, match="no whole checkpoint of step 1"):
+    with pytest.raises(CheckpointError, match="no intact checkpoint of step 1"):
         Checkpoints(saved, keep=3, step=1)
     assert steps_of(saved) == [1, 2] and newest(saved)[0] == 2
 

@@ -16,11 +16,13 @@ from rpt_jax.rl.update import update
 from rpt_jax.scoring.companions import AVERAGE, follow, with_companions
 from rpt_jax.train.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 SGD = make_optimizer(OptimizerConfig(learning_rate=0.1, max_grad_norm=0.0, weight_decay=0.0), 10)
 
 
 def pull(params, target):
-    """A loss whose gradient moves every parameter towards the target; a target that is none spoils it."""
+    """A loss whose gradient moves every parameter towards the target; a NaN target spoils it."""
     return sum(jnp.sum((p - target) ** 2) for p in jax.tree.leaves(params)), {}
 
 
@@ -61,7 +63,7 @@ def test_it_may_be_synchronised_instead(mesh):
         np.testing.assert_array_equal(state.companions[AVERAGE]["w"], kept)
 
 
-def test_it_lies_as_the_parameters_do_and_survives_a_checkpoint(tiny_config, tmp_path):
+def test_it_is_sharded_like_the_parameters_and_survives_a_checkpoint(tiny_config, tmp_path):
     config = dataclasses.replace(tiny_config, vocab_size=64)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = decoder.init_params(config, mesh, jax.random.key(0))
@@ -73,7 +75,7 @@ def test_it_lies_as_the_parameters_do_and_survives_a_checkpoint(tiny_config, tmp
         checkpoints.save(2, second, {"step": 2})
     restored, _ = Checkpoints(tmp_path / "rpt", keep=1).restore(second)
     jax.tree.map(np.testing.assert_array_equal, restored, second)
-    # Resumed, it goes on as it would have.
+    # Resumed, it continues as it would have.
     straight, resumed = (
         next(steps(s, CompanionConfig(decay=0.5), (2.0,))) for s in (jax.tree.map(jnp.copy, second), restored)
     )

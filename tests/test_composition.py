@@ -19,6 +19,8 @@ from rpt_jax.train.run import newest_state
 from rpt_jax.train.stages.warm_start import warm_start
 from rpt_jax.types import Earned, Evidence
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 A = [[[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]]
 B = [[[0.5, 0.5, 1.0, 0.0], [0.0, 1.0, np.nan, 0.0]]]
 
@@ -40,7 +42,7 @@ def composed(how, weights=(1.0, 0.1), **masks):
 
 def test_a_sum_by_hand():
     earned = composed("sum")
-    # 1 + .05, 0 + .05, 0 + .1, 1 + 0; the number that is none is a fault of its own and counts 0.
+    # 1 + .05, 0 + .05, 0 + .1, 1 + 0; the NaN is a failure of its term and counts as 0.
     np.testing.assert_allclose(earned.rewards, [[[1.05, 0.05, 0.1, 1.0], [1.0, 1.1, 1.0, 1.0]]], rtol=1e-6)
     assert np.asarray(earned.faults).tolist() == [[[False] * 4, [False, False, True, False]]]
     assert set(earned.metrics) == {f"reward/{n}{m}" for n in "ab" for m in ("", "/fault_fraction", "/twice")}
@@ -103,7 +105,7 @@ TOY = {"likely_answer": catalog.Row(fn=likely_answer, requests=(LIKELY,), tasks=
 
 
 def test_a_new_reward_is_one_function_and_one_line(corpus, tmp_path, monkeypatch):  # noqa: F811
-    """It trains, beside the prefix reward, and stands in the evaluation before the first step."""
+    """It trains together with the prefix reward, and appears in the evaluation before the first step."""
     monkeypatch.setattr(catalog, "CATALOG", catalog.CATALOG | TOY)
     base = evaluated_at_the_ends(tiny_run(corpus, tmp_path / "run"))
     config = dataclasses.replace(
@@ -128,7 +130,7 @@ def test_a_new_reward_is_one_function_and_one_line(corpus, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_a_run_whose_reward_asks_for_the_average_resumes_exactly(corpus, tmp_path, monkeypatch):  # noqa: F811
-    """The average is in the checkpoint: stopping after one step and going on equals going straight."""
+    """The average is in the checkpoint: a run stopped after one step and resumed equals an uninterrupted one."""
     average = dataclasses.replace(LIKELY, policy="average")
     monkeypatch.setattr(catalog, "CATALOG", catalog.CATALOG | {
         "likely_answer": dataclasses.replace(TOY["likely_answer"], requests=(average,))

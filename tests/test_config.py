@@ -29,7 +29,7 @@ def test_presets_are_valid_and_survive_json(preset):
         ("rollout", {"temperature": 0.0}, "teach nothing"),
         ("optimizer", {"learning_rate": -1.0}, "optimizer.learning_rate=-1.0"),
         ("model", {"num_heads": 0}, "model.num_heads=0"),
-        ("data", {"heldout_fraction": 1.0}, "data.heldout_fraction=1.0; it must lie between 0 and 1"),
+        ("data", {"heldout_fraction": 1.0}, "data.heldout_fraction=1.0; it must be between 0 and 1"),
         ("eval", {"difficulty_thresholds": (1.0, 0.5, 2.0)}, "must not decrease"),
         ("positions", {"unfiltered_fraction": 1.0}, "unfiltered_fraction"),
         ("model", {"num_heads": 5}, "model.num_heads=5 is not divisible by model.num_kv_heads=2"),
@@ -164,12 +164,12 @@ def test_a_flag_that_moved_says_where_to():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--reward.terms", "best"], "names 'best'; there are prefix"),
+        (["--reward.terms", "best"], "names 'best'; it must be one of prefix"),
         (["--reward.terms", "prefix", "prefix"], "each once"),
         (["--reward.terms", "x*prefix"], "WEIGHT\\*NAME"),
         (["--reward.terms", "math"], "'math', which needs questions"),
         (["--reward.terms", "custom"], "custom needs a function"),
-        (["--reward.compose", "normalize_then_sum", "--loss.advantage", "mean"], "must be left at 'grpo'"),
+        (["--reward.compose", "normalize_then_sum", "--loss.advantage", "mean"], "must keep its default 'grpo'"),
     ],
 )
 def test_rewards_that_cannot_be_are_refused(flags, message):

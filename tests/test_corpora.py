@@ -360,7 +360,7 @@ def test_shares_of_processes_make_the_global_batch():
             np.testing.assert_array_equal(joined, getattr(batch.prompts, name))
 
 
-def test_a_run_of_two_processes_goes_on_with_one():
+def test_a_run_of_two_processes_resumes_with_one():
     source = source_of(10)
     two, _ = iterate(source, 10, 3, rows=[2, 3])
     one, _ = iterate(source, 10, 0)

@@ -140,7 +140,7 @@ def test_attention_block_by_block_changes_nothing(tiny_config, tiny_params, monk
     columns = 17 + 4 * E + 2 * C
     few = dataclasses.replace(attention.KERNELS["cpu"], max_scores=3 * 4 * columns * 4, keys_transposed=False)
     monkeypatch.setitem(attention.KERNELS, "cpu", few)
-    other = dataclasses.replace(tiny_config, platform="cpu")  # another static argument: traced anew
+    other = dataclasses.replace(tiny_config, platform="cpu")  # another static argument: traced again
     blocks = logprob_gradient(other, tiny_params, sequences, weights)
     assert relative_difference(blocks, whole) < 1e-5
 
@@ -165,7 +165,7 @@ def test_padding_and_neighbours_change_nothing(tiny_config, tiny_params):
     np.testing.assert_allclose(first[keep[:, 0]], base[:, 0][keep[:, 0]], atol=1e-5, rtol=1e-6)
 
 
-def test_chunked_laws_and_their_gradients_equal_the_whole(tiny_config, monkeypatch):
+def test_chunked_logprobs_and_their_gradients_equal_the_whole(tiny_config, monkeypatch):
     """Log-probabilities and entropy against float64, gradients against autodiff through the whole log-softmax."""
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((2, 23, 8)).astype(np.float32)
@@ -177,9 +177,9 @@ def test_chunked_laws_and_their_gradients_equal_the_whole(tiny_config, monkeypat
     config = dataclasses.replace(tiny_config, vocab_size=50, platform="cpu")
     logprobs, entropy = token_logprobs(config, params, hidden, targets, temperature=0.7)
     z = (hidden.astype(np.float64) @ params["head"].T) / 0.7
-    logprobs = z - np.log(np.exp(z).sum(-1, keepdims=True))
-    np.testing.assert_allclose(logprobs, np.take_along_axis(logprobs, targets[..., None], -1)[..., 0], atol=1e-5)
-    np.testing.assert_allclose(entropy, -(np.exp(logprobs) * logprobs).sum(-1), atol=1e-5)
+    expected = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    np.testing.assert_allclose(logprobs, np.take_along_axis(expected, targets[..., None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(entropy, -(np.exp(expected) * expected).sum(-1), atol=1e-5)
 
     def term(logprobs, inputs):
         return inputs["w"] * jnp.exp(0.1 * logprobs)

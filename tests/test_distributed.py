@@ -138,4 +138,4 @@ def test_processes_that_cannot_join_are_named():
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(ROOT))}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
-    assert "ConfigError: the processes of this run could not be joined" in ended.stderr
+    assert "ConfigError: the processes of this run could not join" in ended.stderr

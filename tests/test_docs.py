@@ -68,6 +68,15 @@ def test_the_flags_of_each_paper_parse():
         assert config
 
 
+def test_every_named_trial_exists():
+    """Tests that the reliability page names, as `name` or `file.py: name`."""
+    page = (ROOT / "docs/reliability.md").read_text()
+    table = page[page.index("## Trials") : page.index("## What is not promised")]
+    for file, name in re.findall(r"`(?:(test_\w+\.py): )?([a-z]\w+)`", table):
+        source = (ROOT / "tests" / (file or "test_trials.py")).read_text()
+        assert f"def test_{name}" in source, name
+
+
 def test_every_named_setting_exists():
     """Settings that the pages name in code, as section.field or --section.field."""
     fields = {path for path, _, _ in walk(Config())}

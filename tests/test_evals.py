@@ -18,6 +18,8 @@ from rpt_jax.rewards.catalog import make_reward
 from rpt_jax.scoring.requests import Scorer
 from rpt_jax.sequences import append_targets
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 
 def test_splits_are_nested_uniform_samples_with_labels():
     rng = np.random.default_rng(0)

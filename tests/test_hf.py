@@ -224,8 +224,8 @@ def test_a_type_too_narrow_for_the_weights_is_refused(tmp_path):
         load_hf(tmp_path, dtype="float16")
 
 
-def test_a_proxy_of_few_heads_lies_on_a_mesh_of_more(tmp_path):
-    """A small model beside a policy on tensor = 4: heads that four does not divide stay whole, and nothing changes."""
+def test_a_proxy_of_few_heads_on_a_mesh_of_more(tmp_path):
+    """A small model on the mesh of a policy with tensor = 4: heads that 4 does not divide stay whole."""
     config = DecoderConfig(
         family="qwen2", vocab_size=64, num_layers=2, width=48, mlp_width=64, num_heads=12, num_kv_heads=2, head_size=8,
         qkv_bias=True, qk_norm=False,

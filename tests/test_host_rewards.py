@@ -127,7 +127,7 @@ def test_every_fault_is_of_its_own_completion():
     assert "ValueError: on purpose" in results["raise"]
     assert "time_limit_seconds=3.0" in results["hang"] and "ended its process" in results["die"]
     for kind in ("none", "string", "list", "array"):
-        assert "which is no number" in results[kind], kind
+        assert "which is not a number" in results[kind], kind
     assert results["nan"] == "returned nan" and results["inf"] == "returned inf"
     pool.close()
 
@@ -147,7 +147,7 @@ def test_a_slow_expression_of_the_policy_does_not_stop_a_run(letters):
     _, earned, _ = earn(reward, {}, tasks, rollouts)
     rewards, faults = earned.rewards, earned.faults
     assert not np.asarray(rewards).any()
-    # Of the first prediction math-verify tries to evaluate the answers; the others need no arithmetic, or are none.
+    # math-verify tries to evaluate the first prediction; the others need no arithmetic, or are not predictions.
     assert np.asarray(faults)[:, 0].tolist() == [[True, False], [False, False], [False, False]]
 
 

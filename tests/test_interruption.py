@@ -19,6 +19,8 @@ from rpt_jax.train.run import newest_state, prepare
 from rpt_jax.train.stages import supervised
 from rpt_jax.train.stages.warm_start import warm_start
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 LOSS = LossConfig(num_minibatches=2)
 
 
@@ -62,7 +64,7 @@ def terminate():
         (supervised, "update", 2),  # in the warm start
     ],
 )
-def test_sigterm_saves_and_the_same_command_goes_on_exactly(
+def test_sigterm_saves_and_the_same_command_resumes_exactly(
     corpus,  # noqa: F811
     straight,
     tmp_path,
@@ -95,7 +97,7 @@ def test_an_end_between_two_updates_of_one_batch_repeats_the_whole_step(corpus, 
     assert run(config) == straight
 
 
-def test_a_copy_goes_on_as_its_source_did_and_may_change(corpus, straight, tmp_path):  # noqa: F811
+def test_a_copy_continues_as_its_source_did_and_may_change(corpus, straight, tmp_path):  # noqa: F811
     """--run.resume DIR@STEP: the same settings give the same end; the source stays as it was."""
     config = evaluated_at_the_ends(tiny_run(corpus, tmp_path / "source", loss=LOSS))
     assert run(config) == straight
@@ -107,7 +109,7 @@ def test_a_copy_goes_on_as_its_source_did_and_may_change(corpus, straight, tmp_p
     assert not (tmp_path / "source" / "checkpoints" / "set_aside").exists()
     # Fewer steps than are done: said, and nothing is written.
     records = (tmp_path / "source" / "metrics.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match="has done 4 steps, and run.num_steps=3"):
+    with pytest.raises(CheckpointError, match="has done 4 steps; run.num_steps=3"):
         run(dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=3)))
     assert (tmp_path / "source" / "metrics.jsonl").read_bytes() == records
     # Going back in the copy itself.
@@ -170,5 +172,5 @@ def test_a_standstill_ends_the_process_and_says_where():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert ended.returncode == STALLED
-    assert "nothing has moved for distributed.deadline_seconds=0.5" in ended.stderr
+    assert "no progress for distributed.deadline_seconds=0.5" in ended.stderr
     assert "in waits_for_ever" in ended.stderr

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from experiments import convert_hf, evaluate, filter_positions, rejection_sample, train, zero_shot
+from rpt_jax.analysis.reports import REPORTS
 from rpt_jax.config import DecoderConfig, MeshConfig
 from rpt_jax.data import positions as positions_lib
 from rpt_jax.errors import CheckpointError, ConfigError, DataError, RewardError
@@ -18,6 +19,8 @@ from rpt_jax.models import decoder
 from rpt_jax.models.hf import load_hf, save_hf
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.tokenizer import load_tokenizer, train_byte_level
+
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 SENTENCES = ("the cat sat on the mat. ", "one and one is two. ", "a dog ran to the house. ")
 TINY = {
@@ -209,7 +212,7 @@ def question_flags(home, run, *extra):
 
 
 def test_fine_tuning_on_questions(home, tmp_path, capsys):
-    """A judge that pays for length: the reward is real, and every rollout is kept with the truth beside it."""
+    """A judge that rewards length: rewards are floats, and every rollout is kept with its true answer."""
     run = tmp_path / "run"
     custom = ("--reward.terms", "custom", "--reward.function", "tests.judges_for_tests:length")
     train.main(question_flags(home, run, *custom))
@@ -231,6 +234,11 @@ def test_fine_tuning_on_questions(home, tmp_path, capsys):
         figures["x"]
     )
     assert "direct" in capsys.readouterr().out
+    # A run whose judge is built in names it on its page.
+    config = json.loads((run / "config.json").read_text())
+    config["reward"] |= {"terms": ["exact"], "function": ""}
+    (run / "config.json").write_text(json.dumps(config))
+    assert "graded by exact" in REPORTS["questions"](run).read_text()
 
 
 def test_a_failing_judge_stops_the_run(home, tmp_path):
@@ -245,7 +253,7 @@ def test_a_failing_judge_stops_the_run(home, tmp_path):
         (["--reward.terms", "prefix"], "reads a text's continuation"),
         (["--reward.terms", "custom"], "custom needs a function"),
         (["--reward.function", "a:b"], "no other reward takes one"),
-        (["--rollout.prompts-per-trunk", "2"], "a question is a trunk of its own"),
+        (["--rollout.prompts-per-trunk", "2"], "every question is a separate trunk"),
         (["--rollout.max-completion-tokens", "400"], "the model has 512"),
         (["--supervised.num-steps", "3"], "needs their solutions"),
         (["--lora.rank", "2", "--lora.targets", "head"], "tied to the embedding"),

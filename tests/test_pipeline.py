@@ -24,6 +24,8 @@ from rpt_jax.train.run_directory import read_config
 from rpt_jax.train.stages import supervised
 from rpt_jax.train.stages.warm_start import warm_start
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 
 def recipe(corpus):  # noqa: F811
     """A warm start and RL with adapters, then RL of all parameters from where that ended."""
@@ -115,14 +117,14 @@ def test_an_interruption_anywhere_changes_nothing(corpus, straight, tmp_path, mo
 
 def test_recipes_that_cannot_be(corpus, straight, tmp_path):  # noqa: F811
     (name, first), (_, second) = recipe(corpus)
-    with pytest.raises(ConfigError, match="each needs a name of its own"):
+    with pytest.raises(ConfigError, match="each needs a unique name"):
         pipeline.run_recipe(((name, first), (name, second)), tmp_path)
     elsewhere = dataclasses.replace(second, policy=dataclasses.replace(second.policy, path="somewhere"))
-    with pytest.raises(ConfigError, match="it starts from the run before"):
+    with pytest.raises(ConfigError, match="it starts from the previous run"):
         pipeline.run_recipe(((name, first), ("other", elsewhere)), tmp_path)
     # A run that has no policy yet.
     prepare(dataclasses.replace(first, run=dataclasses.replace(first.run, directory=str(tmp_path / "begun"))))
     (tmp_path / "begun" / "checkpoints").mkdir()
     begun = dataclasses.replace(second, policy=dataclasses.replace(second.policy, path=str(tmp_path / "begun")))
-    with pytest.raises(CheckpointError, match="without a checkpoint of RL"):
+    with pytest.raises(CheckpointError, match="without an RL checkpoint"):
         start_params(begun, make_mesh(MeshConfig()))

@@ -355,7 +355,7 @@ def test_reward_variants_by_hand(letters):
 def test_rewards_name_the_passes_they_need(letters):
     assert make_reward(RewardConfig(), letters).requests == ()
     assert make_reward(RewardConfig(terms=("dense",)), letters).requests == (DIRECT_PREDICTION,)
-    with pytest.raises(ConfigError, match=r"reward\.terms names 'best'; there are prefix"):
+    with pytest.raises(ConfigError, match=r"reward\.terms names 'best'; it must be one of prefix"):
         make_reward(RewardConfig(terms=("best",)), letters)
 
 

@@ -314,7 +314,7 @@ def test_masked_rows_and_tokens_have_no_term_and_the_others_keep_their_baseline(
     np.testing.assert_allclose(rows.advantages[..., 0].reshape(4, 2, 4), given.advantages * groups, rtol=1e-6)
 
 
-def test_appended_tokens_are_learned_beside_the_policy_term(tiny_config, tiny_params, experience):
+def test_appended_tokens_are_learned_along_with_the_policy_term(tiny_config, tiny_params, experience):
     """A row may be a thought and a reference behind it: each token at its own temperature, each with its own term."""
     loss = LossConfig(clip_eps_low=0.1, clip_eps_high=0.3)
     rows = policy_rows(experience, loss=loss, temperature=0.7, header_length=0)

@@ -22,15 +22,15 @@ EOS = 1
 
 
 def draw(logits, num_draws, **options):
-    """Tokens, log-probabilities and rejections of many independent draws from one law."""
+    """Tokens, log-probabilities and rejections of many independent draws from one distribution."""
     options = dict(temperature=1.0, top_p=1.0, top_k=0) | options
     keys = row_keys(jax.random.key(7), jnp.arange(num_draws))
     tiled = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (num_draws, len(logits)))
     return tuple(np.asarray(a) for a in jax.jit(lambda: sample(tiled, keys, 0, **options))())
 
 
-def law_of(logits, temperature=1.0, top_p=1.0, top_k=0):
-    """The exact law by sorting: top-k keeps tokens with fewer than k above, top-p those with mass above < p."""
+def distribution_of(logits, temperature=1.0, top_p=1.0, top_k=0):
+    """The exact distribution, by sorting: top-k keeps tokens with fewer than k above, top-p with mass above < p."""
     p = np.exp(np.asarray(logits, np.float64) / temperature)
     p /= p.sum()
     above_mass = np.array([p[p > x].sum() for x in p])
@@ -47,11 +47,11 @@ def law_of(logits, temperature=1.0, top_p=1.0, top_k=0):
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.6}, {"top_p": 0.8}, {"top_k": 3}, {"temperature": 1.5, "top_p": 0.9, "top_k": 20}]
 )
-def test_sampled_frequencies_follow_the_exact_law(vocab, options):
+def test_sampled_frequencies_follow_the_exact_distribution(vocab, options):
     logits = 2 * np.random.default_rng(vocab).standard_normal(vocab)
     n = 10_000
     tokens, logprobs, rejected = draw(logits, n, **options)
-    truncated, full, excluded = law_of(logits, **options)
+    truncated, full, excluded = distribution_of(logits, **options)
     counts = np.bincount(tokens, minlength=vocab)
     assert counts[truncated == 0].sum() == 0
     # Chi-square over the tokens that expect at least 5 draws; 5 standard deviations of slack.

@@ -32,10 +32,10 @@ def test_band_covers_the_truth_and_widens_with_noise():
 def test_constants_that_the_points_do_not_determine_are_doubted():
     assert fit_power_law([1, 2, 4, 8], [0.1, 0.3, 0.4, 0.45]).doubt == ""
     # A single jump, flat on both sides of it, is steeper than any power law searched.
-    assert "α at the edge" in fit_power_law([1, 2, 4, 8, 16], [0.1, 0.5, 0.5, 0.5, 0.5]).doubt
+    assert "α is at the edge" in fit_power_law([1, 2, 4, 8, 16], [0.1, 0.5, 0.5, 0.5, 0.5]).doubt
     # 1.2 - C^-0.5 is an accuracy as far as it is seen, and none where it ends; as no accuracy it may end there.
     C = np.array([1.0, 2, 4, 8, 16])
-    assert "P* is no accuracy" in fit_power_law(C, 1.2 - C**-0.5).doubt
+    assert "P* is outside [0, 1]" in fit_power_law(C, 1.2 - C**-0.5).doubt
     assert fit_power_law(C, 2.2 - C**-0.5).doubt == ""
 
 
@@ -43,7 +43,7 @@ def test_constants_that_the_points_do_not_determine_are_doubted():
     ("compute", "accuracy", "message"),
     [
         ([1, 2, 3], [0.1, 0.2, 0.3], "at least 4 points"),
-        ([1, 2, 3, 4], [0.1, 0.2, 0.3], "two equal series"),
+        ([1, 2, 3, 4], [0.1, 0.2, 0.3], "two series of equal length"),
         ([1, 2, 3, 4], [0.5] * 4, "accuracy is constant"),
         ([2] * 4, [0.1, 0.2, 0.3, 0.4], "compute is constant"),
         ([0, 1, 2, 3], [0.1, 0.2, 0.3, 0.4], "compute positive"),

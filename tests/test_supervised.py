@@ -71,7 +71,7 @@ def test_neighbours_in_a_row_do_not_see_each_other(tiny_config, tiny_params):
     hidden, _ = decoder.forward(tiny_config, tiny_params, packed)
     alone, _ = decoder.forward(tiny_config, tiny_params, trunks_alone(jnp.asarray(tokens[:, 5:])))
     np.testing.assert_allclose(hidden[:, 5:], alone, atol=1e-5)
-    with pytest.raises(ValueError, match="prompts cannot leave"):
+    with pytest.raises(ValueError, match="cannot have prompts"):
         prompt = dict(
             cuts=np.ones((1, 1), np.int32), tail_tokens=tokens[None, :, :2], tail_lengths=np.full((1, 1), 2, np.int32)
         )

@@ -156,7 +156,7 @@ def test_results_carry_n_and_errors(finished):
     assert results["flops"][-1] <= control < 1.5 * results["flops"][-1]
 
 
-def test_a_run_that_goes_on_takes_its_control_along(corpus, finished, tmp_path):
+def test_a_run_that_is_continued_takes_its_control_along(corpus, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "longer")
     config = tiny_run(corpus, tmp_path / "longer")
     train.run(dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=6)))
@@ -202,7 +202,7 @@ def rpt_only(config, stop_at_step=None):
 
 
 @pytest.mark.parametrize("dynamic_from", [-1, 1])
-def test_stopping_anywhere_and_going_on_equals_going_straight(corpus, tmp_path, dynamic_from):
+def test_stopping_anywhere_and_resuming_equals_an_uninterrupted_run(corpus, tmp_path, dynamic_from):
     """By hash of parameters, optimizer, completions and metrics; with dynamic sampling the data cursor runs ahead."""
 
     def config(name):

@@ -66,8 +66,8 @@ def test_loops_that_their_data_end_count_as_the_caller_says(mesh):
     assert traffic_of(twice_until_large, mesh, *shapes, trips=7)["all-reduce", "fsdp"][0] == 7
 
 
-# As the TPU's compiler writes it: one gathering of 64 bytes a device, begun, carried on beside the work of a loop, and
-# ended; and a loop, unrolled twice, whose counter goes from 0 to 8 by twos.
+# As the TPU's compiler writes it: one all-gather of 64 bytes per device, started, overlapped with the work of a loop,
+# and ended; and a loop, unrolled twice, whose counter goes from 0 to 8 by twos.
 SPREAD = """
 %begin (p.1: f32[16]) -> f32[64] {
   %p.1 = f32[16]{0} parameter(0)

@@ -331,7 +331,7 @@ def numbers(run: Path) -> list[dict]:
 ON_MESH = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
-def test_two_hosts_are_one_and_either_goes_on_for_the_other(home, figures):
+def test_two_hosts_are_one_and_either_resumes_for_the_other(home, figures):
     """Whole runs: two processes of four devices, one of eight; stopped on two and ended on one, and the reverse."""
 
     def two(name, *extra):

@@ -22,7 +22,7 @@ LLAMA3_ROPE = dict(
     original_max_position_embeddings=16,
 )
 
-# name -> config.json, beside the fields that all share. The sequence is 72 long: past Llama 3's original 16.
+# name -> config.json, in addition to the shared fields. The sequence has 72 tokens: beyond Llama 3's original 16.
 CASES = {
     "qwen2, seven heads on one, tied": dict(
         model_type="qwen2", hidden_size=28, num_attention_heads=7, num_key_value_heads=1, tie_word_embeddings=True

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the small model and its tasks, alternated timing, and how results are kept."""
+"""Shared by the benchmarks: a small model and its tasks, alternating timing, and saving of results."""
 
 import argparse
 import datetime
@@ -37,7 +37,7 @@ MODEL_S = DecoderConfig(
 
 
 def make_tasks(num_trunks: int, cuts, tail: int, group_size: int, vocab_size: int, seed: int = 0) -> TaskBatch:
-    """Trunks of random ids, each cut at every one of `cuts`. Continuations are empty."""
+    """Make trunks of random ids with a prompt at each of `cuts`. Continuations are empty."""
     rng = np.random.default_rng(seed)
     U, M, G, L = num_trunks, len(cuts), group_size, max(cuts)
     trunks = rng.integers(0, vocab_size - 1, (U, L), np.int32)
@@ -52,9 +52,9 @@ def make_tasks(num_trunks: int, cuts, tail: int, group_size: int, vocab_size: in
 
 
 def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, dict]:
-    """Seconds of each function's calls, one of each in turn; the first call of each (compilation) is not counted.
+    """Time functions in turn, without the first call of each, which compiles.
 
-    A function that takes less than 50 ms has several calls in its turn, and the turn's mean counts.
+    A function that takes less than 50 ms is called several times per turn, and the mean of the turn counts.
 
     Returns:
         {name: {"median": seconds, "samples": [seconds, ...]}}.
@@ -80,7 +80,7 @@ def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, dict]:
 
 
 def machine() -> dict:
-    """What the figures were taken on. Ratios between programs depend on its family and vectors (Linux; else None)."""
+    """Describe the machine. Ratios between programs depend on its CPU family and vector units (None if not Linux)."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     cpu = re.search(r"model name\s*: (.*)", cpuinfo)
     family = re.search(r"cpu family\s*: (.*)", cpuinfo)
@@ -96,7 +96,7 @@ def machine() -> dict:
 
 
 def parser(doc: str, **defaults) -> argparse.ArgumentParser:
-    """Options that every benchmark has: --rounds and --json."""
+    """Make a parser with the options of every benchmark, --rounds and --json."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--rounds", type=int, default=defaults.get("rounds", 5), help="alternations")
     result.add_argument("--json", type=Path, default=Path(f"runs/benchmarks/{defaults['name']}.json"))
@@ -104,22 +104,21 @@ def parser(doc: str, **defaults) -> argparse.ArgumentParser:
 
 
 def save_results(args: argparse.Namespace, figures: dict, draw: Callable, panels: int = 1) -> None:
-    """Write figures as JSON with the command and the machine, and a picture beside; print the JSON.
+    """Write figures as JSON with the command and the machine, and as a plot; print the JSON.
 
     Args:
-        draw: called with the axes of so many panels, side by side.
+        args: of `parser`.
+        figures: JSON-able.
+        draw: called with the axes of `panels` panels, side by side.
+        panels: of the plot.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from rpt_jax.analysis.reports.figures import subplots
 
     command = " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
     record = {"command": command, "machine": machine()} | figures
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(record, indent=2) + "\n")
-    figure, axes = plt.subplots(1, panels, figsize=(7 if panels == 1 else 3.6 * panels, 4), layout="constrained")
+    figure, axes = subplots(1, panels, figsize=(7 if panels == 1 else 3.6 * panels, 4), layout="constrained")
     draw(*np.atleast_1d(axes))
     figure.savefig(args.json.with_suffix(".png"), dpi=130)
-    plt.close(figure)
     print(json.dumps(record, indent=2))

@@ -1,10 +1,10 @@
-"""A large corpus through reading, scoring and selection in bounded memory.
+"""Read, score and select from a large corpus in bounded memory.
 
 python -m experiments.benchmarks.corpus_scale [--gigabytes 1] [--directory DIR]
 
-Writes jsonl files of made-up prose (words drawn by Zipf's law, seeded), then runs experiments.filter_positions on them
-in a process of its own with a tiny random proxy and prints its figures as JSON: documents, tokens, positions, tokens
-per second, peak memory. DIR is kept, so a second run shows what the cache saves.
+It writes jsonl files of artificial prose (seeded, with Zipfian word frequencies), runs experiments.filter_positions on
+them in a separate process with a tiny random proxy, and prints its figures as JSON: documents, tokens, positions,
+tokens per second, peak memory. DIR is kept, so a second run shows what the cache saves.
 """
 
 import argparse
@@ -20,7 +20,7 @@ _FILE_BYTES = 100_000_000
 
 
 def write_prose(directory: Path, num_bytes: float) -> None:
-    """Files of documents of 200 to 2,000 words; words of the first thousand ranks make most of the text."""
+    """Write files of documents of 200 to 2,000 words; the thousand most frequent words make up most of the text."""
     rng = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlucmfwypvbgk"))
     words = np.array(["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(20_000)])
@@ -44,7 +44,7 @@ def write_prose(directory: Path, num_bytes: float) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--directory", type=Path, help="where corpus and cache are kept; default: a temporary one")
+    parser.add_argument("--directory", type=Path, help="directory of corpus and cache; default: a temporary one")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         directory = args.directory or Path(temporary)

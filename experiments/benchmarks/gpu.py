@@ -2,16 +2,16 @@
 
 python -m experiments.benchmarks.gpu [--rounds 3] [--json FILE] [--dry-run]
 
-A random 1.5 B policy (28 layers, width 1536, vocabulary 151,936, tied), bfloat16 activations and caches. Peaks are
-measured in the same run: a copy of 4 GiB, a bfloat16 product of 8192 x 8192 matrices.
+The policy is random: 1.5 B parameters (28 layers, width 1536, vocabulary 151,936, tied), bfloat16 activations and
+caches. Peaks are measured in the same run: a copy of 4 GiB, a bfloat16 product of 8192 x 8192 matrices.
 
-decode: 4 documents of 2,048 tokens, 8 positions x 8 rollouts each, 512 new tokens; seconds from the first token to the
-    last, so without the prefill. Limit: a step reads the weights once, each document's keys and values once, and each
-    row's own. `repeated prompts` is the same engine with every row a document of its own, read whole at each step.
-update: the same batch. Arithmetic: 6 per parameter and token and 12 per attended pair, layer and head dimension, each
-    token of a document once; what is computed again in the backward pass is not counted. `repeated prompts` as above.
+decode: 4 documents of 2,048 tokens, 8 positions x 8 rollouts each, 512 new tokens; seconds from the first to the last
+    token, without the prefill. Limit: a step reads the weights once, each document's keys and values once, and those of
+    each row. `repeated prompts` is the same engine with one document per row, which each step reads in full.
+update: the same batch. Arithmetic: 6 per parameter and token and 12 per attended pair, layer and head dimension, with
+    each token of a document once; recomputation in the backward pass does not count. `repeated prompts` as above.
 
---dry-run takes a small model and batch on any machine, to see that the script runs; its shares say nothing.
+--dry-run uses a small model and batch on any machine, to check that the script runs; its shares mean nothing.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ DRY = Shape(MODEL_S, documents=2, context=128, positions=2, tail=8, new=32, copy
 
 
 def repeated(tasks: TaskBatch) -> TaskBatch:
-    """Every row a document of its own: what an engine without trunks reads."""
+    """Give every row its own document, as an engine without trunks does."""
     prompts = tasks.prompts
     U, M, G = prompts.row_ids.shape
 
@@ -91,7 +91,7 @@ def repeated(tasks: TaskBatch) -> TaskBatch:
 
 
 def peaks(shape: Shape, rounds: int) -> dict:
-    """Bytes per second of a copy, operations per second of a matrix product in the activations' type."""
+    """Measure bytes per second of a copy and operations per second of a matrix product in the activation dtype."""
     x = jnp.zeros(shape.copy_bytes // 4, jnp.float32)
     a = jax.random.normal(jax.random.key(0), (shape.matrix, shape.matrix), jnp.dtype(shape.model.activation_dtype))
     copy, product = jax.jit(lambda x: x + 1), jax.jit(lambda a: a @ a)
@@ -103,7 +103,7 @@ def peaks(shape: Shape, rounds: int) -> dict:
 
 
 def decode_bytes(shape: Shape, num_params: int, *, is_repeated: bool) -> float:
-    """Bytes that all steps after the first token must read."""
+    """Return the bytes that all steps after the first token must read."""
     c = shape.model
     itemsize = jnp.dtype(c.activation_dtype).itemsize
     token = 2 * c.num_layers * c.num_kv_heads * c.head_size * itemsize
@@ -114,17 +114,17 @@ def decode_bytes(shape: Shape, num_params: int, *, is_repeated: bool) -> float:
 
 
 def update_flops(shape: Shape) -> float:
-    """Arithmetic of forward and backward of a batch, each token of a document once."""
+    """Return the FLOPs of forward and backward of a batch, with each token of a document once."""
     stem = shape.documents * (shape.context + shape.positions * shape.tail)
     tokens = stem + shape.rows * shape.new
     pairs = shape.documents * shape.context**2 / 2 + shape.documents * shape.positions * shape.tail * shape.context
     pairs += shape.rows * shape.new * (shape.context + shape.tail + shape.new / 2)
-    # The output head meets completion tokens only; the embedding is looked up. Backward costs twice the forward pass.
+    # The output head runs on completion tokens only, and the embedding is a lookup. Backward costs twice the forward.
     return 3 * ModelShape(shape.model).forward_flops(tokens, shape.rows * shape.new, pairs)
 
 
 def microbatches(tasks: TaskBatch, rollouts: Rollouts, size: int) -> list[Rows]:
-    """All rows, `size` trunks at a time, advantages 1 and -1 in turn."""
+    """Make microbatches of all rows, `size` trunks each, with alternating advantages 1 and -1."""
     shape = rollouts.mask.shape
     batch = Rows(
         sequences=completions(tasks.prompts, rollouts.tokens, rollouts.mask),

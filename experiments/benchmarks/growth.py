@@ -1,11 +1,11 @@
-"""How a step's cost grows: with context length, positions per document, rollouts, vocabulary and model size.
+"""Measure how the cost of a step grows with context length, positions, rollouts, vocabulary and model size.
 
 python -m experiments.benchmarks.growth [--rounds 3] [--json FILE] [--axes positions context ...]
 
-A step is a rollout and an update of full-length completions (no stop token, no group idle). Each axis varies one number
-around 4 documents of 512 tokens, 4 positions x 8 rollouts, tails of 24 and completions of 64 tokens, model S. Beside
-the measured seconds stands the count of tokens that trunk and branches need, T + PG(s + c) for each document, times the
-parameters that a token meets, scaled to the axis's median; and what repeated prompts count, PG(T + s + c).
+A step is a rollout and an update of full-length completions (no stop token, no idle group). Each axis varies one number
+around 4 documents of 512 tokens, 4 positions x 8 rollouts, tails of 24 and completions of 64 tokens, model S. Measured
+seconds are compared with the token count of trunks and branches, T + PG(s + c) per document, times the parameters per
+token, scaled to the median of the axis; and with the count for repeated prompts, PG(T + s + c).
 """
 
 import dataclasses
@@ -41,11 +41,11 @@ class Point:
 
     @property
     def cuts(self) -> list[int]:
-        """Spread evenly over the last quarter of the context."""
+        """Spread cuts evenly over the last quarter of the context."""
         return [self.context - i * self.context // (4 * self.positions) for i in range(self.positions)]
 
     def count(self, num_params: int, *, repeated: bool = False) -> float:
-        """Parameters met by all tokens of a step's documents."""
+        """Return the sum over tokens of a step's documents of the parameters that each one uses."""
         rows = self.positions * self.rollouts
         tokens = rows * (self.context + TAIL + NEW) if repeated else self.context + rows * (TAIL + NEW)
         return self.documents * tokens * num_params
@@ -71,7 +71,7 @@ AXES = {
 
 
 def make_step(point: Point):
-    """(a function that runs one step, number of parameters)."""
+    """Return (a function that runs one step, number of parameters)."""
     U, M, G = point.documents, point.positions, point.rollouts
     config = Config(
         model=point.model,
@@ -111,7 +111,7 @@ def make_step(point: Point):
 
 
 def measure(axis: str, rounds: int) -> list[dict]:
-    """Points of one axis, a step of each in turn."""
+    """Measure the points of one axis, one step of each in turn."""
     steps = {i: make_step(point) for i, (_, point) in enumerate(AXES[axis])}
     for step, _ in steps.values():
         step()

@@ -1,10 +1,10 @@
-"""Peak host memory of loading a Hugging Face checkpoint onto one device.
+"""Measure the peak host memory of loading a Hugging Face checkpoint onto one device.
 
 python -m experiments.benchmarks.load_memory [--gigabytes 2] [--directory DIR]
 
-Writes a synthetic bfloat16 checkpoint in one file (kept where --directory names it), loads it in a process of its own
-and prints JSON: bytes of the checkpoint, of its largest tensor, peak resident memory, and the bound
-checkpoint + largest tensor + 500 MB.
+It writes a synthetic bfloat16 checkpoint in one file (kept with --directory), loads it in a separate process and prints
+JSON: size of the checkpoint and of its largest tensor, peak resident memory, and the bound checkpoint + largest tensor
++ 500 MB.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from experiments.benchmarks.memory import peak_bytes
 
 
 def write_synthetic(directory: Path, gigabytes: float) -> None:
-    """A Qwen3-shaped checkpoint of about that size, its tensors filled with one value each."""
+    """Write a Qwen3-shaped checkpoint of about this size, each tensor filled with one value."""
     import jax
     import jax.numpy as jnp
 
@@ -52,7 +52,7 @@ def load(directory: Path) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
-    parser.add_argument("--directory", type=Path, help="where the checkpoint is kept; default: a temporary directory")
+    parser.add_argument("--directory", type=Path, help="directory of the checkpoint; default: a temporary one")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.load:

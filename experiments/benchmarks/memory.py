@@ -5,6 +5,6 @@ from pathlib import Path
 
 
 def peak_bytes() -> int:
-    """Highest resident set size since the program started (Linux). getrusage would count the parent's before exec."""
+    """Return the highest resident set size of this program (Linux). getrusage would include its parent before exec."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024

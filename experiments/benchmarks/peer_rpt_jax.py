@@ -1,6 +1,6 @@
-"""This package's worker of `experiments.benchmarks.peers`: a Trainer's `roll_out` and `learn`, as the loop calls them.
+"""This package's worker of `experiments.benchmarks.peers`: `roll_out` and `learn` of a Trainer, as in training.
 
-Documents are trunks and positions their cuts: a context goes through the model once, whatever leaves it.
+Documents are trunks and positions are cuts, so a context runs once for any number of branches.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ from rpt_jax.rl.optimizer import init_state, make_optimizer
 from rpt_jax.rl.trainer import Trainer
 from rpt_jax.types import Earned, Evidence, TaskBatch
 
-# Documents of one forward-backward pass, on all devices.
+# Documents per forward-backward pass, over all devices.
 MICROBATCH_TRUNKS = 4
 
 
@@ -51,14 +51,14 @@ def make_config(shape: Shape) -> Config:
 
 
 def make_batch(shape: Shape) -> TaskBatch:
-    """The shape's documents as trunks, with the ids that the peers get."""
+    """Make trunks of the shape's documents, with the same ids as the peers."""
     tasks = make_tasks(shape.num_documents, shape.cuts, shape.tail_tokens, GROUP_SIZE, VOCABULARY)
     tails = np.broadcast_to(shape.tail(), tasks.prompts.tail_tokens.shape)
     return replace(tasks, prompts=replace(tasks.prompts, trunk_tokens=shape.documents(), tail_tokens=tails))
 
 
 def rewards(evidence: Evidence) -> Earned:
-    """`peers.reward` of every rollout."""
+    """Compute `peers.reward` of every rollout."""
     means_UR = jnp.mean(evidence.rollouts.tokens.astype(jnp.float32), axis=-1)
     shape = evidence.tasks.prompts.row_ids.shape
     return Earned(rewards=means_UR.reshape(shape) / VOCABULARY, faults=jnp.zeros(shape, bool), metrics={})
@@ -90,7 +90,7 @@ def main() -> None:
         state, metrics = trainer.learn(state, experience)
         jax.block_until_ready(state)
         if any(m["rows_left_out_fraction"] for m in metrics):
-            raise PeerError("rpt_jax left rows out of the update; every row must have an advantage to compare")
+            raise PeerError("rpt_jax skipped rows in the update; for a comparison every row must have an advantage")
         turns.answer()
         step += 1
 

@@ -1,6 +1,6 @@
 """TRL's worker of `experiments.benchmarks.peers`: a GRPOTrainer whose training loop waits for its turn between steps.
 
-Rollouts are transformers' `generate` on the whole batch, an update's passes as many of them as run fastest. Gradient
+Rollouts use transformers' `generate` on the whole batch; an update runs as many rows per pass as is fastest. Gradient
 checkpointing is off, and with one update per batch TRL runs no pass for old log-probabilities.
 """
 
@@ -27,12 +27,12 @@ from experiments.benchmarks.peers import (
     reward,
 )
 
-# Rollouts of one forward-backward pass.
+# Rollouts per forward-backward pass.
 MICROBATCH_ROWS = 8
 
 
 class WaitForTurn(TrainerCallback):
-    """Lets the training loop go on when the driver asks for a step."""
+    """Releases the training loop when the driver requests a step."""
 
     def __init__(self, turns: Turns):
         self._turns = turns
@@ -46,7 +46,7 @@ class WaitForTurn(TrainerCallback):
 
 
 class TimedTrainer(GRPOTrainer):
-    """GRPOTrainer that says when a batch's completions and rewards are there."""
+    """GRPOTrainer that reports when the completions and rewards of a batch are ready."""
 
     turns: Turns
 
@@ -80,7 +80,7 @@ def make_model() -> Qwen3ForCausalLM:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A text is its ids in decimal, parted by blanks."""
+    """Represent text as decimal ids separated by spaces."""
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token=str(STOP_ID)))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     stop = str(STOP_ID)

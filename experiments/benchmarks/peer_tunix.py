@@ -1,8 +1,8 @@
 """Tunix's worker of `experiments.benchmarks.peers`: a GRPOLearner fed one batch a turn.
 
-Actor and rollout share one mesh, so they share weights: of one device, or of several that share each matrix. Rollouts
-are its vanilla engine on the whole batch, the update's passes as many prompts as run fastest. One update per batch and
-no KL term: it runs no other passes.
+Actor and rollout share one mesh and therefore weights: one device, or several that share each matrix. Rollouts use its
+vanilla engine on the whole batch; an update runs as many prompts per pass as is fastest. With one update per batch and
+no KL term, it runs no other passes.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from tunix.rl.rollout.base_rollout import RolloutConfig
 
 from experiments.benchmarks.peers import GROUP_SIZE, LEARNING_RATE, VOCABULARY, Shape, Turns, as_worker, reward
 
-# Prompts of one forward-backward pass.
+# Prompts per forward-backward pass.
 MICROBATCH_PROMPTS = 2
 
 
 class Tokenizer:
-    """A text is its ids in decimal, parted by blanks.
+    """Represent text as decimal ids separated by spaces.
 
-    Tunix's engine cannot be kept from sampling an id and leaves padding and stop tokens out of the loss, so both are
-    an id beyond the vocabulary.
+    Tunix's engine may sample any id and excludes padding and stop tokens from the loss, so both are an id beyond the
+    vocabulary.
     """
 
     def encode(self, text: str) -> list[int]:
@@ -49,7 +49,7 @@ class Tokenizer:
 
 
 class TimedLearner(GRPOLearner):
-    """GRPOLearner that says when a batch's completions and rewards are there."""
+    """GRPOLearner that reports when the completions and rewards of a batch are ready."""
 
     turns: Turns
 
@@ -64,7 +64,7 @@ def rewards(prompts, completions, **columns) -> list[float]:
 
 
 def make_model(mesh: Mesh) -> Qwen3:
-    """Random weights, on the mesh as Tunix's own annotations say; its initial MLPs are zero."""
+    """Create random weights with Tunix's sharding, because its initial MLPs are zero."""
     config = ModelConfig(
         num_layers=8,
         vocab_size=VOCABULARY,
@@ -132,7 +132,7 @@ def main() -> None:
     prompts = [" ".join(map(str, ids)) for ids in shape.prompts()]
 
     def batches():
-        # The learner asks for the next batch when it is done with the one before.
+        # The learner requests the next batch when it is done with the previous one.
         while turns.wait():
             yield {"prompts": prompts}
             jax.block_until_ready(nnx.state(cluster.actor_trainer.model))

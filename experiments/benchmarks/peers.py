@@ -1,20 +1,20 @@
-"""One GRPO step of this package, of TRL and of Tunix, alternated in one run on two CPU cores.
+"""Compare a GRPO step of this package, TRL and Tunix, in turn, in one run on two CPU cores.
 
 python -m experiments.benchmarks.peers --shape rpt|questions [--alternations 3] [--json FILE]
     [--implementations rpt_jax trl trl_one_pass tunix tunix_tensor]
 
-A step is a rollout (prompts in, completions and their rewards out) and one AdamW update from it: no KL term, group
-size 8, temperature 1, float32. All take the same token ids, sample exactly as many tokens and score them by the same
-rule, and have the same model: Qwen3's block, 8 layers, width 256, tied embeddings, 10.0 M random parameters.
+A step is a rollout (prompts in, completions and rewards out) and one AdamW update on it: no KL term, group size 8,
+temperature 1, float32. All implementations get the same token ids, sample the same number of tokens, use the same
+reward, and have the same model: Qwen3's block, 8 layers, width 256, tied embeddings, 10.0 M random parameters.
 
-Every implementation is a process of its own in its own environment (made on first use in .venv-peers/), which stays
-and waits without work while others have their turn. Its first step compiles and is not counted. Figures are medians;
-memory is the process's highest resident set, its libraries and compilation included. A speed-up is against the peer
-that is faster in that same quantity. Writes JSON, a chart beside it and the workers' logs beside both.
+Every implementation runs in its own process and environment (created on first use in .venv-peers/), which idles while
+others have their turn. Its first step compiles and does not count. Figures are medians. Memory is the highest resident
+set of the process, including libraries and compilation. A speed-up is relative to the fastest peer in that quantity.
+The script writes JSON, a chart and the workers' logs.
 
-This package runs on two devices of a core each, a share of the trunks on both. tunix runs on one device with two
-threads, which samples fastest for it here, tunix_tensor on two that share each matrix, which updates fastest. trl runs
-8 rows a pass of its update, which is fastest for it; trl_one_pass, on request, all rows in one.
+This package runs on two devices of one core each, with half of the trunks on each. tunix runs on one device with two
+threads, which samples fastest, and tunix_tensor on two devices that share each matrix, which updates fastest. trl runs
+8 rows per pass of its update, which is fastest for it; trl_one_pass, on request, runs all rows in one.
 """
 
 import argparse
@@ -38,7 +38,7 @@ NUM_CORES = 2
 GROUP_SIZE = 8
 LEARNING_RATE = 1e-6
 VOCABULARY = 8192
-# The stop token is in no prompt and never sampled, so every completion has its full length.
+# The stop token is not in any prompt and never sampled, so every completion has its full length.
 STOP_ID = VOCABULARY - 1
 QUANTITIES = ("step", "rollout", "update")
 # Environment and module of each implementation, and the options of its worker.
@@ -53,14 +53,14 @@ DEFAULT = ("rpt_jax", "trl", "tunix", "tunix_tensor")
 
 
 class PeerError(RuntimeError):
-    """A worker or its environment that failed; the message ends with the tail of its log."""
+    """A worker or its environment failed; the message ends with the tail of its log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Prompts of a batch: each document is cut at every one of `cuts`, and the same tail follows each cut.
+    """Prompts of a batch: each document is cut at each of `cuts`, and the same tail follows every cut.
 
-    Implementations that know no trunks get every prompt whole; this package gets a document once, with its cuts.
+    Implementations without trunks get every prompt in full; this package gets each document once, with its cuts.
     """
 
     num_documents: int
@@ -77,42 +77,43 @@ class Shape:
         return self.num_prompts * GROUP_SIZE * self.new_tokens
 
     def documents(self) -> np.ndarray:
-        """i32 [documents, longest cut], the same random ids for every implementation."""
+        """Return i32 [documents, longest cut], the same random ids for every implementation."""
         return np.random.default_rng(0).integers(0, STOP_ID, (self.num_documents, max(self.cuts)), np.int32)
 
     def tail(self) -> np.ndarray:
-        """i32 [tail tokens], what ends every prompt."""
+        """Return the tail of every prompt, i32 [tail tokens]."""
         return np.random.default_rng(1).integers(0, STOP_ID, self.tail_tokens, np.int32)
 
     def prompts(self) -> list[np.ndarray]:
-        """Every prompt as one sequence of ids, document by document."""
+        """Return every prompt as one sequence of ids, ordered by document."""
         return [np.concatenate([d[:cut], self.tail()]) for d in self.documents() for cut in self.cuts]
 
 
 SHAPES = {
     # Positions near the end of their windows, where contexts are long: 16 prompts of 488 to 536 tokens.
     "rpt": Shape(num_documents=4, cuts=(464, 480, 496, 512), tail_tokens=24, new_tokens=64),
-    # A question is a document with one cut; the tail stands for the template's end. 8 prompts of 128 tokens.
+    # A question is a document with one cut; the tail represents the end of the template. 8 prompts of 128 tokens.
     "questions": Shape(num_documents=8, cuts=(120,), tail_tokens=8, new_tokens=128),
 }
 
 
 def reward(tokens) -> float:
-    """Mean id of a completion, as a share of the vocabulary: no two of a group agree, and none is their mean.
+    """Return the mean id of a completion as a share of the vocabulary.
 
-    So every rollout has an advantage, and an implementation that leaves out rows without one has to run them all.
+    Rewards in a group all differ, and none equals their mean. So every rollout has an advantage, and an implementation
+    that skips rows without one must run all of them.
     """
     return float(np.mean(tokens)) / VOCABULARY
 
 
 class Turns:
-    """The worker's end: waits for its turn, times the parts of one step, answers with them."""
+    """The worker's end: waits for its turn, times the parts of one step and reports them."""
 
     def __init__(self, answers_fd: int):
         self._answers = os.fdopen(answers_fd, "w")
 
     def wait(self) -> bool:
-        """Block until the driver asks for a step and start the clocks; False: it asks for no more."""
+        """Block until the driver requests a step, and start the clocks; return False when it is done."""
         line = sys.stdin.readline()
         if not line or json.loads(line)["command"] != "step":
             return False
@@ -120,7 +121,7 @@ class Turns:
         return True
 
     def rolled_out(self, tokens_sampled: int) -> None:
-        """Completions and rewards are there; the rest of the step is the update."""
+        """Mark that completions and rewards are ready; the rest of the step is the update."""
         self._rollout_end, self._tokens_sampled = time.perf_counter(), tokens_sampled
 
     def answer(self) -> None:
@@ -137,7 +138,7 @@ class Turns:
 
 
 def as_worker(parser: argparse.ArgumentParser | None = None) -> tuple[Shape, Turns, argparse.Namespace]:
-    """What a worker's command line asks for; the parser may have options of the worker's own."""
+    """Parse a worker's command line; the parser may have further options of the worker."""
     parser = parser or argparse.ArgumentParser()
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--answers-fd", type=int, required=True)
@@ -146,7 +147,7 @@ def as_worker(parser: argparse.ArgumentParser | None = None) -> tuple[Shape, Tur
 
 
 def environment(name: str) -> Path:
-    """The interpreter of an implementation; a peer's is installed on first use and when its requirements change.
+    """Return the interpreter of an implementation; a peer is installed on first use and when its requirements change.
 
     Raises:
         PeerError: pip failed.
@@ -160,7 +161,7 @@ def environment(name: str) -> Path:
         print(f"{name}: installing {requirements.name} in {directory}", flush=True)
         venv.create(directory, clear=True, symlinks=True, with_pip=True)
         if subprocess.run([python, "-m", "pip", "install", "-q", "-r", requirements]).returncode:
-            raise PeerError(f"{name}: pip could not install {requirements}; its message is above")
+            raise PeerError(f"{name}: pip could not install {requirements}; see its message above")
         installed.write_text(requirements.read_text())
     return python
 
@@ -191,10 +192,10 @@ class Worker:
         self._answers = os.fdopen(read_fd)
 
     def step(self) -> dict:
-        """Run one step there.
+        """Run one step in the process.
 
         Raises:
-            PeerError: the process ended, or sampled another number of tokens than the shape has.
+            PeerError: the process exited, or sampled the wrong number of tokens.
         """
         try:
             print(json.dumps({"command": "step"}), file=self._process.stdin, flush=True)
@@ -212,7 +213,7 @@ class Worker:
         return figures
 
     def stop(self) -> None:
-        """Ask the process to end; one that is in the middle of a step is killed."""
+        """Stop the process; kill it in the middle of a step."""
         try:
             self._process.communicate(json.dumps({"command": "stop"}) + "\n", timeout=20)
         except subprocess.TimeoutExpired:
@@ -221,7 +222,7 @@ class Worker:
 
 
 def summarise(samples: dict[str, list[dict]]) -> dict:
-    """Medians and peak memory of each implementation, and this package against the peers."""
+    """Summarise medians and peak memory of each implementation, and speed-ups over the peers."""
     figures = {
         name: {key: statistics.median(s[key] for s in steps) for key in steps[0]}
         | {"peak_bytes": max(s["peak_bytes"] for s in steps), "samples": steps}
@@ -240,7 +241,7 @@ def summarise(samples: dict[str, list[dict]]) -> dict:
 
 
 def draw(summary: dict, axes) -> None:
-    """A bar per implementation: rollout, and the update on top of it."""
+    """Draw a bar per implementation: the rollout, with the update on top."""
     figures = summary["implementations"]
     rollout, update = ([f[f"{part}_seconds"] for f in figures.values()] for part in ("rollout", "update"))
     axes.bar(list(figures), rollout, label="rollout", color="#4477aa")
@@ -268,7 +269,7 @@ def show(summary: dict) -> None:
 
 
 def measure(names, shape: str, alternations: int, logs: Path) -> dict[str, list[dict]]:
-    """Figures of every counted step of each implementation, one step of each in turn."""
+    """Return the figures of every counted step of each implementation, one step of each in turn."""
     workers, samples = [], {name: [] for name in names}
     try:
         for name in names:
@@ -286,7 +287,7 @@ def measure(names, shape: str, alternations: int, logs: Path) -> dict[str, list[
 
 
 def main(argv: list[str]) -> None:
-    # Not above: the peers' environments import this module too, and TRL's has no JAX.
+    # Imported here because the peers' environments import this module too, and TRL's has no JAX.
     from experiments.benchmarks.common import save_results
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -297,7 +298,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     args.json = args.json or Path(f"runs/benchmarks/peers_{args.shape}.json")
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    # Workers inherit this, and XLA sizes its thread pools by it.
+    # Workers inherit this, and XLA sizes its thread pools accordingly.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
     load = os.getloadavg()[0]
     samples = measure(args.implementations, args.shape, args.alternations, args.json.with_suffix(""))

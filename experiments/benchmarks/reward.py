@@ -1,11 +1,11 @@
-"""Rows judged per second by the prefix reward, from bytes that are on the device, alternated in one run.
+"""Measure rows per second of the prefix reward, from bytes on the device, in turn in one run.
 
 python -m experiments.benchmarks.reward [--rounds 7] [--json FILE]
 
 Predictions of up to 32 bytes, continuations of 64, a boundary after every token of 1 to 6 bytes; about half of the
-predictions are prefixes of their continuation, about half of those end at a boundary. Against a Python loop over bytes
-objects and sets of boundary lengths made beforehand, NumPy, and the definition byte by byte under jit. All give the
-same rewards.
+predictions are prefixes of their continuation, and about half of those end at a boundary. It is compared with a Python
+loop over prepared bytes objects and sets of boundary lengths, with NumPy, and with the definition byte by byte under
+jit. All give the same rewards.
 """
 
 from functools import partial

@@ -1,14 +1,13 @@
-"""Rows of geometric length: useful tokens per second of the rollout's schedules, alternated in one run.
+"""Rows of geometric length: useful tokens per second of the rollout's schedules, in turn in one run.
 
 python -m experiments.benchmarks.rollout [--rounds 3] [--json FILE]
 
-Model S samples completions that end with probability 1/48 at every token and are cut at 128, from 8 prompts of 128
-tokens.
+Model S samples completions that end with probability 1/48 at every token, at most 128, from 8 prompts of 128 tokens.
 
-queue: 512 rows, 64 of each prompt. Static: 64 rows at a time until each has ended, eight times over; and all 512 at
-    once, until all have ended. Against: 64 slots that waiting rows refill; and all at once, live rows moved into fewer
-    slots.
-questions: 64 rows, 8 of each trunk, all in flight: static against fewer slots.
+queue: 512 rows, 64 of each prompt. Static: 64 rows at a time until all have ended, eight times; and all 512 at once
+    until all have ended. Compared with 64 slots that queued rows refill, and with all rows at once whose running rows
+    move into fewer slots.
+questions: 64 rows, 8 of each trunk, all at once: static compared with fewer slots.
 
 Every row's tokens are compared with the static schedule's. Rows that differ must differ first at a near-tie: a draw
 within 1e-4 of a boundary of the distribution that a teacher-forced pass gives.
@@ -35,7 +34,7 @@ NEAR = 1e-4
 
 
 def near_ties(params, tasks, key, ours, static) -> dict:
-    """Rows whose tokens differ, and whether a near-tie explains each."""
+    """Return the rows whose tokens differ, and whether a near-tie explains each."""
     a, b = np.asarray(ours.tokens), np.asarray(static.tokens)
     differ = np.argwhere((a != b).any(-1))
     explained = 0
@@ -50,7 +49,7 @@ def near_ties(params, tasks, key, ours, static) -> dict:
 
 
 def _probabilities_at(params, tasks, rollouts, u, r, step):
-    """The distribution f64 [MEAN] of one token, teacher-forced."""
+    """Return the teacher-forced distribution of one token, f64 [V]."""
     one = jax.tree.map(lambda x: np.asarray(x)[u : u + 1], (tasks, rollouts))
     sequences = completions(one[0], jnp.asarray(one[1].tokens), jnp.asarray(one[1].mask))
     sequences = dataclasses.replace(
@@ -70,7 +69,7 @@ def _probabilities_at(params, tasks, rollouts, u, r, step):
 
 
 def run_shape(params, tasks, schedules: dict, static: str, rounds: int) -> dict:
-    """Figures of one shape. A schedule is (options of `generate`, batches it takes in turn)."""
+    """Figures of one shape. A schedule is (options of `generate`, batches to run in turn)."""
     key = rollout_key(0, 0)
     sampling = dict(
         max_completion_tokens=LIMIT, temperature=TEMPERATURE, top_p=1.0, top_k=0, stop_ids=(EOS,), vocab_size=MEAN
@@ -101,7 +100,7 @@ def run_shape(params, tasks, schedules: dict, static: str, rounds: int) -> dict:
 
 
 def _joined(rollouts: list, batches: list, tasks):
-    """The rollouts of all batches in the order of the rows of `tasks`."""
+    """Return the rollouts of all batches in the order of the rows of `tasks`."""
     if len(rollouts) == 1:
         return rollouts[0]
     order = np.argsort(np.concatenate([b.row_ids.reshape(len(b.cuts), -1) for b in batches], axis=1), axis=1)

@@ -1,4 +1,4 @@
-"""Drawing a token with its log-probability, against one logsumexp of the same logits, alternated in one run.
+"""Draw a token with its log-probability, compared with one logsumexp of the same logits, in turn in one run.
 
 python -m experiments.benchmarks.sampling [--rounds 9] [--json FILE]
 

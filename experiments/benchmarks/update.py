@@ -1,13 +1,13 @@
-"""The update: against repeated prompts, with idle groups, with short rows; and its memory at large vocabularies.
+"""Measure the update: against repeated prompts, with idle groups, with short rows; and memory at large vocabularies.
 
 python -m experiments.benchmarks.update [--rounds 3] [--json FILE]
 
 rpt: 4 trunks of 512 tokens with 4 positions x 8 rollouts each, tails of 24 and completions of 64 tokens, model S.
-    `repeated prompts` runs all 128 prompts whole, a microbatch of 16 at a time, with a full log-softmax; both have the
+    `repeated prompts` runs all 128 prompts in full, in microbatches of 16, with a full log-softmax; both have the
     same gradient norm. `half idle` is the same batch with equal rewards in half of the groups, at random; `short rows`
     has completions of geometric length (mean 24).
-vocabulary: peak temporary memory of the gradient of 2,048 completion tokens at vocabulary 151,936 and width 256, by the
-    compiler's own account: chunks with their gradient against a full log-softmax.
+vocabulary: peak temporary memory of the gradient of 2,048 completion tokens at vocabulary 151,936 and width 256, as the
+    compiler reports it: chunks with their gradient against a full log-softmax.
 """
 
 from functools import partial
@@ -57,7 +57,7 @@ def make_experience(lengths=None, idle_share: float = 0.0) -> Experience:
 
 
 def repeated_prompts(experience: Experience):
-    """[num_microbatches, 16, tokens], right-padded, and the loss weights -A / number of tokens of each place."""
+    """Return [num_microbatches, 16, tokens], right-padded, and the loss weight -A / number of tokens of each place."""
     prompts, rollouts = experience.tasks.prompts, experience.rollouts
     U, M, G = prompts.row_ids.shape
     rewards = experience.earned.rewards
@@ -74,7 +74,7 @@ def repeated_prompts(experience: Experience):
 
 @partial(jax.jit, static_argnames="optimizer", donate_argnums=0)
 def repeated_update(state, tokens, weights, optimizer):
-    """Scan over microbatches; the ratio is 1, so the gradient is that of weights times log-probabilities."""
+    """Scan over microbatches. The ratio is 1, so the gradient is that of weights times log-probabilities."""
     params, opt_state = state
 
     def loss_fn(params, tokens, weights):
@@ -136,7 +136,7 @@ def time_updates(rounds: int) -> dict:
 
 
 def vocabulary_memory() -> dict:
-    """Peak temporary bytes (the compiler's account) of loss and gradient at a large vocabulary."""
+    """Return the peak temporary bytes, as the compiler reports, of loss and gradient at a large vocabulary."""
     config = DecoderConfig(vocab_size=151_936, width=256)
     n = 2048
     shapes = (

@@ -15,9 +15,12 @@ class PowerLawFit:
     """A fitted curve. Accuracy that rises with compute has A < 0 and alpha > 0.
 
     Attributes:
-        A, alpha, p_star: the constants; p_star is the limit at infinite compute.
-        r2: 1 - SS_res / SS_tot; weak evidence where points are few (there are three constants).
-        compute, accuracy: f64 [n], the points.
+        A: scale.
+        alpha: exponent.
+        p_star: accuracy in the limit of infinite compute.
+        r2: 1 - SS_res / SS_tot; weak evidence for few points, because three constants are fitted.
+        compute: f64 [n], FLOPs of the points.
+        accuracy: f64 [n], accuracies of the points.
         bootstrap: f64 [samples, 3], (A, alpha, p_star) of residual-bootstrap refits.
     """
 
@@ -31,20 +34,20 @@ class PowerLawFit:
 
     @property
     def doubt(self) -> str:
-        """Why the points do not determine the constants; empty where nothing says so."""
+        """Reason why the points do not determine the constants; empty if none is found."""
         if not 1.01 * _ALPHAS[0] < self.alpha < 0.99 * _ALPHAS[-1]:
-            return "α at the edge of the searched range: not determined"
+            return "α is at the edge of the searched range: not determined"
         are_shares = ((self.accuracy >= 0) & (self.accuracy <= 1)).all()
         if are_shares and not 0 <= self.p_star <= 1:
-            return "P* is no accuracy: not determined"
+            return "P* is outside [0, 1]: not determined"
         return ""
 
     def predict(self, compute):
-        """Fitted accuracy at `compute` (FLOPs)."""
+        """Return the fitted accuracy at `compute` (FLOPs); f64, same shape."""
         return self.A * np.asarray(compute, float) ** -self.alpha + self.p_star
 
     def band(self, compute, level: float = 0.9):
-        """(low, high) accuracy at `compute`: the central `level` of the bootstrap's curves."""
+        """Return (low, high) accuracies at `compute`, f64 [n]: the central `level` of the bootstrap's curves."""
         C = np.asarray(compute, float)
         A, alpha, p_star = (column[:, None] for column in self.bootstrap.T)
         curves = A * C[None] ** -alpha + p_star
@@ -52,31 +55,34 @@ class PowerLawFit:
 
 
 def fit_power_law(compute, accuracy, *, num_bootstrap: int = 200, seed: int = 0) -> PowerLawFit:
-    """Least-squares fit of P(C) = A / C^alpha + P*: a grid over alpha with (A, P*) solved linearly, then refined.
+    """Fit P(C) = A / C^alpha + P* by least squares: a grid over alpha, with (A, P*) solved linearly, then refined.
 
     Args:
-        compute: FLOPs, positive, at least 4 points. accuracy: same length.
-        num_bootstrap: refits to resampled residuals, for `PowerLawFit.band`. Three constants were fitted, so residuals
-            are smaller than the noise, and are widened by sqrt(n / (n - 3)). Of few points the band is still too
-            narrow: of 6 an interval of 90% holds the curve in about 80 to 85 of 100 simulated cases.
+        compute: FLOPs, positive, at least 4 points.
+        accuracy: same length.
+        num_bootstrap: number of refits to resampled residuals, for `PowerLawFit.band`. Three constants are fitted, so
+            residuals are smaller than the noise; they are widened by sqrt(n / (n - 3)). With few points the band is
+            still too narrow: with 6, a nominal 90% band contains the curve in about 80 to 85 of 100 simulated cases.
+        seed: of the resampling.
     Raises:
-        DataError: fewer than 4 points, lengths that differ, non-positive or non-finite numbers, or a constant series
-            (its R^2 and alpha are undefined).
+        DataError: fewer than 4 points, different lengths, non-finite values, non-positive compute, or a constant
+            series (R^2 and alpha are undefined).
     """
     C, P = np.asarray(compute, float), np.asarray(accuracy, float)
     if C.shape != P.shape or C.ndim != 1 or len(C) < MIN_POINTS:
         raise DataError(
-            f"compute has shape {C.shape} and accuracy {P.shape}; a fit needs two equal series of at least "
-            f"{MIN_POINTS} points. Evaluate more often (--eval.every-steps)."
+            f"compute has shape {C.shape} and accuracy {P.shape}; a fit needs two series of equal length with "
+            f"at least {MIN_POINTS} points. Evaluate more often (--eval.every-steps)."
         )
     if not (np.isfinite(C).all() and np.isfinite(P).all() and (C > 0).all()):
         raise DataError(
-            "compute and accuracy must be finite and compute positive. Leave out the point at zero compute."
+            "compute or accuracy is not finite, or compute is not positive; both must be finite and compute positive. "
+            "Drop the point at zero compute."
         )
     if np.ptp(P) == 0 or np.ptp(C) == 0:
         raise DataError(
-            f"{'accuracy' if np.ptp(P) == 0 else 'compute'} is constant over all {len(P)} points; a power law needs it "
-            "to vary. Train longer, or evaluate another split."
+            f"{'accuracy' if np.ptp(P) == 0 else 'compute'} is constant over all {len(P)} points; a power law needs "
+            "it to vary. Train longer, or evaluate another split."
         )
     A, alpha, p_star = _fit(C, P)
     fitted = A * C**-alpha + p_star
@@ -96,7 +102,7 @@ def fit_power_law(compute, accuracy, *, num_bootstrap: int = 200, seed: int = 0)
 
 
 def _fit(C, P) -> tuple[float, float, float]:
-    # Compute in units of its geometric mean: C^-alpha of raw FLOPs would underflow the solve.
+    # Compute in units of its geometric mean, because C^-alpha of raw FLOPs would underflow in the solve.
     unit = np.exp(np.log(C).mean())
     x = C / unit
 

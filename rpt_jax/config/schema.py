@@ -111,14 +111,14 @@ def _check_bounds(path: str, rules: Any, value: Any) -> None:
         raise ConfigError(f"{path}={value}; it must be at least {least}. Raise {path}.")
     above, most = rules.get("above"), rules.get("at_most")
     if above is not None and most is not None and not above < value <= most:
-        raise ConfigError(f"{path}={value}; it must lie in ({above}, {most}]. Use {most} for no limit.")
+        raise ConfigError(f"{path}={value}; it must be in ({above}, {most}]. Use {most} for no limit.")
     if above is not None and value <= above:
         raise ConfigError(f"{path}={value}; it must be above {above}, {rules['because']}. Raise it.")
     if inside := rules.get("inside"):
         is_off = rules["or_none"] and value == 0
         if not (is_off or inside[0] < value < inside[1]):
             raise ConfigError(
-                f"{path}={value}; it must lie between {inside[0]} and {inside[1]}. Choose a share between them."
+                f"{path}={value}; it must be between {inside[0]} and {inside[1]}. Choose a share between them."
             )
 
 
@@ -140,6 +140,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def to_json(config: Any) -> str:
+    """Return all fields and the format version as JSON."""
     return json.dumps({"format": FORMAT} | dataclasses.asdict(config), indent=2, sort_keys=True)
 
 

@@ -29,8 +29,8 @@ class RunConfig:
     tensorboard: bool = setting(True, free="always")
     """Write TensorBoard event files in addition to metrics.jsonl."""
     resume: str = setting("latest", free="always", shown=True)
-    """Where an existing run resumes: latest, its newest checkpoint, or the step of a kept checkpoint; later checkpoints
-    are then set aside. In a new directory, DIR or DIR@STEP starts from a copy of that run at that step."""
+    """Where an existing run resumes: latest (its newest checkpoint) or the step of a kept checkpoint, which sets later
+    checkpoints aside. In a new directory, DIR or DIR@STEP starts from a copy of that run at that step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +277,7 @@ class RewardConfig:
     time_limit_seconds: float = setting(10.0, at_least=0.01)
     """Time limit of one call of math or custom, seconds. A longer call fails, and its process is replaced."""
     num_workers: int = setting(2, at_least=1)
-    """Number of worker processes of judges."""
+    """Number of worker processes that run judges."""
     on_fault: Literal["fail", "zero"] = "fail"
     """If reward.function raises, hangs or returns a non-finite value: stop the run, or give 0 and count the failure.
     Failures of math, choice and exact are always counted, because the policy's text causes them."""
@@ -330,10 +330,12 @@ class MeshConfig:
 
     @property
     def num_devices(self) -> int:
+        """Return the number of devices of the mesh."""
         return self.data * self.fsdp * self.tensor
 
     @property
     def trunk_shards(self) -> int:
+        """Return the number of shards that trunks are split into."""
         return self.data * self.fsdp
 
 
@@ -426,6 +428,6 @@ class Config:
         """Read the text that `to_json` of this version or an earlier one wrote; see `schema.from_json`.
 
         Raises:
-            ConfigError: not such a text; unknown or ill-typed fields; a later version.
+            ConfigError: not such JSON; unknown or ill-typed fields; a later version.
         """
         return from_json(Config, text)[0]

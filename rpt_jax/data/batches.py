@@ -1,7 +1,7 @@
-"""Positions to batches of tasks: trunks with up to M cuts, shuffled, sharded by process, resumable anywhere.
+"""From positions to batches of tasks: trunks with up to M cuts, shuffled, sharded by process, resumable anywhere.
 
-The cursor is global (trunks looked at so far), so a run goes on with another number of processes. Row ids come from
-the position table, so sampling noise does not depend on where a row lies, nor on the process that makes it.
+The cursor is global (number of trunks visited), so a run may resume with another number of processes. Row ids come from
+the position table, so sampling noise depends neither on a row's place in the batch nor on its process.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ class Trunks(Sequence):
     """Lists of task ids that share a trunk, as two arrays."""
 
     ids: np.ndarray
-    """i64 [tasks], trunk by trunk."""
+    """i64 [tasks], ordered by trunk."""
     ends: np.ndarray
     """i64 [trunks], cumulative number of tasks."""
 
@@ -40,27 +40,34 @@ class Trunks(Sequence):
 class Source(Protocol):
     """Where tasks come from: positions of documents, or questions."""
 
-    def group(self, task_ids, prompts_per_trunk: int) -> Trunks: ...
+    def group(self, task_ids, prompts_per_trunk: int) -> Trunks:
+        """Group tasks into trunks."""
+        ...
 
     def make(
         self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int, rows: Sequence[int] | None = None
-    ) -> TaskBatch: ...
+    ) -> TaskBatch:
+        """Build a TaskBatch of NumPy arrays."""
+        ...
 
     def columns(self, task_id: int) -> dict[str, Any]:
-        """What a host reward may know of a task."""
+        """Return what a host reward may know of a task."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSource:
-    """What tasks are made of; `make` turns a list of trunks into a TaskBatch.
+    """Positions of documents as tasks; a task id is a row of `table`.
 
     Attributes:
-        documents, table, template: see their modules.
+        documents: of the corpus.
+        table: positions.
+        template: of the prompts.
         token_bytes: bytes of every id.
-        trunk_length: L; window and stride: document tokens.
-        continuation_tokens: horizon of a continuation.
-        num_bytes: Y, the widest continuation of the table, rounded up to a multiple of 8.
+        trunk_length: L.
+        stride: document tokens between the starts of windows.
+        continuation_tokens: A, horizon of a continuation.
+        num_bytes: Y, the longest continuation of the table rounded up to a multiple of 8.
     """
 
     documents: Sequence[Document]
@@ -77,7 +84,7 @@ class TaskSource:
         return self.trunk_length - len(self.template.header)
 
     def group(self, task_ids, prompts_per_trunk: int) -> Trunks:
-        """Positions that share a window, at most `prompts_per_trunk` of them: the trunks of an epoch."""
+        """Group positions that share a window, at most `prompts_per_trunk` to a trunk."""
         ids = np.sort(np.asarray(task_ids, np.int64))
         starts = window_start(self.table.index[ids], window=self.window, stride=self.stride)
         documents = self.table.document[ids]
@@ -90,10 +97,13 @@ class TaskSource:
     def make(
         self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int, rows: Sequence[int] | None = None
     ) -> TaskBatch:
-        """TaskBatch of numpy arrays from lists of position ids; an empty list is a padded trunk.
+        """Build a TaskBatch of NumPy arrays.
 
         Args:
-            rows: trunks of the batch to make; None: all.
+            trunks: position ids of each trunk; an empty list is padding.
+            prompts_per_trunk: M.
+            group_size: G.
+            rows: trunks of the batch to build; None: all.
         """
         rows = range(len(trunks)) if rows is None else rows
         return build_tasks(
@@ -106,7 +116,7 @@ class TaskSource:
         )
 
     def _trunk(self, ids: list[int]) -> tuple[np.ndarray, list[Task]]:
-        """Tokens of the window that the positions share, and their tasks."""
+        """Return the tokens of the shared window, and the tasks of the positions."""
         if not ids:
             return np.zeros(0, np.int32), []
         document, header, tasks = self.documents[self.table.document[ids[0]]], self.template.header, []
@@ -119,7 +129,7 @@ class TaskSource:
         return np.concatenate([header, document.tokens[start : start + self.window]]), tasks
 
     def columns(self, task_id: int) -> dict[str, Any]:
-        """document, index, continuation (bytes), boundaries (byte lengths at which tokens end)."""
+        """Return document, index, continuation (bytes), boundaries (lengths in bytes at which tokens end)."""
         document, index = self.documents[self.table.document[task_id]], int(self.table.index[task_id])
         text, ends = continuation(document, index, self.token_bytes, self.continuation_tokens)
         return {"document": document.id, "index": index, "continuation": text, "boundaries": ends}
@@ -128,7 +138,7 @@ class TaskSource:
 def row_ids(
     trunks: list[list[int]], rows: Sequence[int], num_prompts: int, num_tasks: int, group_size: int
 ) -> np.ndarray:
-    """i32 [rows, M, G]. A trunk that stands in the batch again (at the seam of two epochs) gets noise of its own."""
+    """Return unique row ids, i32 [rows, M, G], also for a trunk that occurs twice (where two epochs meet)."""
     occurrences, occurrence = Counter(), np.zeros(len(trunks), np.int32)
     for u, ids in enumerate(trunks):
         occurrence[u] = occurrences[tuple(ids)]
@@ -143,7 +153,7 @@ def row_ids(
 def make_source(
     documents, table: PositionTable, template, token_bytes, *, trunk_length, stride, continuation_tokens
 ) -> TaskSource:
-    """A TaskSource whose byte width fits every position of the table."""
+    """Make a TaskSource whose byte width fits every position of the table."""
     return TaskSource(
         documents=documents,
         table=table,
@@ -157,7 +167,7 @@ def make_source(
 
 
 class PassRates:
-    """Mean rewards so far, by task: what the selector pass_rate_band knows."""
+    """Mean rewards of tasks so far, for the selector pass_rate_band."""
 
     def __init__(self, low: float, high: float):
         self._low, self._high = low, high
@@ -170,7 +180,7 @@ class PassRates:
                 self._seen[int(i)] = (total + float(rewards.sum()), count + len(rewards))
 
     def accepts(self, ids: list[int]) -> bool:
-        """A trunk is worth another rollout if one of its tasks is unseen or has a pass rate inside the band."""
+        """Return whether one of the trunk's tasks is unseen or has a pass rate inside the band."""
         seen = [self._seen.get(i) for i in ids]
         return any(s is None or self._low <= s[0] / s[1] <= self._high for s in seen)
 
@@ -182,13 +192,19 @@ class PassRates:
 
 
 class TrainIterator:
-    """Endless TaskBatches over the given tasks, reshuffled each epoch; its state is one global number.
+    """Endless TaskBatches over the given tasks, reshuffled each epoch.
 
     Args:
-        num_trunks: of the global batch. rows: those of it to make (`mesh.local_trunks`); None: all.
-        corpora: i64 [trunks], part of a mixture that each trunk is from; with `weights`, parts are drawn by weight,
-            each reshuffled in epochs of its own.
-        band: (low, high); trunks all of whose tasks have pass rates outside are passed over, and counted.
+        source: of the tasks.
+        task_ids: to use.
+        num_trunks: U, of the global batch.
+        prompts_per_trunk: M.
+        group_size: G.
+        seed: of the order.
+        corpora: i64 [trunks], part of the mixture of each trunk.
+        weights: of the parts, which are drawn by weight and reshuffled in separate epochs.
+        band: (low, high); trunks whose tasks all have pass rates outside are skipped and counted.
+        rows: trunks of the global batch to build (`mesh.local_trunks`); None: all.
     """
 
     def __init__(
@@ -213,7 +229,7 @@ class TrainIterator:
         self._order = _make_order(len(self.trunks), corpora, weights, seed)
         self._rates = None if band is None else PassRates(*band)
         self.position = (0, 0)
-        """Trunks looked at, and of these passed over, since the run began."""
+        """(trunks visited, trunks skipped) since the run started."""
 
     def __iter__(self) -> Iterator[TaskBatch]:
         return self
@@ -232,13 +248,13 @@ class TrainIterator:
             if refused > 2 * len(self.trunks):
                 raise DataError(
                     f"all {len(self.trunks)} trunks have pass rates outside positions.pass_rate_band; nothing is left "
-                    "to learn from. Widen --positions.pass-rate-band, or give more text."
+                    "to learn from. Widen --positions.pass-rate-band, or use more text."
                 )
         self.position = (following, passed_over)
         return self._make(picked)
 
     def observe(self, references: References, rewards_UMG) -> None:
-        """Tell what the tasks earned; waits for the rewards only where a band uses them."""
+        """Record the rewards of tasks; waits for them only if there is a band."""
         if self._rates is not None:
             self._rates.add(*to_host((references, rewards_UMG)))
 
@@ -254,7 +270,7 @@ class TrainIterator:
 
 
 def _make_order(num_trunks: int, corpora, weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """Endless trunk numbers, random access."""
+    """Return endless trunk numbers with random access."""
     if len(weights) == 1:
         return grain.MapDataset.range(num_trunks).seed(seed).shuffle().repeat()
     parts, shares = [], []
@@ -262,7 +278,7 @@ def _make_order(num_trunks: int, corpora, weights: Sequence[float], seed: int) -
         (numbers,) = np.nonzero(np.asarray(corpora) == corpus)
         if not len(numbers):
             raise DataError(
-                f"part {corpus + 1} of data.mixture gives no task; each part must have some. Leave it out "
+                f"part {corpus + 1} of data.mixture has no task; each part needs at least one. Remove it "
                 "or loosen the selection."
             )
         order = grain.MapDataset.range(len(numbers)).seed(seed + corpus).shuffle().repeat()

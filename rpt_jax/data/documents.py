@@ -1,6 +1,6 @@
 """Tokenised documents on disk: written once as a stream, then read as memory-mapped slices.
 
-A corpus is never in memory as a whole. A store is a directory: tokens.i32 (all documents' tokens, one after the other),
+A corpus is never in memory as a whole. A store is a directory of tokens.i32 (the tokens of all documents),
 documents.parquet (id, length, corpus, labels) and meta.json, written last.
 """
 
@@ -22,23 +22,31 @@ from rpt_jax.errors import DataError
 from rpt_jax.tokenizer import Tokenizer
 
 _VERSION = 1
-# Characters that are encoded together: the tokenizer's own records of a batch take a hundred times its size.
+# Characters to encode at once: the tokenizer needs a hundred times their size in memory.
 _BATCH_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
+    """One tokenised document."""
+
     id: str
+    """File name and record number."""
     tokens: np.ndarray
-    """i32 [length], the corpus's own tokens, no special tokens."""
+    """i32 [length], without special tokens."""
     labels: tuple[tuple[int, str], ...] = ()
     """(token index of a position, name)."""
     corpus: int = 0
-    """Which part of a mixture it is from."""
+    """Part of the mixture that it belongs to."""
 
 
 class Documents(Sequence[Document]):
-    """Documents of a store, or some of them; each is read when it is asked for."""
+    """All or some documents of a store, read on access.
+
+    Attributes:
+        fingerprint: sha256 of the store.
+        numbers: i64 [number of documents], documents of the store in this view.
+    """
 
     def __init__(self, path: Path, table: pyarrow.Table, fingerprint: str, numbers: np.ndarray | None = None):
         self._path, self._table, self.fingerprint = path, table, fingerprint
@@ -53,7 +61,7 @@ class Documents(Sequence[Document]):
         number = int(self.numbers[index])
         row = {name: self._table[name][number].as_py() for name in ("id", "length", "corpus", "labels")}
         length, begin = row["length"], int(self._ends[number]) - row["length"]
-        # Mapped one at a time: pages of a map of the whole file would add up to the corpus.
+        # Map one document at a time: the pages of a map of the whole file would add up to the corpus.
         tokens = np.memmap(self._path, "<i4", "r", 4 * begin, (length,)) if length else np.zeros(0, np.int32)
         return Document(
             id=row["id"],
@@ -64,7 +72,7 @@ class Documents(Sequence[Document]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """i64 [number of documents], tokens."""
+        """i64 [number of documents], number of tokens."""
         return self._table["length"].to_numpy()[self.numbers]
 
     @property
@@ -73,15 +81,17 @@ class Documents(Sequence[Document]):
         return self._table["corpus"].to_numpy()[self.numbers]
 
     def take(self, numbers: np.ndarray) -> "Documents":
-        """A view of some of these documents, in the given order."""
+        """Return a view of some of these documents, in the given order."""
         return Documents(self._path, self._table, self.fingerprint, self.numbers[numbers])
 
 
 def open_documents(corpora: list[Corpus], tokenizer: Tokenizer, cache: Path, progress=iter) -> Documents:
-    """The documents of a corpus or mixture: from the cache, or read, tokenised and put there.
+    """Open the documents of a corpus or mixture, from the cache or by reading and tokenising them.
 
     Args:
-        cache: directory of stores; the store's name follows from files (path, size, time), templates and tokenizer.
+        corpora: parts of the mixture.
+        tokenizer: of the policy.
+        cache: directory of stores; a store is named by its files (path, size, time), templates and tokenizer.
         progress: wraps the iterable of texts.
     Raises:
         DataError: see `readers.read_texts`; text that the tokenizer cannot spell; a label inside a token.
@@ -105,7 +115,7 @@ def write_store(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, directo
     partial = Path(tempfile.mkdtemp(prefix=f"{directory.name}.partial-", dir=directory.parent))
     try:
         _write_files(texts, tokenizer, partial)
-        # Of several runs that share a cache the first one's is kept; all wrote the same.
+        # If several runs share the cache, the first one's store is kept; all are equal.
         with contextlib.suppress(OSError):
             partial.rename(directory)
     finally:
@@ -114,7 +124,7 @@ def write_store(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, directo
 
 def _write_files(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, partial: Path) -> None:
     digest, columns = hashlib.sha256(), {"id": [], "length": [], "corpus": [], "labels": []}
-    is_open = False  # the last document goes on
+    is_open = False  # the last document continues
     with (partial / "tokens.i32").open("wb") as file:
         for corpus, text, ids in _encode(texts, tokenizer):
             if not is_open:
@@ -150,12 +160,12 @@ def read_store(directory: Path) -> Documents:
         return Documents(path, table, str(meta["sha256"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"tokenised documents in {directory} are damaged ({error}); delete that directory to have them made anew."
+            f"tokenised documents in {directory} are damaged ({error}); delete that directory to rebuild them."
         ) from error
 
 
 def _encode(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer) -> Iterator[tuple[int, Text, list[int]]]:
-    """Texts with their ids, encoded many at a time."""
+    """Yield texts with their ids, encoded many at a time."""
     held: list[tuple[int, Text]] = []
     size, follows = 0, False
 
@@ -166,7 +176,7 @@ def _encode(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer) -> Iterator
 
     for corpus, text in texts:
         if follows and tokenizer.adds_space:
-            # A later piece of a document must not get a first word's space.
+            # A later piece of a document must not get the space of a first word.
             yield from flush()
             yield corpus, text, _checked(text, tokenizer.encode_continuation(text.text), tokenizer)
             size = 0
@@ -183,18 +193,18 @@ def _encode(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer) -> Iterator
 def _checked(text: Text, ids: list[int], tokenizer: Tokenizer) -> list[int]:
     if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
         raise DataError(
-            f"document {text.id} holds {ids.count(tokenizer.unk_id)} piece(s) outside the tokenizer's vocabulary; "
-            "their bytes would be lost. Use a tokenizer with byte fallback, or none at all to have one trained."
+            f"document {text.id} contains {ids.count(tokenizer.unk_id)} piece(s) outside the tokenizer's vocabulary; "
+            "their bytes would be lost. Use a tokenizer with byte fallback, or none, so that one is trained."
         )
     if piece := tokenizer.unspeakable(text.text):
         raise DataError(
-            f"document {text.id} holds {piece!r}, which the tokenizer can only read as a control token or a byte. "
+            f"document {text.id} contains {piece!r}, which the tokenizer can only read as a control token or a byte. "
             "Remove it from the text, or use another tokenizer."
         )
     if (spelled := tokenizer.misspelled(text.text, ids)) is not None:
         raise DataError(
-            f"document {text.id} becomes tokens of the bytes {spelled[:200]!r}...; they must join to its text. Use a "
-            "byte-level BPE, SentencePiece or tiktoken vocabulary."
+            f"document {text.id} is encoded to tokens with the bytes {spelled[:200]!r}...; they must join to its text. "
+            "Use a byte-level BPE, SentencePiece or tiktoken vocabulary."
         )
     return ids
 
@@ -210,7 +220,7 @@ def _token_labels(text: Text, ids: list[int], tokenizer: Tokenizer) -> list[dict
         if byte_offset not in starts:
             raise DataError(
                 f"document {text.id}: label {name!r} at byte {byte_offset} is not the start of a token; "
-                "labels must lie on token boundaries. Correct the offset."
+                "labels must be at token boundaries. Correct the offset."
             )
     return [{"index": starts[byte_offset], "name": name} for byte_offset, name in text.labels]
 
@@ -218,10 +228,12 @@ def _token_labels(text: Text, ids: list[int], tokenizer: Tokenizer) -> list[dict
 def split_heldout(
     documents: Documents, fraction: float, tokenizer: Tokenizer
 ) -> tuple[Sequence[Document], Sequence[Document]]:
-    """The last `fraction` of each corpus's documents, or of the only document's lines, is held out.
+    """Hold out the last `fraction` of each corpus's documents, or of the lines of a single document.
 
+    Returns:
+        (training documents, held-out documents).
     Raises:
-        DataError: a single document without a line break to cut at.
+        DataError: a single document has no line break to cut at.
     """
     if len(documents) == 1:
         return _split_lines(documents[0], fraction, tokenizer)
@@ -240,13 +252,13 @@ def split_heldout(
 
 
 def _split_lines(only: Document, fraction: float, tokenizer: Tokenizer) -> tuple[list[Document], list[Document]]:
-    """Cut behind the token that ends a line nearest to the wanted place."""
+    """Cut after the token that ends a line closest to the wanted place."""
     ends_line = np.array([tokenizer.token_bytes(i).endswith(b"\n") for i in range(tokenizer.vocab_size)])
     cuts = np.flatnonzero(ends_line[only.tokens[:-1]]) + 1
     if not len(cuts):
         raise DataError(
-            f"document {only.id} is one line, too few to hold out {fraction:.0%} of them. "
-            "Set --data.heldout-path, or give more documents."
+            f"document {only.id} is a single line; {fraction:.0%} of its lines cannot be held out. "
+            "Set --data.heldout-path, or use more documents."
         )
     cut = int(cuts[np.argmin(abs(cuts - (1 - fraction) * len(only.tokens)))])
     parts = (("[train]", only.tokens[:cut]), ("[heldout]", only.tokens[cut:]))
@@ -255,7 +267,7 @@ def _split_lines(only: Document, fraction: float, tokenizer: Tokenizer) -> tuple
 
 
 def first(documents: Sequence[Document], number: int) -> Sequence[Document]:
-    """The first `number` documents, taken from the parts of a mixture in turn; all where there are fewer."""
+    """Return up to `number` documents, taken from the parts of a mixture in turn."""
     if not isinstance(documents, Documents):
         return documents[:number]
     corpora = documents.corpora
@@ -266,12 +278,12 @@ def first(documents: Sequence[Document], number: int) -> Sequence[Document]:
 
 
 def lengths_of(documents: Sequence[Document]) -> np.ndarray:
-    """i64 [number of documents], tokens."""
+    """Return the number of tokens of each document, i64."""
     return documents.lengths if isinstance(documents, Documents) else np.array([len(d.tokens) for d in documents])
 
 
 def view_fingerprint(documents: Sequence[Document]) -> str:
-    """sha256 of exactly these documents: of a store's view, which ones they are; of others, their ids and tokens."""
+    """Return the sha256 of exactly these documents: of the store and their numbers, or of their ids and tokens."""
     digest = hashlib.sha256()
     if isinstance(documents, Documents):
         digest.update(documents.fingerprint.encode() + documents.numbers.astype("<i8").tobytes())
@@ -282,13 +294,13 @@ def view_fingerprint(documents: Sequence[Document]) -> str:
 
 
 def check_lengths(documents: Sequence[Document], min_context_tokens: int, where: str) -> int:
-    """Number of documents without any position (too short); raises DataError when that is all of them."""
+    """Return the number of documents that are too short for a position; raise DataError if all are."""
     lengths = lengths_of(documents)
     too_short = int((lengths <= min_context_tokens).sum())
     if too_short == len(documents):
         raise DataError(
             f"all {too_short} {where} documents have at most positions.min_context_tokens={min_context_tokens} "
             f"tokens (longest: {lengths.max(initial=0)}); a document needs more than that to have a "
-            "position. Give longer documents or lower --positions.min-context-tokens."
+            "position. Use longer documents or lower --positions.min-context-tokens."
         )
     return too_short

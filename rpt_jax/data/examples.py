@@ -1,4 +1,4 @@
-"""Texts to learn word by word: a supervised file, documents in windows, drafts of a text's own continuation."""
+"""Examples for supervised training: a supervised file, windows of documents, drafts of a text's continuation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,28 +16,28 @@ from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE, Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One text, and what the loss sees of it."""
+    """One text and its loss weights."""
 
     trunk: list[int]
     first: int
-    """First trunk column with weight: header tokens, and the first token, are not predicted."""
+    """Index of the first weighted trunk token; header tokens and the first token are not predicted."""
     weight: float
     """Loss weight of trunk tokens."""
     completion: list[int] | None
-    """With its end token; loss weight 1."""
+    """Completion tokens, including the end token; loss weight 1. None: plain text."""
 
     def num_tokens(self, tail_length: int) -> int:
         return len(self.trunk) + (tail_length + len(self.completion) if self.completion is not None else 0)
 
 
 def read_examples(path: str, tokenizer: Tokenizer, template: Template, config: Config) -> list[Example]:
-    """A supervised file, line by line.
+    """Read a supervised file.
 
-    A line is {"text", "completion"?, "text_weight"?}. With a completion the text becomes the template's prompt and the
-    completion, with the end token, its answer; without one it is plain text. Completion tokens have loss weight 1,
-    text tokens `text_weight`: by default 1 in plain text, supervised.context_weight in prompts.
-    Or a line is {"trunk_tokens", "completion_tokens", "tokenizer", "template"}: ids as a rollout had them, never
-    encoded again; only the completion has weight.
+    A line is {"text", "completion"?, "text_weight"?}. With a completion, the text goes into the template's prompt and
+    the completion, with the end token, is its answer; without one, the text is plain. Completion tokens have loss
+    weight 1, text tokens `text_weight`: by default 1 in plain text, supervised.context_weight in prompts. Or a line is
+    {"trunk_tokens", "completion_tokens", "tokenizer", "template"}: the ids of a rollout, never encoded again; only the
+    completion has weight.
 
     Raises:
         DataError: missing file, bad line, ids of another tokenizer, or a sequence that does not fit; names file and
@@ -45,7 +45,7 @@ def read_examples(path: str, tokenizer: Tokenizer, template: Template, config: C
     """
     file = Path(path)
     if not file.is_file():
-        raise DataError(f"supervised.path {path!r} is no file; it must be a jsonl of texts. Set --supervised.path.")
+        raise DataError(f"supervised.path {path!r} is not a file; it must be a jsonl of texts. Set --supervised.path.")
     examples = []
     for name, number, record in read_records(path):
         where = f"{name} line {number}"
@@ -67,7 +67,7 @@ def read_examples(path: str, tokenizer: Tokenizer, template: Template, config: C
                 )
         examples.append(example)
     if not examples:
-        raise DataError(f"{file} holds no sequence; supervised.path needs at least one line. Check the file.")
+        raise DataError(f"{file} contains no sequence; supervised.path needs at least one line. Check the file.")
     return examples
 
 
@@ -82,10 +82,10 @@ def _from_text(record: dict, where: str, tokenizer: Tokenizer, template: Templat
         ids = None if completion is None else [*tokenizer.encode_continuation(completion), tokenizer.eos_id]
     except (TypeError, UnicodeEncodeError) as error:
         raise DataError(
-            f"{where} holds half of a surrogate pair ({error}); text must be Unicode. Correct it."
+            f"{where} contains half of a surrogate pair ({error}); text must be Unicode. Correct it."
         ) from error
     if completion is None and not text:
-        raise DataError(f"{where}: an empty text without a completion teaches nothing. Remove the line.")
+        raise DataError(f"{where}: an empty text needs a completion. Remove the line.")
     default = 1.0 if completion is None else config.supervised.context_weight
     weight = record.get("text_weight", default)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
@@ -109,8 +109,8 @@ def _from_tokens(record: dict, where: str, tokenizer: Tokenizer, template: Templ
         )
     if record.get("template") != template.fingerprint:
         raise DataError(
-            f"{where} was sampled with another prompt template; the run's own would stand around its ids. Sample "
-            "again, or use the --data.template and --data.chat that it was sampled with."
+            f"{where} was sampled with another prompt template; it must be the run's. Sample again, or use the "
+            "--data.template and --data.chat that it was sampled with."
         )
     for ids in (trunk, completion):
         if (
@@ -120,28 +120,28 @@ def _from_tokens(record: dict, where: str, tokenizer: Tokenizer, template: Templ
         ):
             raise DataError(
                 f"{where}: trunk_tokens and completion_tokens must be lists of ids below {tokenizer.vocab_size}. "
-                "Write the file anew."
+                "Write the file again."
             )
     return Example(trunk=trunk, first=1, weight=0.0, completion=completion)
 
 
 def plain_trunk(tokens, tokenizer: Tokenizer) -> list[int]:
-    """BOS (where there is one) and document tokens."""
+    """Return BOS, if there is one, and document tokens."""
     return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + [int(t) for t in tokens]
 
 
 @dataclass(frozen=True)
 class DocumentExamples(Sequence):
-    """Plain-text examples of documents, each made when it is asked for.
+    """Plain-text examples of documents, made on access.
 
-    Long documents become windows that share one token, so that every token is predicted once, from those before it; a
-    document's first only where a BOS stands before it.
+    Long documents become windows that share one token, so that every token is predicted exactly once. The first token
+    of a document is predicted only if a BOS precedes it.
     """
 
     documents: Sequence[Document]
     tokenizer: Tokenizer
     size: int
-    """Document tokens of an example."""
+    """Document tokens per example."""
     weight: float
     ends: np.ndarray
     """i64 [documents], cumulative number of examples."""
@@ -156,19 +156,19 @@ class DocumentExamples(Sequence):
         first = (number - (int(self.ends[d - 1]) if d else 0)) * (self.size - 1)
         tokens = self.documents[d].tokens[first : first + self.size]
         trunk = plain_trunk(tokens, self.tokenizer)
-        # Behind a BOS, the token that is shared was predicted by the window before.
+        # After a BOS, the previous window has already predicted the shared token.
         num_given = len(trunk) - len(tokens) + (first > 0)
         return Example(trunk=trunk, first=max(1, num_given), weight=self.weight, completion=None)
 
     def sample(self, number: int) -> list[Example]:
-        """`number` examples, spread evenly over the documents; all where there are fewer."""
+        """Return up to `number` examples, spread evenly over the documents."""
         return [self[int(i)] for i in np.linspace(0, len(self) - 1, min(number, len(self)))]
 
 
 def document_examples(
     documents: Sequence[Document], tokenizer: Tokenizer, trunk_length: int, *, weight: float = 1.0
 ) -> DocumentExamples:
-    """Plain-text examples of trunk_length tokens, BOS included."""
+    """Make plain-text examples of trunk_length tokens, including BOS."""
     size = trunk_length - (tokenizer.bos_id is not None)
     counts = np.maximum(1, -(-(lengths_of(documents) - 1) // (size - 1)))
     return DocumentExamples(documents, tokenizer, size, weight, np.cumsum(counts))
@@ -177,11 +177,18 @@ def document_examples(
 def draft_examples(
     documents: Sequence[Document], tokenizer: Tokenizer, template: Template, config: Config, num_plain: int
 ) -> list[Example]:
-    """Cold start for a corpus without worked thoughts: supervised.draft_fraction of all sequences, beside `num_plain`.
+    """Make cold-start examples for a corpus without worked thoughts.
 
-    At a random position the completion is the true next tokens as a draft, then the first of them in the box, all in
-    the corpus's own tokens. It teaches the format, and to look ahead; what thoughts are good for is left to RPT.
-    Targets that a box cannot hold (braces, half characters) are left out.
+    At a random position the completion is a draft, the true next tokens, then the first of them in the box, all in the
+    corpus's tokens. It teaches the format and to look ahead; useful thoughts are left to RPT. Targets that a box cannot
+    hold (braces, half characters) are skipped. They are supervised.draft_fraction of all sequences.
+
+    Args:
+        documents: of the corpus.
+        tokenizer: of the policy.
+        template: of the prompts.
+        config: of the run.
+        num_plain: number of plain sequences that they are mixed with.
     """
     share = config.supervised.draft_fraction
     if not share:

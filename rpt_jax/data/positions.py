@@ -1,9 +1,9 @@
-"""Which positions of a document are worth thinking about: the proxy model's entropy over its 16 likeliest tokens.
+"""Selection of positions by the proxy model's entropy over its 16 most likely tokens.
 
-The proxy sees BOS and document tokens only, no template. The same pass gives the direct prediction (argmax and the
-true token's log-probability) that evaluation reports beside thinking. A corpus is scored in parts of a few million
-tokens, each a parquet file that is written once: a pass goes on where it was interrupted, and later runs with the same
-corpus, tokenizer and proxy only read.
+The proxy sees BOS and document tokens only, without a template. The same pass gives the direct prediction (argmax and
+log-probability of the true token), which evaluation compares with thinking. A corpus is scored in parts of a few
+million tokens, each a parquet file that is written once. An interrupted pass resumes, and later runs with the same
+corpus, tokenizer and proxy only read the files.
 """
 
 import hashlib
@@ -41,10 +41,10 @@ class PositionTable:
     Attributes:
         document: i32 [P], index into the documents.
         index: i32 [P], token index to predict.
-        num_bytes: i32 [P], of the continuation within the horizon.
-        entropy: f32 [P], nats; NaN where the proxy did not run, as in the next two.
-        direct_token: i32 [P], the proxy's argmax; -1 where it did not run.
-        direct_logprob: f32 [P], the proxy's log-probability of the true token.
+        num_bytes: i32 [P], bytes of the continuation within the horizon.
+        entropy: f32 [P], nats; NaN if the proxy did not run.
+        direct_token: i32 [P], the proxy's argmax; -1 if it did not run.
+        direct_logprob: f32 [P], the proxy's log-probability of the true token, nats; NaN if it did not run.
     """
 
     document: np.ndarray
@@ -67,14 +67,14 @@ class PositionTable:
 
 
 def window_start(index, *, window: int, stride: int):
-    """Start of the document window that gives position `index` most context: the smallest multiple of the stride
-    whose window of `window` tokens reaches up to the position. An int or an array."""
+    """Return the start of the window that gives position `index` the most context: the smallest multiple of the stride
+    whose window of `window` tokens reaches the position. An int or an array."""
     return np.maximum(0, -((window - index) // stride)) * stride
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """How documents are cut for the policy and the proxy alike, in document tokens."""
+    """How documents are cut into windows, for the policy and the proxy, in document tokens."""
 
     window: int
     stride: int
@@ -83,7 +83,7 @@ class Windows:
 
 
 def candidate_positions(documents: Sequence[Document], numbers, facts: TokenFacts, windows: Windows) -> PositionTable:
-    """All positions of the documents `numbers` that can be asked for and answered; no entropies yet."""
+    """Return all positions of the documents `numbers` that can be tasks, without entropies."""
     columns = {"document": [], "index": [], "num_bytes": []}
     for number in numbers:
         tokens = np.asarray(documents[number].tokens)
@@ -106,13 +106,19 @@ def candidate_positions(documents: Sequence[Document], numbers, facts: TokenFact
 def add_scores(
     table: PositionTable, documents: Sequence[Document], proxy: Proxy, windows: Windows, progress=iter
 ) -> PositionTable:
-    """Run the proxy over every window that holds a position of the table.
+    """Run the proxy over every window that contains a position of the table.
 
     Args:
-        progress: wraps the iterable of batches, to show where the pass is.
+        table: positions.
+        documents: that the table indexes.
+        proxy: the scoring model.
+        windows: of the documents.
+        progress: wraps the iterable of batches.
+    Returns:
+        The table with entropies and direct predictions.
     """
     starts = window_start(table.index, window=windows.window, stride=windows.stride)
-    # Rows of one window are neighbours: the table is ordered and starts rise with the index.
+    # Rows of one window are adjacent: the table is ordered, and starts increase with the index.
     is_new = np.append(True, (np.diff(starts) != 0) | (np.diff(table.document) != 0))
     firsts = np.append(np.flatnonzero(is_new[: len(table)]), len(table))
     bos = [] if proxy.bos_id is None else [proxy.bos_id]
@@ -139,7 +145,7 @@ def add_scores(
         for result, values in zip(results, to_host(statistics), strict=True):
             result[rows] = values[u, columns]
         check()
-    # Rounding may leave a certain position a hair below zero.
+    # Rounding may give an entropy slightly below zero.
     return replace(table, entropy=np.maximum(results[0], 0.0), direct_token=results[1], direct_logprob=results[2])
 
 
@@ -148,13 +154,16 @@ def add_scores(
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredCorpus:
-    """Positions of a corpus, part by part; with a proxy, scored once and kept on disk.
+    """Positions of a corpus in parts; with a proxy, each part is scored once and kept on disk.
 
     Attributes:
-        lengths: i64 [documents], tokens.
+        documents: of the corpus.
+        lengths: i64 [documents], number of tokens.
+        facts: of the tokenizer's ids.
+        windows: of the documents.
         proxy: None leaves entropies unknown and writes nothing.
-        directory: where the parts are kept; its name must tell what they depend on (`parts_key`).
-        progress: (description, iterable) -> iterable, to show where a part is.
+        directory: of the parts; its name must identify everything that they depend on (`parts_key`).
+        progress: (description, iterable) -> iterable.
     """
 
     documents: Sequence[Document]
@@ -174,13 +183,13 @@ class ScoredCorpus:
             yield self.part(number)
 
     def part(self, number: int) -> PositionTable:
-        """One part, from disk or scored now.
+        """Return one part, from disk or scored now.
 
         Raises:
             DataError: a damaged file.
         """
         path = self._path(number)
-        # One answer for all: scoring is work that all processes do together.
+        # All processes must agree, because they score together.
         if from_main(path.exists()):
             return _read_part(path)
         begin, end = self._ranges()[number]
@@ -199,25 +208,26 @@ class ScoredCorpus:
 
     @property
     def is_scored(self) -> bool:
-        """Every part is on disk."""
+        """Return whether every part is on disk."""
         return all(self._path(number).exists() for number in range(self.num_parts))
 
     def _path(self, number: int) -> Path:
         return self.directory / f"part-{number:05d}.parquet"
 
     def _ranges(self) -> list[tuple[int, int]]:
-        """Document ranges of about `_PART_TOKENS` tokens."""
+        """Return document ranges of about `_PART_TOKENS` tokens."""
         number = (np.cumsum(self.lengths) - 1) // _PART_TOKENS
         firsts = np.flatnonzero(np.append(True, np.diff(number) != 0)[: len(number)])
         return list(zip(firsts.tolist(), [*firsts[1:].tolist(), len(number)], strict=True))
 
 
 def parts_key(corpus: str, tokenizer: str, proxy: str, windows: Windows, settings: tuple) -> str:
-    """Name of the directory of scored parts: all that they depend on.
+    """Return the name of the directory of scored parts, a hash of everything that they depend on.
 
     Args:
         corpus, tokenizer, proxy: fingerprints.
-        settings: JSON-able; how positions are chosen and scored.
+        windows: of the documents.
+        settings: JSON-able settings of candidates and scores.
     """
     what = json.dumps([_VERSION, corpus, tokenizer, proxy, vars(windows), settings, _PART_TOKENS], sort_keys=True)
     return f"positions-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
@@ -228,9 +238,7 @@ def _read_part(path: Path) -> PositionTable:
         table = pyarrow.parquet.read_table(path)
         return PositionTable(**{f.name: table[f.name].to_numpy() for f in fields(PositionTable)})
     except (pyarrow.ArrowInvalid, OSError, KeyError) as error:
-        raise DataError(
-            f"scored positions {path} are damaged ({error}); delete the file to have it made anew."
-        ) from error
+        raise DataError(f"scored positions {path} are damaged ({error}); delete the file to rebuild it.") from error
 
 
 # --- Selection ------------------------------------------------------------------------------------------------------
@@ -238,14 +246,14 @@ def _read_part(path: Path) -> PositionTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Selected positions, and the entropy in nats that they lie above; NaN where the selector asks for none."""
+    """Selected positions, and the entropy in nats that they exceed; NaN if the selector uses none."""
 
     table: PositionTable
     threshold: float
 
 
 def select_from_corpus(corpus: ScoredCorpus, settings: PositionsConfig, *, seed: int) -> Selection:
-    """The positions to train on, chosen part by part: only the selected ones are ever held.
+    """Select the positions to train on, part by part, so that only selected ones are in memory.
 
     Raises:
         DataError: the corpus has no position, or the selector keeps nothing.
@@ -264,7 +272,7 @@ def select_from_corpus(corpus: ScoredCorpus, settings: PositionsConfig, *, seed:
     if not num_candidates:
         raise DataError(
             f"none of the {len(corpus.documents)} documents has a position with {corpus.windows.min_context_tokens} "
-            "tokens before it and a target that can be written. Give longer documents or lower "
+            "tokens before it and a target that a box can hold. Use longer documents or lower "
             "--positions.min-context-tokens."
         )
     selected = PositionTable.concatenate(kept)
@@ -277,9 +285,9 @@ def select_from_corpus(corpus: ScoredCorpus, settings: PositionsConfig, *, seed:
 
 
 def top_fraction_threshold(corpus: ScoredCorpus, fraction: float) -> float:
-    """Entropy above which the `fraction` of all positions lies: exactly, but for positions of equal entropy.
+    """Return the entropy that a `fraction` of all positions exceeds, exactly except for ties.
 
-    Two passes over the parts: the first counts in bins, the second sorts the one bin that the threshold lies in.
+    Two passes over the parts: the first counts in bins, the second sorts the bin of the threshold.
     """
     edges = np.linspace(0.0, np.log(NUM_TOP_TOKENS) + 2.0, 4097)
     counts = sum(np.histogram(t.entropy, np.append(edges, np.inf))[0] for t in corpus)
@@ -298,7 +306,15 @@ def top_fraction_threshold(corpus: ScoredCorpus, fraction: float) -> float:
 def select_positions(
     table: PositionTable, settings: PositionsConfig, *, threshold: float, stride: int, seed
 ) -> np.ndarray:
-    """Rows to train on, ascending. `stride`: document tokens that share a limit of positions."""
+    """Select rows of the table to train on, ascending.
+
+    Args:
+        table: positions of a part.
+        settings: of the selection.
+        threshold: entropy that selected positions exceed, nats.
+        stride: number of document tokens that share the limit on positions.
+        seed: of random draws.
+    """
     rng = np.random.default_rng(seed)
     is_scored = settings.selector not in UNSCORED_SELECTORS
     kept = np.flatnonzero(table.entropy > threshold) if is_scored else np.arange(len(table))
@@ -312,7 +328,7 @@ def select_positions(
 
 
 def _cap_per_window(rows, table: PositionTable, stride: int, limit: int):
-    """The first `limit` of the rows in each run of `stride` document tokens."""
+    """Keep the first `limit` rows of each run of `stride` document tokens."""
     window = table.document[rows].astype(np.int64) << 32 | table.index[rows] // stride
     order = np.argsort(window, kind="stable")
     is_first = np.append(True, np.diff(window[order]) != 0)[: len(order)]

@@ -1,6 +1,6 @@
-"""Questions with answers, as tasks: a trunk is one prompt, with one cut at its end.
+"""Questions with answers as tasks: a trunk is one prompt, with one cut at its end.
 
-Read from jsonl, parquet or ArrayRecord in the layouts that are in use; each is told by its fields.
+Records are jsonl, parquet or ArrayRecord in common layouts, recognised by their fields.
 """
 
 import contextlib
@@ -29,11 +29,14 @@ _ASK_LETTER = "\n\nReason step by step, then put the letter of the right option 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
+    """One question and its accepted answers."""
+
     id: str
+    """File and record number."""
     messages: tuple[tuple[str, str], ...]
-    """(role, content); the last one is the user's."""
+    """(role, content); the last message is the user's."""
     answers: tuple[str, ...]
-    """Accepted answers; of multiple choice the letter. Empty where the record leaves its answer blank."""
+    """Accepted answers; the letter for multiple choice. Empty if the record has none."""
     choices: tuple[str, ...] = ()
     category: str = ""
     record: dict[str, Any] = field(default_factory=dict)
@@ -41,20 +44,20 @@ class Question:
 
 
 def read_questions(path: str) -> list[Question]:
-    """All questions of a path or glob.
+    """Read all questions of a path or glob.
 
     Layouts: verl and Skywork-OR1 (prompt, reward_model.ground_truth); MMLU-Pro (question, options, answer); ARC
     (question.stem and choices, or question and choices.text / label, with answerKey); question or problem with answer
-    (GSM8K's answer is what follows its last ####).
+    (for GSM8K, the text after the last ####).
 
-    A blank answer is not an error here: real files have some.
+    A blank answer is not an error here, because real files have some.
 
     Raises:
         DataError: unknown layout, or no question; names file and record.
     """
     questions = [_question(record, f"{name}:{number}") for name, number, record in read_records(path)]
     if not questions:
-        raise DataError(f"questions path {path!r} holds no question; give at least one. Check the file.")
+        raise DataError(f"questions path {path!r} contains no question; it needs at least one. Check the file.")
     return questions
 
 
@@ -68,7 +71,7 @@ def _question(record: dict, where: str) -> Question:
             raise KeyError("fields of a known layout")
         if not all(isinstance(part, str) and part for message in question.messages for part in message):
             raise TypeError("a question that is text")
-        "".join(text for _, text in question.messages).encode()  # half of a surrogate pair is no text
+        "".join(text for _, text in question.messages).encode()  # raises for half of a surrogate pair
         if question.choices and not set(question.answers) <= set(LETTERS[: len(question.choices)]):
             raise ValueError(f"an answer among its {len(question.choices)} options")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -86,7 +89,7 @@ def _verl(record: dict) -> dict:
     if not messages or messages[-1][0] != "user":
         raise ValueError("a prompt whose last message is the user's")
     if isinstance(truth, str) and truth.startswith("["):
-        # Skywork-OR1 keeps a list of accepted answers as JSON text; an interval also begins with a bracket.
+        # Skywork-OR1 stores a list of accepted answers as JSON text; an interval also begins with a bracket.
         with contextlib.suppress(ValueError, RecursionError):
             listed = json.loads(truth)
             truth = listed if isinstance(listed, list) and all(isinstance(a, str) for a in listed) else truth
@@ -156,10 +159,12 @@ class QuestionSource:
     """Prompts of questions as tasks; a task id is an index into `questions`.
 
     Attributes:
-        prompts: token ids of each question's trunk; tail: what every prompt ends with, <think> last.
+        questions: as read.
+        prompts: token ids of each question's trunk.
+        tail: token ids at the end of every prompt, <think> last.
         direct_prompts, direct_tail: the same without the request to reason; an option's letter follows.
         answer_tokens: ids of each question's first accepted answer, encoded alone.
-        trunk_length: L, the longest prompt, rounded up to a multiple of 16.
+        trunk_length: L, the longest prompt rounded up to a multiple of 16.
     """
 
     questions: list[Question]
@@ -172,26 +177,33 @@ class QuestionSource:
 
     @property
     def num_tokens(self) -> int:
-        """A, tokens of the longest answer, rounded up to a multiple of 8."""
+        """A, tokens of the longest answer rounded up to a multiple of 8."""
         return -(-max(1, *map(len, self.answer_tokens)) // 8) * 8
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Number and sha256 of the questions, as their tokens and answers."""
+        """Number of questions, and sha256 of their tokens and answers."""
         digest = hashlib.sha256()
         for question, prompt in zip(self.questions, self.prompts, strict=True):
             digest.update(prompt.tobytes() + repr(question.answers).encode())
         return {"questions": len(self.questions), "sha256": digest.hexdigest()}
 
     def group(self, task_ids, prompts_per_trunk: int) -> Trunks:
-        """One question a trunk."""
+        """Make one trunk per question."""
         ids = np.asarray(task_ids, np.int64)
         return Trunks(ids, np.arange(1, len(ids) + 1))
 
     def make(
         self, trunks: list[list[int]], *, prompts_per_trunk: int, group_size: int, rows: Sequence[int] | None = None
     ) -> TaskBatch:
-        """TaskBatch of NumPy arrays; references have no bytes. An empty list is a padded trunk. rows: None: all."""
+        """Build a TaskBatch of NumPy arrays; references have no bytes.
+
+        Args:
+            trunks: question numbers of each trunk; an empty list is padding.
+            prompts_per_trunk: 1.
+            group_size: G.
+            rows: trunks of the batch to build; None: all.
+        """
         rows = range(len(trunks)) if rows is None else rows
         return build_tasks(
             [self._trunk(trunks[row]) for row in rows],
@@ -208,13 +220,13 @@ class QuestionSource:
         return self.prompts[i], [Task(id=i, cut=len(self.prompts[i]), tokens=self.answer_tokens[i])]
 
     def columns(self, task_id: int) -> dict[str, Any]:
-        """id, answers, choices, category and the record as read."""
+        """Return id, answers, choices, category and the record as read."""
         q = self.questions[task_id]
         return {"id": q.id, "answers": q.answers, "choices": q.choices, "category": q.category, "record": q.record}
 
 
 def make_question_template(tokenizer: Tokenizer, questions: QuestionsConfig, data: DataConfig) -> Template:
-    """What stands before a question's own text (BOS) and after every prompt (the assistant's turn, <think>).
+    """Make the header (BOS) and tail (the assistant's turn, <think>) of every prompt.
 
     Raises:
         ConfigError, DataError: see `templates.make_template`.
@@ -229,10 +241,12 @@ def make_question_template(tokenizer: Tokenizer, questions: QuestionsConfig, dat
 def make_question_source(
     questions: list[Question], tokenizer: Tokenizer, config: QuestionsConfig, data: DataConfig
 ) -> tuple[QuestionSource, dict[str, int]]:
-    """The source of the questions that have an answer and fit data.trunk_length; counts of the others by reason.
+    """Make the source of the questions that have an answer and fit data.trunk_length.
 
+    Returns:
+        (source, {reason: number of skipped questions}).
     Raises:
-        ConfigError: none is left.
+        ConfigError: no question remains.
     """
     template = make_question_template(tokenizer, config, data)
 
@@ -240,7 +254,7 @@ def make_question_source(
         return np.concatenate([template.header, _prompt(question, tokenizer, kind, data)]).astype(np.int32)
 
     prompts = [encode(q, config) for q in questions]
-    # Without a thought: some chat templates open one.
+    # No thought here, but some chat templates open one.
     after = tokenizer.chat_parts()[1] if data.chat else "\n"
     direct_tail = (
         after.rstrip().removesuffix(THINK_OPEN) if after.rstrip().endswith(THINK_OPEN) else after
@@ -257,7 +271,7 @@ def make_question_source(
             f"are longer than data.trunk_length={data.trunk_length} tokens (shortest: {min(map(len, prompts))}). "
             "Raise --data.trunk-length."
         )
-    longest = max(len(prompts[i]) for i in kept)  # the direct prompts are beginnings of these
+    longest = max(len(prompts[i]) for i in kept)  # the direct prompts are prefixes of these
     source = QuestionSource(
         questions=[questions[i] for i in kept],
         prompts=[prompts[i] for i in kept],

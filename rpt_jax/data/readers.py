@@ -1,6 +1,6 @@
-"""Files to texts, one record at a time: txt, jsonl, parquet, ArrayRecord, globs of them, a Hugging Face dataset.
+"""From files to texts, one record at a time: txt, jsonl, parquet, ArrayRecord, globs of them, Hugging Face datasets.
 
-Every way a corpus can be unusable is found here, with file and line. Nothing is held but the record in hand.
+Unusable files raise errors here, with file and line. Only the current record is in memory.
 """
 
 import glob
@@ -16,9 +16,9 @@ import pyarrow.parquet
 from rpt_jax.config import DataConfig
 from rpt_jax.errors import ConfigError, DataError
 
-# A .txt file is read in blocks of about this size, each ending behind a newline where there is one.
+# A .txt file is read in blocks of about this size that end after a newline if possible.
 _BLOCK_BYTES = 2**20
-# A longer .txt file is several documents: memory grows with the longest document.
+# A longer .txt file becomes several documents, because memory grows with the longest document.
 _DOCUMENT_BYTES = 2**22
 _HUGGING_FACE = "hf:"
 
@@ -28,17 +28,17 @@ class Text:
     """One document before tokenisation, or a piece of a long one."""
 
     id: str
-    """File name and record number: stable across runs."""
+    """File name and record number, stable across runs."""
     text: str
     is_continued: bool = False
     """The next text belongs to the same document."""
     labels: tuple[tuple[int, str], ...] = ()
-    """(byte offset of a position, name): positions that evaluation reports by name."""
+    """(byte offset of a position, name): positions that evaluation reports under a name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A part of the training data: where it is, how a record becomes a document, how much of the data it gives."""
+    """A part of the training data: its path, the template of a document, and its weight in the mixture."""
 
     path: str
     text_template: str
@@ -46,7 +46,7 @@ class Corpus:
 
 
 def training_corpora(data: DataConfig) -> list[Corpus]:
-    """The parts of the training data: data.path alone, or data.mixture.
+    """Return the parts of the training data: data.path, or data.mixture.
 
     Raises:
         ConfigError: an entry of data.mixture is not WEIGHT=PATH or WEIGHT=PATH=TEMPLATE.
@@ -63,21 +63,21 @@ def training_corpora(data: DataConfig) -> list[Corpus]:
             value = 0.0
         if not (0 < value < float("inf") and path):
             raise ConfigError(
-                f"data.mixture holds {entry!r}; an entry is WEIGHT=PATH or WEIGHT=PATH=TEMPLATE with a weight above 0. "
-                "Correct it."
+                f"data.mixture contains {entry!r}; an entry is WEIGHT=PATH or WEIGHT=PATH=TEMPLATE with a weight "
+                "above 0. Correct it."
             )
         parts.append(Corpus(path=path, text_template=template or data.text_template, weight=value))
     return parts
 
 
 def read_texts(path: str, *, text_template: str) -> Iterator[Text]:
-    """Texts of all files that `path` names, in the order of their names; blank ones are left out.
+    """Yield the texts of all files that `path` names, in the order of their names; blank texts are skipped.
 
     Args:
-        path: a .txt (one document a file, or several of 4 MiB), .jsonl, .parquet or .array_record (one document a
-            record) file, a glob of them, or hf:NAME[:CONFIG][:SPLIT], a dataset of the `datasets` package or a
-            directory that it saved.
-        text_template: str.format template over a record's fields; backslash-n in it is a newline.
+        path: a .txt file (one document, or several of 4 MiB), a .jsonl, .parquet or .array_record file (one document
+            per record), a glob of them, or hf:NAME[:CONFIG][:SPLIT], a dataset of the `datasets` package or a directory
+            that it saved.
+        text_template: str.format template over the fields of a record; backslash-n is a newline.
     Raises:
         DataError: no such file, unknown kind, empty, not UTF-8, not JSON, or a record without a needed field.
     """
@@ -94,11 +94,13 @@ def read_texts(path: str, *, text_template: str) -> Iterator[Text]:
                 labels = _read_labels(record.get("position_labels"), name, number)
                 yield Text(id=f"{name}:{number}", text=text, labels=labels)
     if not num_texts:
-        raise DataError(f"data path {path!r} holds no text; at least one document must be non-empty. Check the file.")
+        raise DataError(
+            f"data path {path!r} contains no text; at least one document must be non-empty. Check the file."
+        )
 
 
 def read_records(path: str) -> Iterator[tuple[str, int, dict]]:
-    """(file name, record number, record) of every jsonl, parquet or ArrayRecord record, or of a dataset's rows.
+    """Yield (file name, record number, record) of every jsonl, parquet or ArrayRecord record, or dataset row.
 
     Raises:
         DataError: as `read_texts`; a .txt file has no records.
@@ -106,13 +108,13 @@ def read_records(path: str) -> Iterator[tuple[str, int, dict]]:
     for name, records in _sources(path):
         for number, record in enumerate(records, start=1):
             if isinstance(record, Text):
-                raise DataError(f"{name} is plain text; records are read from .jsonl or .parquet. Convert it.")
+                raise DataError(f"{name} is plain text; records must be .jsonl, .parquet or .array_record. Convert it.")
             if record:
                 yield name, number, record
 
 
 def file_stamps(path: str) -> list[tuple[str, int, int]]:
-    """(path, bytes, modification time in ns) of every file that `path` names; of a dataset, its name alone."""
+    """Return (path, size in bytes, modification time in ns) of every file of `path`; for a dataset, its name."""
     if path.startswith(_HUGGING_FACE):
         local = Path(path.removeprefix(_HUGGING_FACE).split(":")[0])
         files = sorted(local.rglob("*")) if local.is_dir() else []
@@ -121,7 +123,7 @@ def file_stamps(path: str) -> list[tuple[str, int, int]]:
 
 
 def matching_files(path: str) -> list[str]:
-    """Files of a path or glob, sorted; raises DataError where there is none."""
+    """Return the sorted files of a path or glob; raise DataError if there are none."""
     files = [f for f in sorted(glob.glob(path, recursive=True)) if Path(f).is_file()] if path else []
     if not files:
         raise DataError(
@@ -132,7 +134,7 @@ def matching_files(path: str) -> list[str]:
 
 
 def _sources(path: str) -> Iterator[tuple[str, Iterable]]:
-    """(name within the corpus, records) of every file."""
+    """Yield (name within the corpus, records) of every file."""
     if path.startswith(_HUGGING_FACE):
         yield path, _read_dataset(path)
         return
@@ -152,12 +154,12 @@ def _read_file(path: Path, name: str) -> Iterator:
     if path.suffix in (".array_record", ".arrayrecord"):
         return _read_array_record(path)
     raise DataError(
-        f"{path} ends in {path.suffix!r}; .txt, .jsonl, .parquet and .array_record are read. Convert or rename it."
+        f"{path} ends in {path.suffix!r}; it must be .txt, .jsonl, .parquet or .array_record. Convert or rename it."
     )
 
 
 def _read_blocks(path: Path, name: str) -> Iterator[Text]:
-    """A .txt file in pieces that end behind a newline; a document is of at most `_DOCUMENT_BYTES`."""
+    """Yield a .txt file in pieces that end after a newline; a document has at most `_DOCUMENT_BYTES`."""
     with path.open("rb") as file:
         held, start, document, size = file.read(_BLOCK_BYTES), 0, 1, 0
         while held:
@@ -176,7 +178,7 @@ def _read_blocks(path: Path, name: str) -> Iterator[Text]:
 
 
 def _last_character_start(data: bytes) -> int:
-    """Where the last UTF-8 character of a block begins; a cut there splits none."""
+    """Return where the last UTF-8 character of a block begins; a cut there splits no character."""
     for back in range(1, min(4, len(data) - 1) + 1):
         if data[-back] & 0xC0 != 0x80:
             return len(data) - back
@@ -184,7 +186,7 @@ def _last_character_start(data: bytes) -> int:
 
 
 def _read_lines(path: Path) -> Iterator[dict]:
-    # Binary lines end at "\n" only: strings may hold Unicode line separators.
+    # Binary lines end at "\n" only: strings may contain Unicode line separators.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             yield parse_json_line(decode_utf8(line, path, number), path, number) if line.strip() else {}
@@ -195,8 +197,13 @@ def _read_parquet(path: Path) -> Iterator[dict]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # also from turning values to Python
-        raise DataError(f"{path} is not a readable parquet file ({error}); write it anew.") from error
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # conversion to Python values raises too
+        raise DataError(f"{path} is not a readable parquet file ({error}); write it again.") from error
 
 
 def _read_array_record(path: Path) -> Iterator[dict]:
@@ -214,7 +221,7 @@ def _read_array_record(path: Path) -> Iterator[dict]:
         if isinstance(error, DataError):
             raise
         raise DataError(
-            f"{path} is not a readable ArrayRecord file ({error}); each record must be one JSON object. Write it anew."
+            f"{path} is not a readable ArrayRecord file ({error}); each record must be one JSON object. Write it again."
         ) from error
 
 
@@ -223,7 +230,7 @@ def _read_dataset(path: str) -> Iterator[dict]:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"{path!r} needs the `datasets` package; pip install datasets, or give files.") from error
+        raise DataError(f"{path!r} needs the `datasets` package. pip install datasets, or use files.") from error
     name, config, split = ([*path.removeprefix(_HUGGING_FACE).split(":"), "", ""])[:3]
     if config and not split:
         config, split = "", config
@@ -250,7 +257,7 @@ def _decode(data: bytes, path: Path, start: int) -> str:
 
 
 def decode_utf8(data: bytes, path: Path, line: int) -> str:
-    """Text of a line; raises DataError with file and line where it is not UTF-8."""
+    """Decode a line; raise DataError with file and line if it is not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -265,7 +272,7 @@ def _not_utf8(where: str, byte: int, offset: int) -> DataError:
 
 
 def parse_json_line(line: str, path: Path, number: int) -> dict:
-    """One jsonl record; raises DataError with file and line where it is not a JSON object."""
+    """Parse a jsonl record; raise DataError with file and line if it is not a JSON object."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -304,11 +311,11 @@ def _fill(template: str, record: dict, path: str, number: int) -> str:
         raise
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{path} record {number} holds half of a surrogate pair ({error}); text must be Unicode. Correct it."
+            f"{path} record {number} contains half of a surrogate pair ({error}); text must be Unicode. Correct it."
         ) from error
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise DataError(
             f"{path} record {number} has fields {sorted(record)}; data.text_template={template!r} needs {error}. "
-            "Set --data.text-template to the fields that are there."
+            "Set --data.text-template to existing fields."
         ) from error
     return text

@@ -1,12 +1,12 @@
-"""A corpus of worked puzzles on which thinking helps by construction, for experiments that take minutes on a CPU.
+"""A corpus of worked puzzles on which thinking helps by construction, for experiments of minutes on a CPU.
 
-A document is an opening sentence, a puzzle over digits mod 10, its result, a closing sentence. Only the result is
-determined by the text before it; names, verbs and operands are free. One forward pass of a small model cannot chain
-the steps; a written thought can.
+A document is an opening sentence, a puzzle over digits mod 10, its result, and a closing sentence. The text before it
+determines only the result; names, verbs and operands are free. One forward pass of a small model cannot chain the
+steps, but a written thought can.
 
-Three files are written: train.jsonl and heldout.jsonl (documents; the result's position is labelled `determined/k`,
-k the number of steps), and warm_start.jsonl (exercise sheets, plain documents and worked thoughts in training order,
-short puzzles first), beside the closed vocabulary as a tokenizer directory.
+It consists of train.jsonl and heldout.jsonl (documents; the position of the result is labelled `determined/k` for k
+steps), warm_start.jsonl (exercise sheets, plain documents and worked thoughts in training order, short puzzles first),
+and the closed vocabulary as a tokenizer directory.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE, THINK_OPEN, Tokenizer, word_level
 
-# Five names: with eight, ln 8 nats of free choice would pass for difficulty.
+# Five names: with eight, ln 8 nats of free choice would look like difficulty.
 _NAMES = ("Ana", "Ben", "Cora", "Dan", "Eve")
 _OPENINGS = (
     "It rained all day on the hill.",
@@ -47,12 +47,12 @@ _PIECES = re.compile(r"</?think>|\\boxed\{| ?[A-Za-z]+| ?[0-9]|.")
 
 @dataclass(frozen=True, kw_only=True)
 class Puzzle:
-    """One document and what is known about it.
+    """One document and its solution.
 
     Attributes:
         text: the whole document.
-        answer_offset: byte offset of the determined result (its leading space included).
-        num_steps: operations that lead to it.
+        answer_offset: byte offset of the determined result, including its leading space.
+        num_steps: number of operations that lead to it.
         thought: the worked steps, e.g. " 6, Dan+ 4 0, Ana* 2 0,".
     """
 
@@ -72,7 +72,7 @@ def _operation(rng: random.Random) -> tuple[str, int]:
 
 
 def make_puzzle(rng: random.Random, *, max_steps: int) -> Puzzle:
-    """A random dial or chain document with 1 to `max_steps` (at most 4) operations."""
+    """Make a random dial or chain document with 1 to `max_steps` (at most 4) operations."""
     names = rng.sample(_NAMES, 5)
     value = rng.randrange(10)
     is_dial = rng.random() < 0.5
@@ -97,7 +97,7 @@ def make_puzzle(rng: random.Random, *, max_steps: int) -> Puzzle:
 
 
 def _exercise_sheet(rng: random.Random, num_facts: int = 12) -> str:
-    """A run of the very steps that thoughts are made of: facts in thoughts alone are too sparse to learn from."""
+    """Make a sequence of the steps that thoughts consist of; thoughts alone are too sparse to learn from."""
     value = rng.randrange(10)
     text = f" {value},"
     for _ in range(num_facts):
@@ -108,10 +108,10 @@ def _exercise_sheet(rng: random.Random, num_facts: int = 12) -> str:
 
 
 def _worked_thought(rng: random.Random, puzzle: Puzzle) -> dict:
-    """A document cut at a position, with a completion in the response format.
+    """Cut a document at a position and add a completion in the response format.
 
-    Three in four cuts are at the result, the others anywhere free. More than half of the thoughts at the result, and
-    all at free positions, are no thoughts but a guess: to think, and to think right, is left for RPT to learn.
+    Three in four cuts are at the result, the others at free positions. More than half of the thoughts at the result,
+    and all at free positions, are just a guess: thinking, and thinking correctly, is left for RPT to learn.
     """
     text = puzzle.text.encode()
     if rng.random() < 0.75:
@@ -125,8 +125,9 @@ def _worked_thought(rng: random.Random, puzzle: Puzzle) -> dict:
 
 
 def _warm_start(rng: random.Random, draw, *, short_sequences: int, long_sequences: int) -> list[dict]:
-    """Training order: puzzles of one or two steps first. Reading steps off a text is a sharp transition that did not
-    come within 300 steps of mixed lengths. Sheets thin out in the second part, when their arithmetic is learned."""
+    """Make the warm start in training order: puzzles of one or two steps first, because the transition to reading steps
+    off a text does not occur within 300 steps of mixed lengths. The second part has fewer sheets: their arithmetic is
+    learned by then."""
     sequences = []
     for max_steps, count, kinds in ((2, short_sequences, "tttttttdss"), (4, long_sequences, "ttttttttds")):
         for number in range(count):
@@ -136,13 +137,13 @@ def _warm_start(rng: random.Random, draw, *, short_sequences: int, long_sequence
             elif kind == "s":
                 sequences.append({"text": _exercise_sheet(rng)})
             else:
-                # Weighted like the contexts of thoughts, or plain text would drown the few tokens of a thought.
+                # Weighted like the contexts of thoughts; otherwise plain text dominates the few tokens of a thought.
                 sequences.append({"text": draw(max_steps).text, "text_weight": 0.2})
     return sequences
 
 
 def make_tokenizer() -> Tokenizer:
-    """The corpus's closed vocabulary: words, digits and marks, the response marks as single entries."""
+    """Make the corpus's closed vocabulary: words, digits and marks, with response marks as single entries."""
     phrases = [*_OPENINGS, *_CLOSINGS, _GUESS, " The dial on the safe shows picks. Now the dial So ends on"]
     phrases += [p for wording in (_DIAL, _CHAIN) for options in wording.values() for p in options]
     entries = {piece for p in phrases for piece in _PIECES.findall(re.sub(r" ?\{\w+\}", "", p))}
@@ -154,7 +155,7 @@ def make_tokenizer() -> Tokenizer:
 def write_corpus(
     directory: Path, *, seed: int, num_train: int, num_heldout: int, short_sequences: int, long_sequences: int
 ) -> None:
-    """Write the files named in the module docstring into `directory`.
+    """Write the files of the module docstring into `directory`.
 
     No training document or worked thought shares its puzzle (the text up to the result) with a held-out document.
     """

@@ -1,8 +1,8 @@
-"""A context and a template become token ids: trunk = BOS + header + document window, tail = what asks for the answer.
+"""Prompt templates as token ids: trunk = BOS + header + document window, tail = the request after the context.
 
-Header and tail are tokenised alone and do not depend on the position, so every cut of a document shares its trunk and
-the document keeps the corpus's own tokens. The paper's seven wordings (arXiv:2506.08007 Table 10) are followed in
-meaning, not in words.
+Header and tail are tokenised separately and do not depend on the position, so all cuts of a document share its trunk,
+and the document keeps the corpus's tokens. The templates keep the meaning, not the words, of the paper's variants
+(arXiv:2506.08007 Table 10).
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from rpt_jax.data.documents import Document
 from rpt_jax.errors import ConfigError
 from rpt_jax.tokenizer import THINK_CLOSE, THINK_OPEN, Tokenizer
 
-# One long fence for every document: a fence chosen to suit the text would tell a shared trunk about its future.
+# One long fence for every document: a fence chosen for the text would leak its future to a shared trunk.
 _FENCE = "`" * 7
 
 _TASK = (
@@ -45,8 +45,8 @@ class Template:
     """Token ids around a context.
 
     Attributes:
-        header: i32 [.], goes before the document window (BOS included); may be empty.
-        tail: i32 [E], goes after the cut; never empty.
+        header: i32 [.], before the document window, including BOS; may be empty.
+        tail: i32 [E], after the cut; never empty.
     """
 
     header: np.ndarray
@@ -54,7 +54,7 @@ class Template:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of both, short."""
+        """Short sha256 of both."""
         return hashlib.sha256(repr((self.header.tolist(), self.tail.tolist())).encode()).hexdigest()[:16]
 
 
@@ -62,8 +62,8 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
     """Tokenise the configured template.
 
     Raises:
-        ConfigError: the trunk has no room for text after the header or less than the window stride, or the tokenizer
-            cannot spell the marks that answers are read by.
+        ConfigError: the header leaves no room for text, or less than the window stride, or the tokenizer cannot spell
+            the response marks.
         DataError: data.chat without a usable chat template.
     """
     header, tail = _TEMPLATES[config.template]
@@ -86,33 +86,33 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
     if config.window_stride > window:
         raise ConfigError(
             f"data.window_stride={config.window_stride} is longer than the {window} document tokens that a trunk of "
-            f"{config.trunk_length} holds beside its header; windows must touch or overlap. Lower --data.window-stride."
+            f"{config.trunk_length} holds after its header; windows must touch or overlap. Lower --data.window-stride."
         )
     return template
 
 
 def open_thought(tail: str, separator: str) -> str:
-    """The tail with an opened thought at its end: as the chat template left it, or `<think>` added."""
+    """Return the tail with an open thought at its end: as the chat template leaves it, or with `<think>` added."""
     if tail.rstrip().endswith(THINK_OPEN):
         return tail
     return tail + THINK_OPEN + separator
 
 
 def check_marks(tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where the tokenizer cannot spell the marks that thoughts and answers are read by."""
+    """Raise ConfigError if the tokenizer cannot spell the marks of thoughts and answers."""
     for mark in (THINK_OPEN, THINK_CLOSE + "\\boxed{}"):
         spelled = tokenizer.decode(tokenizer.encode_continuation(mark))
         if spelled != mark:
             raise ConfigError(
-                f"the tokenizer spells {mark!r} as {spelled!r}; thinking and answers are read by these marks. "
+                f"the tokenizer spells {mark!r} as {spelled!r}; these marks delimit thoughts and answers. "
                 "Use a tokenizer that can write them (add them as non-special tokens)."
             )
 
 
 def continuation(document: Document, index: int, token_bytes: list[bytes], num_tokens: int) -> tuple[bytes, list[int]]:
-    """True bytes from token `index` on, at most `num_tokens` tokens, and their boundary lengths.
+    """Return the true bytes from token `index` on, of up to `num_tokens` tokens, and their boundary lengths.
 
-    Boundaries are those of the corpus's own tokens; a zero-byte token adds none (arXiv:2506.08007 eq. 3).
+    Boundaries are those of the corpus's tokens; a zero-byte token adds none (arXiv:2506.08007 eq. 3).
     """
     pieces = [token_bytes[t] for t in document.tokens[index : index + num_tokens]]
     ends = np.cumsum([len(p) for p in pieces])
@@ -121,18 +121,23 @@ def continuation(document: Document, index: int, token_bytes: list[bytes], num_t
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFacts:
-    """What the choice of positions needs to know of every token id."""
+    """Properties of every token id that the selection of positions needs."""
 
     lengths: np.ndarray
-    """i64 [V], bytes."""
+    """i64 [V], number of bytes."""
     starts_inside: np.ndarray
     """bool [V], the first byte continues a UTF-8 character."""
     leaves_box: np.ndarray
-    """bool [V], closes a brace that it has not opened: no prediction that begins with it stays inside its box."""
+    """bool [V], closes a brace that it has not opened, so no prediction that begins with it stays inside its box."""
 
 
 def token_facts(token_bytes: list[bytes], *, boxed_mode: str = "balanced") -> TokenFacts:
-    """boxed_mode: `RewardConfig.boxed_mode`; where the last brace ends a box, it holds any."""
+    """Compute the facts of all token ids.
+
+    Args:
+        token_bytes: bytes of every id.
+        boxed_mode: of the reward; unless it is balanced, a box can hold any token.
+    """
 
     def closes_first(token: bytes) -> bool:
         depth, is_escaped = 0, False
@@ -151,14 +156,14 @@ def token_facts(token_bytes: list[bytes], *, boxed_mode: str = "balanced") -> To
 
 
 def candidate_mask(tokens: np.ndarray, facts: TokenFacts, *, min_context_tokens: int, num_tokens: int) -> np.ndarray:
-    """bool [length]: positions that can be asked for and answered.
+    """Return the positions that can be tasks, bool [length].
 
-    Left out: too little context; a context that ends, or a target whose every boundary within `num_tokens` lies,
-    inside a UTF-8 character; targets without bytes (special tokens); targets that no box can hold.
+    Excluded: too little context; a context that ends inside a UTF-8 character; targets all of whose boundaries within
+    `num_tokens` are inside one; targets without bytes (special tokens); targets that no box can hold.
     """
     length, numbers = len(tokens), np.arange(len(tokens))
     has_bytes = facts.lengths[tokens] > 0
-    # A boundary is whole where the next byte, if any, starts a character.
+    # A boundary is between characters if the next byte, if any, starts one.
     next_with_bytes = _next_true(has_bytes, default=length)
     inside = np.append(facts.starts_inside[tokens], False)
     is_whole = ~inside[next_with_bytes]
@@ -169,6 +174,6 @@ def candidate_mask(tokens: np.ndarray, facts: TokenFacts, *, min_context_tokens:
 
 
 def _next_true(flags: np.ndarray, *, default: int) -> np.ndarray:
-    """i64 [length + 1]: index of the first True at or after each place."""
+    """Return the index of the first True at or after each place, i64 [length + 1]."""
     places = np.append(np.where(flags, np.arange(len(flags)), default), default)
     return np.minimum.accumulate(places[::-1])[::-1]

@@ -42,8 +42,8 @@ def difficulty_splits(
     """Return {split: position ids}, at most `limit` drawn uniformly from each split.
 
     Splits: all · settled (entropy at most the easy threshold) · easy ⊇ medium ⊇ hard · each label and label family
-    of the documents ("determined/3" is also in "determined") · "hard determined", a family's share of hard. Draws follow
-    one random order, so nested splits share positions.
+    of the documents ("determined/3" is also in "determined") · "hard determined", a family's share of hard. Draws
+    follow one random order, so nested splits share positions.
 
     Args:
         table: held-out positions and their entropies.

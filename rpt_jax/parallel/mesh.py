@@ -122,7 +122,7 @@ def shard_batch(mesh: Mesh, batch: Any, *, num_trunks: int | None = None) -> Any
     return jax.tree.map(put, batch)
 
 
-def beside(array: Any, values: np.ndarray) -> jax.Array:
+def sharded_like(array: Any, values: np.ndarray) -> jax.Array:
     """Put host values, equal on every process, on the devices with the sharding of `array`."""
     if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
         return jax.numpy.asarray(values)

@@ -1,4 +1,4 @@
-"""Which other settings would fit: a rough account of memory, to choose what to compile."""
+"""A rough estimate of memory, used to choose other settings that are worth compiling."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,12 +7,17 @@ from rpt_jax.config import Config
 from rpt_jax.errors import ConfigError
 from rpt_jax.work import Shape
 
-# Of a chip's memory, what an estimate may reach to be worth compiling.
+# Settings are worth compiling if the estimate is at most this share of a chip's memory.
 MARGIN = 0.9
 
 
 def estimate_memory(config: Config, num_tail: int) -> float:
-    """Bytes that each chip needs at most, roughly: to choose what to compile, not to be trusted."""
+    """Estimate the peak bytes of each chip, accurate enough to choose what to compile.
+
+    Args:
+        config: to estimate.
+        num_tail: tokens of the prompt after the text.
+    """
     m, r, mesh = config.model, config.rollout, config.mesh
     t, shards, size = mesh.tensor, mesh.trunk_shards, 2 if m.activation_dtype == "bfloat16" else 4
     shape, D = Shape(m), m.width
@@ -30,14 +35,20 @@ def estimate_memory(config: Config, num_tail: int) -> float:
     trunks = (config.mesh.microbatch_trunks or r.num_trunks // config.loss.num_minibatches) / shards
     tokens = trunks * (stem + R * r.max_completion_tokens)
     kept = m.num_layers * D / t * size if m.remat else m.num_layers * per_token
-    head = 2 * 4 * m.vocab_size * D / t  # its gradient, whole on every shard of the trunks
+    head = 2 * 4 * m.vocab_size * D / t  # its gradient, unsharded over data x fsdp
     return state + max(rollout, 4 * trained / mesh.num_devices + head + tokens * (kept + per_token))
 
 
 def nearest_settings(config: Config, num_tail: int, memory: float) -> Iterator[tuple[list[str], Config]]:
-    """Changes of the config that would fit by the estimate, the fewest and gentlest first.
+    """Yield (flags, config) of changes that would fit by the estimate, the fewest and gentlest first.
 
-    Rollouts in flight and trunks' sizes cost time only; more tensor shards need links; adapters train something else.
+    Fewer slots and fewer prompts per trunk only cost time. More tensor shards need more link traffic. Adapters change
+    what is trained.
+
+    Args:
+        config: that does not fit; the number of devices stays the same.
+        num_tail: tokens of the prompt after the text.
+        memory: of a chip, bytes.
     """
     found = []
     r, mesh = config.rollout, config.mesh
@@ -69,7 +80,7 @@ def nearest_settings(config: Config, num_tail: int, memory: float) -> Iterator[t
                             else "",
                         ]
                         words = [w for w in words if w]
-                        if words:  # without any it is the config itself
+                        if words:  # no flags: the config itself
                             gentleness = 8 * use_lora + 2 * (tensor != mesh.tensor) + parts / 16 + len(words)
                             found.append((gentleness, words, change))
     for _, words, change in sorted(found, key=lambda f: f[0]):

@@ -1,8 +1,7 @@
-"""What a run needs on a TPU slice, found by compiling its real programs for it on a machine without one.
+"""What a run needs on a TPU slice, found by compiling its real programs on a machine without a TPU.
 
-Memory is the compiler's own account, traffic is read from the compiled programs (`programs.py`); arithmetic and the
-least traffic are counted by hand beside them (`arithmetic.py`), and a roofline of the chip's published rates says what
-a step is limited by.
+The compiler reports memory, and traffic is read from the compiled programs (`programs.py`). Arithmetic and the least
+traffic are counted by hand (`arithmetic.py`). A roofline of the chip's published rates shows what limits a step.
 """
 
 from collections.abc import Callable
@@ -19,40 +18,52 @@ from rpt_jax.planning.arithmetic import count_work
 from rpt_jax.planning.programs import Program, abstract_state, bytes_per_chip, compile_programs
 from rpt_jax.planning.topologies import Chip, describe_topology
 
-# Of a chip's memory, left to the runtime.
+# Share of a chip's memory that is left to the runtime.
 _RESERVED = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was found. Bytes and FLOPs are each chip's; seconds are a roofline's, without latency or idling."""
+    """Resources of a step. Bytes and FLOPs are per chip; seconds are a roofline, without latency or idle time."""
 
     topology: str
+    """Name of the slice, such as v5p:4x4x4."""
     chip: Chip
+    """Published rates of its chips."""
     parameters: int
-    """Of the model."""
+    """Number of the model's parameters."""
     memory: dict[str, int]
-    """Bytes of parameters, optimizer, caches, and the most that each program takes with all that stands beside it."""
+    """Bytes of parameters, optimizer state and caches, and for each program its peak plus everything else on the
+    chip."""
     fits: bool
+    """Every program compiled, and fits next to everything else with 3% of the memory to spare."""
     programs: list[Program]
+    """The compiled programs, in the order of a step."""
     phases: list[dict]
-    """Of each: FLOPs, bytes, traffic, least traffic, seconds that each would take alone, and which takes longest."""
+    """Per phase: FLOPs, bytes, traffic, least traffic, the seconds that arithmetic, memory and links would each take
+    alone, and which of them takes longest."""
     seconds: float
-    """Of a step: the sum of the phases' longest."""
+    """Seconds of a step: the sum over phases of the longest of the three."""
 
     def to_json(self) -> dict:
+        """Return the plan as a JSON-able dict."""
         return asdict(self)
 
 
-# The programs that a phase runs.
+# Programs that each phase runs.
 _PHASES = {"prefill": ("gather weights", "prefill"), "decode": ("decode",), "update": ("gradients", "optimizer")}
 
 
 def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str], None] = lambda _: None) -> Plan:
-    """Compile the config's programs for a topology and account for them.
+    """Compile the config's programs for a topology and add up what they need.
 
+    Args:
+        config: with a mesh that fits the topology.
+        topology: such as v5p:4x4x4.
+        num_tail: tokens of the prompt after the text.
+        note: called with the name of each program before it is compiled.
     Raises:
-        ConfigError: see `describe_topology` and `make_mesh`; evaluations would need more than a step.
+        ConfigError: see `describe_topology` and `make_mesh`; or an evaluation would need more than a step.
     """
     chip, devices = describe_topology(topology)
     _check_evaluation(config)
@@ -94,7 +105,7 @@ def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str]
 
 
 def _check_evaluation(config: Config) -> None:
-    """Raises ConfigError where an evaluation keeps more stems or rows than a step, whose programs are compiled."""
+    """Raise ConfigError if an evaluation keeps more stems or rows than a step: only a step's programs are compiled."""
     r, e = config.rollout, config.eval
     R = r.prompts_per_trunk * r.group_size
     k = r.prompts_per_trunk * e.num_samples
@@ -102,9 +113,9 @@ def _check_evaluation(config: Config) -> None:
     if e.batch_trunks > r.num_trunks or rows > allowed:
         most = min(r.num_trunks, allowed * e.batch_trunks // rows) // config.mesh.trunk_shards
         raise ConfigError(
-            f"eval.batch_trunks={e.batch_trunks} with eval.num_samples={e.num_samples} keeps {rows} rollouts at once, "
-            f"more than a step's {allowed} from {r.num_trunks} trunks, for which memory is planned. Set "
-            f"--eval.batch-trunks {max(1, most) * config.mesh.trunk_shards}, or fewer samples."
+            f"eval.batch_trunks={e.batch_trunks} with eval.num_samples={e.num_samples} keeps {rows} rollouts of "
+            f"{e.batch_trunks} trunks at once; memory is planned for a step's {allowed} of {r.num_trunks} trunks. Set "
+            f"--eval.batch-trunks {max(1, most) * config.mesh.trunk_shards}, or lower --eval.num-samples."
         )
 
 

@@ -1,4 +1,4 @@
-"""The programs of a step, compiled for a slice at their largest shapes, with the compiler's account of their memory."""
+"""The programs of a step, compiled for a slice at their largest shapes, with their memory and traffic."""
 
 import math
 import re
@@ -28,14 +28,14 @@ from rpt_jax.types import Rows, TaskBatch, TrainState
 
 
 def _shapes(tree, sharding):
-    """Shapes of arrays, all lying in one way or each in its own."""
+    """Return the shapes of a tree of arrays, with one sharding for all or a tree with one for each."""
     if not isinstance(sharding, jax.sharding.Sharding):
         return jax.tree.map(_shapes, tree, sharding)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def abstract_tasks(config: Config, num_tail: int) -> TaskBatch:
-    """Shapes of a rollout batch."""
+    """Return the shapes of a rollout batch; `num_tail` is the number of prompt tokens after the text."""
     r = config.rollout
     row_ids = np.zeros((r.num_trunks, r.prompts_per_trunk, r.group_size), np.int32)
     tasks = build_tasks(
@@ -46,7 +46,7 @@ def abstract_tasks(config: Config, num_tail: int) -> TaskBatch:
 
 
 def abstract_microbatch(config: Config, tasks: TaskBatch) -> Rows:
-    """Shapes of the largest microbatch: every row teaches, and all are of full length."""
+    """Return the shapes of the largest microbatch: every row is trained on and has full length."""
     U = config.mesh.microbatch_trunks or config.rollout.num_trunks // config.loss.num_minibatches
     R, C = config.rollout.prompts_per_trunk * config.rollout.group_size, config.rollout.max_completion_tokens
     prompts = jax.tree.map(lambda x: jax.ShapeDtypeStruct((U, *x.shape[1:]), x.dtype), tasks.prompts)
@@ -68,9 +68,9 @@ def abstract_microbatch(config: Config, tasks: TaskBatch) -> Rows:
 
 
 def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, Frozen | None]:
-    """Shapes of the train state, and of what its adapters sit on."""
+    """Return the shapes of the train state, and of its adapters' base weights (None without adapters)."""
     params = decoder.abstract_params(config.model, mesh)
-    # A warm start's adapters are merged in float32.
+    # Weights that a warm start's adapters were merged into are float32.
     merged = config.lora.targets if config.lora.rank and config.supervised.num_steps else ()
 
     def held(path, p):
@@ -90,7 +90,7 @@ def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, Frozen | Non
 
 
 def bytes_per_chip(tree) -> int:
-    """Of arrays with shardings."""
+    """Return the bytes per chip of a tree of arrays or shapes with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -99,27 +99,31 @@ class Program:
     """One compiled program, as each chip runs it."""
 
     name: str
+    """gather weights, prefill, decode, gradients or optimizer."""
     runs: float
-    """Times that it is run in a step."""
+    """Number of runs in a step."""
     peak: int
-    """Bytes of its arguments, of results in buffers of their own, and of what it needs on the way."""
+    """Bytes of arguments, results that do not reuse an argument's buffer, temporaries and code."""
     temporary: int
-    """Bytes of the last."""
+    """Bytes of temporaries."""
     resident: int
-    """Bytes of what a run keeps on the chip meanwhile and this program does not see."""
+    """Bytes that stay on the chip during the program but are not its arguments."""
     fits: bool
-    """The compiler found room for it."""
+    """The program alone fits into the chip's memory, according to the compiler."""
     compile_seconds: float
+    """Wall-clock seconds of lowering and compiling."""
     traffic: list[Traffic]
-    """Of one run."""
+    """Collectives of one run."""
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """Compiles the programs of one config for one mesh, and accounts for them.
+    """Compiles the programs of one config for one mesh, and measures their memory and traffic.
 
     Attributes:
-        params: shapes of the policy's parameters. note: told the name of each program before it is compiled.
+        mesh: to compile for.
+        params: shapes of the policy's parameters.
+        note: called with the name of each program before it is compiled.
     """
 
     mesh: Mesh
@@ -127,17 +131,25 @@ class Compiler:
     note: Callable[[str], None]
 
     def __call__(self, name: str, runs: float, resident: int, function, *args, trips: float = 1.0, **options):
-        """(the program, shapes of its results, or None where it found no room).
+        """Compile one program.
 
         Args:
-            runs, resident: see `Program`. trips: of loops whose number of rounds the program does not tell.
+            name: see `Program`.
+            runs: see `Program`.
+            resident: see `Program`.
+            function: jitted function to compile.
+            *args: its arguments, as shapes.
+            trips: assumed trip count of loops whose trip count depends on data.
+            **options: its keyword arguments.
+        Returns:
+            (program, shapes of its results or None if it does not fit).
         """
         self.note(name)
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as dump, on_mesh_of(self.params):
             lowered = function.lower(*args, **options)
             try:
-                # The text comes from a dump: what libtpu writes is newer than jaxlib's own reader.
+                # The text comes from a dump, because libtpu's format is newer than jaxlib's reader.
                 program = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
             except jax.errors.JaxRuntimeError as error:
                 if not (needed := re.search(r"(?:temporaries \(|Used )([\d.]+)([KMG])", str(error))):
@@ -162,17 +174,20 @@ class Compiler:
 def compile_programs(
     config: Config, mesh: Mesh, num_tail: int, note: Callable[[str], None] = lambda _: None
 ) -> Iterator[Program]:
-    """The programs of a step at their largest: every rollout of full length, in one window as wide as that.
+    """Yield the programs of a step at their largest: every rollout has full length, in a cache window of that width.
 
-    Passes that only score (old or reference log-probabilities, requests of rewards) are left out: they need less.
+    Passes that only score (old or reference log-probabilities, requests of rewards) are skipped, because they need
+    less. A program that does not fit ends the iteration, except for decode.
 
     Args:
-        num_tail: tokens of the prompt behind the text.
-        note: told the name of each before it is compiled.
+        config: of the run.
+        mesh: to compile for.
+        num_tail: tokens of the prompt after the text.
+        note: called with the name of each program before it is compiled.
     """
     state, frozen = abstract_state(config, mesh)
     compiler = Compiler(mesh, _joined(frozen, state.params), note)
-    # The policy that RL started from stays: the control begins with it, and a KL term refers to it.
+    # The policy that RL started from stays, because the control starts from it and a KL term refers to it.
     kept = bytes_per_chip((state, frozen) if frozen else (state, state.params))
     tasks = abstract_tasks(config, num_tail)
     for phase in (_rollout_programs(config, compiler, tasks, kept), _update_programs(config, compiler, tasks, kept)):
@@ -209,7 +224,7 @@ def _rollout_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept
     )  # fmt: skip
     yield program
     stems, flight, written, _ = started
-    # While caches are widened for the last time, their first half is still there.
+    # During the last widening, the old caches of half the width are still in memory.
     halves = bytes_per_chip(flight.cache) // 2
     program, _ = compiler(
         "decode", R / slots, kept + halves, engine.run_segment, config.model, settings, weights, stems, flight,
@@ -238,7 +253,7 @@ def _update_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept:
 
 
 def _joined(frozen: Frozen | None, trained):
-    """Shapes of the policy's parameters."""
+    """Return the shapes of the policy's parameters."""
     if frozen is None:
         return trained
     return frozen.params | trained | {"layers": frozen.params["layers"] | trained["layers"]}

@@ -1,4 +1,4 @@
-"""TPU slices: published rates of their chips, their devices without one at hand, and how a mesh fits on them."""
+"""TPU slices: published rates of their chips, their devices on a machine without a TPU, and meshes that fit them."""
 
 import os
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ class Chip:
     """Published rates of one chip. Source: cloud.google.com/tpu/docs, system architecture of each version."""
 
     flops: float
-    """bfloat16, per second."""
+    """bfloat16 FLOPs per second."""
     memory: float
-    """Bytes."""
+    """Bytes of HBM."""
     bandwidth: float
-    """Bytes of that memory per second."""
+    """Bytes per second of that memory."""
     links: float
-    """Bytes per second to the other chips of a slice, all links together."""
+    """Bytes per second to the other chips of a slice, over all links."""
 
 
 CHIPS = {
@@ -33,7 +33,7 @@ CHIPS = {
 
 
 def describe_topology(topology: str) -> tuple[Chip, list]:
-    """The chip and the devices of a topology such as v5p:4x4x4.
+    """Return the chip and the devices of a topology such as v5p:4x4x4.
 
     Raises:
         ConfigError: unknown version or shape, or libtpu is missing.
@@ -41,12 +41,12 @@ def describe_topology(topology: str) -> tuple[Chip, list]:
     version = topology.partition(":")[0]
     if version not in CHIPS:
         raise ConfigError(f"--topology {topology}; its version must be one of {', '.join(CHIPS)}, as in v5p:4x4x4.")
-    # libtpu looks for a TPU unless it is told that there is none.
+    # Without these settings, libtpu looks for a TPU.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     try:
         return CHIPS[version], topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # the plugin raises what it likes
+    except Exception as error:  # the plugin may raise any exception
         raise ConfigError(
             f"--topology {topology} cannot be described ({error!s:.300}); it needs libtpu, the TPU's compiler: "
             "pip install -e '.[tpu]', and a shape such as v5e:4x4 or v5p:4x4x4."
@@ -54,10 +54,12 @@ def describe_topology(topology: str) -> tuple[Chip, list]:
 
 
 def fit_mesh(config: Config, num_chips: int) -> Config:
-    """The config on so many chips: data and tensor as they are, fsdp the rest, one trunk a shard at a time at least.
+    """Return the config with a mesh of `num_chips` chips: data and tensor stay, fsdp takes the rest.
+
+    If microbatches are set, each has at least one trunk per shard.
 
     Raises:
-        ConfigError: something does not divide by these axes.
+        ConfigError: the chips or a setting are not divisible by these axes.
     """
     mesh = config.mesh
     if mesh.num_devices == num_chips:
@@ -66,7 +68,8 @@ def fit_mesh(config: Config, num_chips: int) -> Config:
     fitted = replace(mesh, fsdp=fsdp)
     if fitted.num_devices != num_chips:
         raise ConfigError(
-            f"{num_chips} chips are no multiple of mesh.data={mesh.data} times mesh.tensor={mesh.tensor}. Change them."
+            f"{num_chips} chips are not a multiple of mesh.data={mesh.data} times mesh.tensor={mesh.tensor}; they "
+            "must be, because mesh.fsdp takes the rest. Change --mesh.data or --mesh.tensor."
         )
     microbatch = max(mesh.microbatch_trunks, fitted.trunk_shards) if mesh.microbatch_trunks else 0
     config = replace(config, mesh=replace(fitted, microbatch_trunks=microbatch))
@@ -75,7 +78,7 @@ def fit_mesh(config: Config, num_chips: int) -> Config:
 
 
 def larger_topologies(topology: str) -> Iterator[str]:
-    """The next four of the version, each of twice the chips: the shortest side doubled."""
+    """Yield the next four topologies of the version; each doubles the shortest side, and so the number of chips."""
     version, _, sides = topology.partition(":")
     sizes = [int(n) for n in sides.split("x")]
     for _ in range(4):

@@ -1,6 +1,6 @@
-"""What a compiled program moves between devices, read from its text.
+"""Traffic of a compiled program between devices, read from its text.
 
-Every collective counts as often as the loops around it run, over the mesh axes that its groups span.
+Each collective counts once per run of the loops around it, over the mesh axes that its groups span.
 """
 
 import math
@@ -18,7 +18,7 @@ _NAMED_GROUPS = re.compile(
     r"replica_groups=mesh\[(?P<sizes>[^\]]*)\](?:, device_ids=\(\[(?P<source>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?\))?"
     r" \{(?P<inside>[^}]*)\}"
 )
-# The TPU's compiler spreads an asynchronous collective over fusions with other work, of which each writes it in full.
+# The TPU compiler spreads an asynchronous collective over fusions with other work. Each repeats the whole collective.
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%([\w.\-]+)")
 
@@ -28,20 +28,24 @@ class Traffic:
     """Collectives of one kind over the same mesh axes, in one run of a program."""
 
     kind: str
+    """One of `_KINDS`."""
     axes: str
     """Names of the mesh axes, joined by +."""
     count: float
+    """Number of runs of these collectives."""
     bytes: float
-    """Sent by each device: of n, (n - 1) / n of what is gathered or scattered, twice that of what is reduced."""
+    """Bytes that each device sends in all of them. With n devices in a group, one run sends (n - 1) / n of a gathered
+    or scattered array, twice that of a reduced one, and a permuted array whole."""
 
 
 def read_traffic(text: str, axes: dict[str, int], *, unknown_trips: float = 1.0) -> list[Traffic]:
-    """Collectives of a program.
+    """Return the collectives of a program, added up by kind and axes.
 
     Args:
         text: the compiled program, as XLA prints it.
         axes: the mesh's axes and sizes; devices are numbered in the mesh's order.
-        unknown_trips: how often a loop runs whose number of runs is decided by its data; one inside such a loop, once.
+        unknown_trips: assumed trip count of a loop whose trip count depends on data; inside such a loop, another one
+            runs once per iteration.
     """
     computations, entry = _computations(text)
     found: dict[tuple, tuple[float, str, str, float]] = {}
@@ -68,7 +72,7 @@ def read_traffic(text: str, axes: dict[str, int], *, unknown_trips: float = 1.0)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Lines of every computation by its name, and the name of the one that the program begins with."""
+    """Return {name: lines} of all computations, and the name of the entry computation."""
     computations, entry, lines = {}, "", []
     for line in text.splitlines():
         if head := _HEAD.match(line):
@@ -82,7 +86,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _runs(computations: dict[str, list[str]], entry: str, unknown_trips: float) -> dict[str, float]:
-    """How often each computation runs."""
+    """Return {name: number of runs} of all computations."""
     runs: dict[str, float] = defaultdict(float)
 
     def visit(name: str, times: float, unknown: float) -> None:
@@ -105,9 +109,9 @@ def _runs(computations: dict[str, list[str]], entry: str, unknown_trips: float) 
 
 
 def _trips(line: str, condition, body) -> float | None:
-    """Runs of a loop: as XLA has noted, else from the constants that its counter is compared with and grows by.
+    """Return the trip count of a loop: as XLA notes it, else from the constant limit and step of its counter.
 
-    None: its data decide.
+    None: it depends on data.
     """
     if noted := re.search(r'known_trip_count[^}]*"n":"(\d+)"', line):
         return float(noted[1])
@@ -119,7 +123,7 @@ def _trips(line: str, condition, body) -> float | None:
     index, limit = re.search(r"get-tuple-element\(.*index=(\d+)", counter), re.search(r"constant\((\d+)\)", bound)
     if not index or not limit:
         return None
-    # Of an unrolled loop the counter grows by more than one.
+    # The counter of an unrolled loop grows by more than one.
     results = next((c for c in body if "ROOT" in c), "").rpartition(" tuple(")[2]
     result = re.findall(r"%([\w.\-]+)", results.partition(")")[0])
     grown = _definition(body, result[int(index[1])]) if int(index[1]) < len(result) else ""
@@ -131,12 +135,12 @@ def _trips(line: str, condition, body) -> float | None:
 
 
 def _definition(computation, name: str) -> str:
-    """The line that defines a value."""
+    """Return the line that defines a value, or an empty string."""
     return next((c for c in computation if re.match(rf"\s*(?:ROOT )?%?{re.escape(name)} = ", c)), "")
 
 
 def _arrays(shape: str) -> list[int]:
-    """Bytes of each array of a shape or tuple."""
+    """Return the bytes of each array in the text of a shape or tuple."""
     return [
         _BYTES.get(kind, 4) * math.prod(int(n) for n in sizes.split(",") if n)
         for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape)
@@ -145,14 +149,14 @@ def _arrays(shape: str) -> list[int]:
 
 def _sent(kind: str, shape: str, n: int, is_start: bool, computation: str) -> float:
     arrays = _arrays(shape)
-    # The start of an asynchronous operation has its operands before its results; that of a reduction only these.
+    # The start of an asynchronous operation lists operands before results; that of a reduction lists only results.
     if is_start and kind == "all-gather":
         arrays = arrays[len(arrays) // 2 :]
     elif is_start and kind == "collective-permute":
         arrays = arrays[:1]
     size = sum(arrays)
     if kind == "reduce-scatter":
-        # Fused by the TPU's compiler, it is written as the reduction of the whole.
+        # If the TPU compiler fuses it, it is written as a reduction of the whole array.
         return size * (n - 1) / n if "all-reduce-scatter" in computation else size * (n - 1)
     if kind == "collective-permute":
         return float(size)
@@ -160,7 +164,7 @@ def _sent(kind: str, shape: str, n: int, is_start: bool, computation: str) -> fl
 
 
 def _group(line: str, kind: str) -> list[int]:
-    """Devices of the first group."""
+    """Return the devices of the first group."""
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line)
         return [int(pairs[1]), int(pairs[2])] if pairs else []
@@ -180,7 +184,7 @@ def _group(line: str, kind: str) -> list[int]:
         numbers = numbers.reshape(list(sizes.values()))
         rest = [axis for axis in range(numbers.ndim) if axis not in inside]
         return numbers.transpose(rest + inside).reshape(-1, math.prod(numbers.shape[i] for i in inside))[0].tolist()
-    raise ValueError(f"groups of a collective that cannot be read: {line.strip():.300}")
+    raise ValueError(f"cannot read the device groups of a collective: {line.strip():.300}")
 
 
 def _spanned(group: list[int], axes: dict[str, int]) -> str:

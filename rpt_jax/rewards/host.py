@@ -25,7 +25,7 @@ from rpt_jax.config import RewardConfig
 from rpt_jax.errors import ConfigError, RewardError
 from rpt_jax.parallel.distributed import gathered, to_host
 from rpt_jax.parallel.interruption import beat
-from rpt_jax.parallel.mesh import beside
+from rpt_jax.parallel.mesh import sharded_like
 from rpt_jax.types import Earned, Evidence
 
 # Time limit for a worker to import its function; math libraries take seconds on a busy machine.
@@ -191,7 +191,7 @@ def make_host_reward_fn(
                 "function, or set --reward.on-fault zero to count such failures."
             )
         task_ids = evidence.tasks.references.task_ids
-        rewards, faults = (beside(task_ids, x.reshape(shape)) for x in (rewards, faults))
+        rewards, faults = (sharded_like(task_ids, x.reshape(shape)) for x in (rewards, faults))
         return Earned(rewards=rewards, faults=faults, metrics={})
 
     return judge

@@ -117,7 +117,7 @@ def plan_microbatches(
     return [_lay_out(group, lanes, lengths_UR, width, microbatch_trunks, num_shards) for group in groups]
 
 
-def _rounded(number: int, most: int, steps: int = _LANE_STEPS) -> int:
+def _rounded(number: int, most: int, steps: int) -> int:
     """Round up to one of `steps` equal steps towards `most`, at least one step."""
     step = -(-most // steps)
     return min(most, max(1, -(-number // step)) * step)
@@ -133,7 +133,7 @@ def _fill_lanes(lengths_R, keeps_R, width: int) -> list[list[int]]:
         if lane is None:
             lane = len(lanes)
             lanes.append([])
-            room.append(_rounded(longest, width))
+            room.append(_rounded(longest, width, _LANE_STEPS))
         lanes[lane].append(int(row))
         room[lane] -= length
     return lanes
@@ -142,9 +142,9 @@ def _fill_lanes(lengths_R, keeps_R, width: int) -> list[list[int]]:
 def _lay_out(group, lanes, lengths_UR, width: int, microbatch_trunks: int, num_shards: int) -> Microbatch:
     num_rows = lengths_UR.shape[1]
     size = _rounded(-(-len(group) // num_shards), microbatch_trunks // num_shards, _TRUNK_STEPS) * num_shards
-    num_lanes = _rounded(max((len(lanes[u]) for u in group), default=1), num_rows)
+    num_lanes = _rounded(max((len(lanes[u]) for u in group), default=1), num_rows, _LANE_STEPS)
     longest = max((int(lengths_UR[u, r]) for u in group for lane in lanes[u] for r in lane), default=1)
-    source = np.full((size, num_lanes, _rounded(longest, width)), -1, np.int32)
+    source = np.full((size, num_lanes, _rounded(longest, width, _LANE_STEPS)), -1, np.int32)
     for n, u in enumerate(group):
         for i, lane in enumerate(lanes[u]):
             column = 0

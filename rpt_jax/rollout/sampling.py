@@ -96,9 +96,9 @@ def sample(logits, keys, token_index, *, temperature: float, top_p: float, top_k
     """Draw one token per row.
 
     top-p and top-k are exact and need no sorting. A token drawn from the full distribution is accepted iff it is
-    inside: the mass strictly above it is below top_p, and fewer than top_k tokens are strictly above it. After a rejection, the
-    next draw is restricted to tokens above the rejected one, which still include every token inside. Accepted tokens
-    therefore follow exactly the truncated distribution, and the support shrinks until one is accepted.
+    inside: the mass strictly above it is below top_p, and fewer than top_k tokens are strictly above it. After a
+    rejection, the next draw is restricted to tokens above the rejected one, which still include every token inside.
+    Accepted tokens therefore follow exactly the truncated distribution, and the support shrinks until one is accepted.
 
     Args:
         logits: f32 [..., V].

@@ -1,4 +1,4 @@
-"""Chat templates: what they put around messages, as text. `Tokenizer.chat_prompt` turns it into ids."""
+"""Chat templates: the text that they put around messages. `Tokenizer.chat_prompt` turns it into ids."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,7 +10,7 @@ Messages = list[tuple[str, str]]
 
 
 def render(backend: transformers.PreTrainedTokenizerFast, messages: Messages, where: str) -> str:
-    """The conversation's text, with the beginning of the assistant's turn.
+    """Render a conversation as text, up to the start of the assistant's turn.
 
     Raises:
         DataError: there is no template, or it fails on these messages.
@@ -26,7 +26,7 @@ def render(backend: transformers.PreTrainedTokenizerFast, messages: Messages, wh
             add_generation_prompt=True,
             tokenize=False,
         )
-    except Exception as error:  # a template raises whatever Jinja or the template itself raises
+    except Exception as error:  # Jinja and the template may raise anything
         raise DataError(
             f"the chat template of tokenizer {where} fails on roles {[r for r, _ in messages]} ({error}). "
             "Set --data.no-chat, or use other messages."
@@ -34,24 +34,24 @@ def render(backend: transformers.PreTrainedTokenizerFast, messages: Messages, wh
 
 
 def parts(render: Callable[[Messages], str], where: str) -> tuple[str, str]:
-    """Text that the template puts before and after one user message.
+    """Return the text that the template puts before and after a single user message.
 
     Raises:
-        DataError: the tokenizer has no chat template, or it does not keep the message intact.
+        DataError: the tokenizer has no chat template, or the template changes the message.
     """
     message = "\u27e6message\u27e7"
     text = render([("user", message)])
     if text.count(message) != 1:
         raise DataError(
             f"the chat template of tokenizer {where} repeats or drops the user message ({text!r}); "
-            "it must show it once. Set --data.no-chat."
+            "it must contain it once. Set --data.no-chat."
         )
     before, after = text.split(message)
     return before, after
 
 
 def pieces(render: Callable[[Messages], str], messages: Messages, where: str) -> Iterator[tuple[str, bool]]:
-    """(text, whether it is a message's own) of the conversation up to the end of its last message.
+    """Yield (text, whether it is a message) pieces of the conversation, up to the end of its last message.
 
     Raises:
         DataError: as `parts`, or the template's end depends on the conversation.
@@ -62,7 +62,7 @@ def pieces(render: Callable[[Messages], str], messages: Messages, where: str) ->
     if not text.endswith(marks[-1] + after) or any(text.count(mark) != 1 for mark in marks):
         raise DataError(
             f"the chat template of tokenizer {where} renders {[r for r, _ in messages]} as {text!r:.200}; "
-            f"each message must stand in it once and the last be followed by {after!r}. Set --data.no-chat."
+            f"it must contain each message once and {after!r} after the last. Set --data.no-chat."
         )
     for (_, content), mark in zip(messages, marks):
         before, text = text.split(mark)

@@ -1,6 +1,6 @@
-"""Vocabulary files that are not tokenizer.json, rebuilt as a `tokenizers` pipeline: SentencePiece and tiktoken.
+"""SentencePiece and tiktoken vocabularies, rebuilt as `tokenizers` pipelines.
 
-The library converters assume one model's settings; these follow what the file itself says.
+The library's converters assume the settings of one model; these follow the file.
 """
 
 import base64
@@ -17,8 +17,8 @@ _SPACE = "\u2581"
 _UNIGRAM, _BPE = 1, 2
 _CONTROL, _USER_DEFINED = 3, 4
 
-# A tiktoken file does not say how text is split before merging; its name must. Qwen splits digits one by one, GPT-2
-# (r50k, p50k) takes them together, all others (cl100k, Llama 3) up to three.
+# A tiktoken file does not state how text is split before merging, so its name decides. Qwen splits digits one by one,
+# GPT-2 (r50k, p50k) keeps them together, all others (cl100k, Llama 3) take up to three.
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN_PATTERN, _PATTERN = (_LETTERS + digits + _REST for digits in (r"\p{N}", r"\p{N}{1,3}"))
@@ -27,14 +27,14 @@ _PATTERNS = {"qwen": _QWEN_PATTERN, "gpt2": _GPT2_PATTERN, "r50k": _GPT2_PATTERN
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, inverted. Source: openai/gpt-2 src/encoder.py bytes_to_unicode."""
+    """Map GPT-2's printable characters to bytes. Source: openai/gpt-2 src/encoder.py bytes_to_unicode, inverted."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def is_tiktoken(path: Path) -> bool:
-    """The file's first line is a base64 token and its rank."""
+    """Return whether the file's first line is a base64 token and its rank."""
     with path.open("rb") as file:
         parts = file.readline(1000).split()
     try:
@@ -44,20 +44,20 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """(pipeline, {"bos_token", "eos_token", "unk_token"} as far as the file has them) of a SentencePiece model.
+    """Read a SentencePiece model; return (pipeline, {"bos_token", "eos_token", "unk_token"} as far as it has them).
 
     Raises:
-        DataError: it is damaged, or asks for what the pipeline cannot do.
+        DataError: it is damaged, or needs what the pipeline does not support.
     """
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-    SentencePieceProcessor(str(path))  # refuses damaged files
+    SentencePieceProcessor(str(path))  # raises for damaged files
     proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
     trainer, spec = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix or not spec.escape_whitespaces:
         raise DataError(
-            f"{path} is a SentencePiece model of type {trainer.model_type} or with unusual whitespace; unigram and BPE "
-            "with escaped, leading spaces are read. Use another tokenizer."
+            f"{path} is a SentencePiece model of type {trainer.model_type} or with unusual whitespace; it must be "
+            "unigram or BPE with escaped, leading spaces. Use another tokenizer."
         )
     pieces = list(proto.pieces)
     if trainer.model_type == _UNIGRAM:
@@ -83,7 +83,7 @@ def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]
     steps.append(normalizers.Replace(" ", _SPACE))
     backend.normalizer = normalizers.Sequence(steps)
     if spec.add_dummy_prefix and has_symbols:
-        # A normaliser would put a space behind every symbol.
+        # A normaliser would add a space after every symbol.
         backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type == _CONTROL])
@@ -98,13 +98,13 @@ def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]
 
 
 def read_tiktoken(path: Path) -> tokenizers.Tokenizer:
-    """The byte-level BPE of a tiktoken file: lines of a base64 token and its rank, which is its id.
+    """Read a tiktoken file as byte-level BPE: each line is a base64 token and its rank, which is its id.
 
-    Special tokens are those of the tokenizer_config.json beside it (added_tokens_decoder); without one,
-    <|endoftext|> follows the vocabulary.
+    Special tokens come from added_tokens_decoder in tokenizer_config.json; without that file, <|endoftext|> follows the
+    vocabulary.
 
     Raises:
-        DataError: a line that does not parse, or ids with gaps; names file and line.
+        DataError: a line does not parse, or ids have gaps; names file and line.
     """
     letters = {byte: character for character, byte in byte_level_alphabet().items()}
     vocab: dict[str, int] = {}
@@ -116,7 +116,10 @@ def read_tiktoken(path: Path) -> tokenizers.Tokenizer:
             entry = "".join(letters[b] for b in base64.b64decode(token, validate=True))
             vocab[entry] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise DataError(f"{path} line {number}: {line[:40]!r} is no base64 token and rank ({error}).") from error
+            raise DataError(
+                f"{path} line {number}: {line[:40]!r} is not a base64 token and its rank ({error}); "
+                "replace the damaged file."
+            ) from error
     special = _special_tokens(path.parent / "tokenizer_config.json")
     first = len(vocab)
     if sorted(vocab.values()) != list(range(first)):
@@ -140,7 +143,7 @@ def read_tiktoken(path: Path) -> tokenizers.Tokenizer:
         if backend.token_to_id(token.content) != number:
             raise DataError(
                 f"{path.parent / 'tokenizer_config.json'}: token {token.content!r} should have id {number}, which the "
-                f"{first} tokens of {path.name} do not allow. Use the files that belong together."
+                f"{first} tokens of {path.name} do not allow. Use files that belong together."
             )
     return backend
 
@@ -159,7 +162,7 @@ def _special_tokens(config: Path) -> dict[int, AddedToken]:
 
 
 def _merges(in_order: list[str], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Every pair of entries that makes an entry, best entries first: what BPE merges, from the vocabulary alone."""
+    """Derive the BPE merges from the vocabulary: every pair of entries that forms an entry, best entries first."""
     merges = []
     for entry in in_order:
         pairs = [(entry[:i], entry[i:]) for i in range(1, len(entry)) if entry[:i] in vocab and entry[i:] in vocab]

@@ -1,4 +1,4 @@
-"""Tokenizers from directories, and new ones: trained on a corpus, or of a closed vocabulary."""
+"""Tokenizers from directories, and new ones: trained on a corpus, or with a closed vocabulary."""
 
 import json
 import re
@@ -16,12 +16,12 @@ from rpt_jax.tokenizer.vocabulary import BOX_OPEN, THINK_CLOSE, THINK_OPEN, Toke
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer directory.
 
-    In this order: tokenizer.json, tokenizer.model (SentencePiece or tiktoken), a .tiktoken file, vocab.json with
-    merges.txt. Nothing in the directory is executed.
+    Formats, in this order: tokenizer.json, tokenizer.model (SentencePiece or tiktoken), a .tiktoken file, vocab.json
+    with merges.txt. Nothing in the directory is executed.
 
     Raises:
-        DataError: the directory is missing, holds none of these, does not parse, or spells text in a way whose bytes
-            cannot be told exactly.
+        DataError: the directory is missing, holds none of these, does not parse, or the exact bytes of its tokens are
+            not known.
     """
     directory = Path(path)
     has = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
@@ -33,14 +33,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             tokenizer.check_bytes()
     except DataError:
         raise
-    except Exception as error:  # the libraries raise anything from OSError to a bare Exception on a damaged file
+    except Exception as error:  # for damaged files the libraries raise anything from OSError to a bare Exception
         raise DataError(f"tokenizer {directory} does not load ({error}); replace the damaged file.") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     if tokenizer is None:
         raise DataError(
-            f"no tokenizer in {directory} (found {has[:8]}); it must hold tokenizer.json, tokenizer.model, a .tiktoken "
-            "file, or vocab.json with merges.txt. Check data.tokenizer."
+            f"no tokenizer in {directory} (found {has[:8]}); it must contain tokenizer.json, tokenizer.model, a "
+            ".tiktoken file, or vocab.json with merges.txt. Check data.tokenizer."
         )
     return tokenizer
 
@@ -69,13 +69,13 @@ def _read(directory: Path, has: list[str]) -> Tokenizer | None:
 
 
 def _configured(path: Path) -> dict[str, str]:
-    """The special tokens and the chat template that a tokenizer_config.json names."""
+    """Return the special tokens and the chat template in tokenizer_config.json."""
     if not path.exists():
         return {}
     config = json.loads(path.read_text())
     names = ("bos_token", "eos_token", "unk_token", "chat_template")
     values = {name: config.get(name) for name in names}
-    # A token is a string, or an object with its content.
+    # A token is a string, or an object with a content field.
     values = {name: v.get("content") if isinstance(v, dict) else v for name, v in values.items()}
     return {name: v for name, v in values.items() if isinstance(v, str)}
 
@@ -84,7 +84,7 @@ _EOS_CANDIDATES = ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_en
 
 
 def _fast(backend: tokenizers.Tokenizer, special: dict[str, str] | None = None) -> transformers.PreTrainedTokenizerFast:
-    """Wrap a bare tokenizer; unless `special` says so, its end token is the first conventional one it has."""
+    """Wrap a bare tokenizer. Its end token is that of `special`, or the first conventional one that it has."""
     special = dict(special or {})
     if "eos_token" not in special:
         control = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
@@ -98,7 +98,7 @@ def _fast(backend: tokenizers.Tokenizer, special: dict[str, str] | None = None) 
 
 
 def train_byte_level(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE with the think marks as tokens, for corpora that come without a tokenizer."""
+    """Train a byte-level BPE with the response marks as tokens, for corpora without a tokenizer."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -115,9 +115,9 @@ def train_byte_level(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def word_level(entries: list[str]) -> Tokenizer:
-    """A closed vocabulary whose entries are their own text: words with their leading space, digits, marks.
+    """Make a closed vocabulary whose entries are text: words with their leading space, digits, marks.
 
-    Text that is not made of the entries encodes to `<unk>`.
+    Other text encodes to `<unk>`.
     """
     vocab = {entry: i for i, entry in enumerate(["<eos>", "<unk>", *entries])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))

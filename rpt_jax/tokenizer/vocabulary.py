@@ -1,7 +1,7 @@
-"""Token ids to exact bytes: the one place that knows how a tokenizer spells its vocabulary.
+"""Token ids and their exact bytes.
 
-The reward compares bytes, so each id needs the bytes it stands for in running text. They come from the vocabulary
-entry itself, never from `decode([id])`: half of a UTF-8 character decodes to U+FFFD and loses its bytes.
+The reward compares bytes, so each id needs the bytes that it stands for in running text. They come from the vocabulary
+entry, never from `decode([id])`: half of a UTF-8 character decodes to U+FFFD and loses its bytes.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from rpt_jax.errors import DataError
 from rpt_jax.tokenizer import chat
 from rpt_jax.tokenizer.formats import byte_level_alphabet
 
-# The marks that thoughts and answers are read by.
+# Marks around thoughts and answers.
 THINK_OPEN, THINK_CLOSE, BOX_OPEN = "<think>", "</think>", "\\boxed{"
 _PROBE = "It's 3.14  {x}\n\tna\u00efve \u6570\u5b66 \U0001f600"
 _FALLBACK_BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
@@ -29,9 +29,9 @@ class Tokenizer:
 
     Attributes:
         vocab_size: highest id plus one, added tokens included.
-        bos_id: id that starts every sequence, or None where the tokenizer adds none.
+        bos_id: id that starts every sequence, or None if the tokenizer adds none.
         eos_id: id that ends a completion.
-        unk_id: id that stands for text outside the vocabulary, or None where every text can be spelt.
+        unk_id: id of text outside the vocabulary, or None if the vocabulary can spell any text.
     """
 
     def __init__(self, backend: transformers.PreTrainedTokenizerFast, *, where: str):
@@ -44,35 +44,36 @@ class Tokenizer:
             )
         if self._description["model"].get("type") == "WordPiece":
             raise DataError(
-                f"tokenizer {where} is WordPiece, which does not keep spaces; the bytes of tokens must join to the "
-                "text. Byte-level BPE, SentencePiece and tiktoken vocabularies do; use one of these."
+                f"tokenizer {where} is WordPiece, which drops spaces; the bytes of tokens must join to the "
+                "text. Use a byte-level BPE, SentencePiece or tiktoken vocabulary."
             )
         self.vocab_size = 1 + max(backend.get_vocab().values())  # ids may have gaps
         model = self._description["model"]
         unknown = model.get("unk_token")
         self.unk_id = model.get("unk_id") if unknown is None else backend.backend_tokenizer.token_to_id(unknown)
         self.eos_id = int(backend.eos_token_id)
-        # What the tokenizer itself puts before a text.
+        # The token that the tokenizer puts before a text.
         first = backend("", add_special_tokens=True)["input_ids"][:1]
         self.bos_id = int(first[0]) if first and first[0] != self.eos_id else None
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a completion."""
+        """Return the ids that end a completion."""
         return (self.eos_id,)
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        """Ids of `text`, no special tokens added.
+        """Encode `text`, without adding special tokens.
 
         Args:
-            specials: read special tokens that `text` spells as such, as templates need. False: they are ordinary text,
+            text: any string.
+            specials: special tokens in `text` become control tokens, as templates need. False: they are ordinary text,
                 so that no document loses bytes or gains a control token.
         """
         self._read_specials(specials)
         return self._backend.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of many texts at once."""
+        """Encode many texts at once."""
         self._read_specials(False)
         return [e.ids for e in self._backend.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -81,32 +82,36 @@ class Tokenizer:
 
     @cached_property
     def adds_space(self) -> bool:
-        """SentencePiece puts a space before a first word."""
+        """Return whether the tokenizer adds a space before the first word, as SentencePiece does."""
         return self._join(self.encode("a")).startswith(b" ")
 
     def encode_continuation(self, text: str, *, specials: bool = False) -> list[int]:
-        """Ids of `text` where it follows other text: without the space that SentencePiece puts before a first word."""
+        """Encode `text` as a continuation, without the space that SentencePiece adds before a first word.
+
+        Raises:
+            DataError: the tokenizer cannot spell it without that space.
+        """
         ids = self.encode(text, specials=specials)
         if not self.adds_space or self._join(ids) == text.encode():
             return ids
-        # Encode behind a newline, then drop the tokens that spell the space and the newline.
+        # Encode after a newline, then drop the tokens that spell the space and the newline.
         behind = self.encode("\n" + text, specials=specials)
         for count in range(1, len(behind)):
             if self._join(behind[:count]) == b" \n":
                 return behind[count:]
         raise DataError(
-            f"tokenizer {self._where} cannot spell {text!r} without a leading space; prompts need that. Use another."
+            f"tokenizer {self._where} cannot spell {text!r} without a leading space, which prompts need. Use another."
         )
 
     def _join(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.token_bytes(i) for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`: their bytes as UTF-8, special tokens left out, invalid bytes as U+FFFD."""
+        """Decode `ids`: their bytes as UTF-8, without special tokens; invalid bytes become U+FFFD."""
         return self._join(int(i) for i in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Bytes that `token_id` stands for in running text; b"" for special tokens.
+        """Return the bytes that `token_id` stands for in running text; b"" for special tokens.
 
         Raises:
             DataError: token_id is not in [0, vocab_size).
@@ -119,7 +124,7 @@ class Tokenizer:
         return self._bytes[token_id]
 
     def byte_table(self) -> tuple[np.ndarray, np.ndarray]:
-        """All ids' bytes as arrays: u8 [V, W] zero-padded, W the longest token's bytes; i32 [V] lengths."""
+        """Return the bytes of all ids u8 [V, W], zero-padded to the longest token, and their lengths i32 [V]."""
         return self._byte_table
 
     @cached_property
@@ -131,20 +136,20 @@ class Tokenizer:
         return table, lengths
 
     def chat_parts(self) -> tuple[str, str]:
-        """Text that the chat template puts before and after one user message.
+        """Return the text that the chat template puts before and after a single user message.
 
         Raises:
-            DataError: the tokenizer has no chat template, or it does not keep the message intact.
+            DataError: the tokenizer has no chat template, or the template changes the message.
         """
         return chat.parts(self._render, self._where)
 
     def chat_prompt(self, messages: list[tuple[str, str]]) -> list[int]:
-        """Ids of the conversation up to the end of its last message; what follows is `chat_parts()[1]`.
+        """Encode a conversation up to the end of its last message; `chat_parts()[1]` follows it.
 
-        Special tokens are the template's alone: what a message spells like one is text.
+        Only the template can produce special tokens: in a message, their names are text.
 
         Raises:
-            DataError: as `chat_parts`, or the template's end depends on the conversation.
+            DataError: as `chat_parts`, or the end of the template depends on the conversation.
         """
         ids: list[int] = []
         for text, is_message in chat.pieces(self._render, messages, self._where):
@@ -153,28 +158,28 @@ class Tokenizer:
 
     def _render(self, messages: list[tuple[str, str]]) -> str:
         text = chat.render(self._backend, messages, self._where)
-        # The template's own BOS would stand twice: the trunk puts it first.
+        # Drop the template's BOS: the trunk adds one.
         return text if self.bos_id is None else text.removeprefix(self._backend.convert_ids_to_tokens(self.bos_id))
 
     def check_bytes(self) -> None:
-        """Spell a probe text and compare the tokens' bytes with it, after the tokenizer's own normalisation.
+        """Encode a probe text and compare the tokens' bytes with the normalised text.
 
         Raises:
-            DataError: they differ, as with WordPiece, which keeps no spaces.
+            DataError: they differ.
         """
         ids = self.encode(_PROBE)
         if self.unk_id is not None and self.unk_id in ids:
-            return  # a vocabulary without byte fallback; documents that it cannot spell are refused one by one
+            return  # without byte fallback, documents that it cannot spell are refused one by one
         if (spelled := self.misspelled(_PROBE, ids)) is not None:
             raise DataError(
-                f"tokenizer {self._where} spells {_PROBE!r} with tokens of bytes {spelled!r}; the bytes of tokens must "
-                "join to the text. Byte-level BPE, SentencePiece and tiktoken vocabularies do; use one of these."
+                f"tokenizer {self._where} encodes {_PROBE!r} to tokens with the bytes {spelled!r}; they must join to "
+                "the text. Use a byte-level BPE, SentencePiece or tiktoken vocabulary."
             )
 
     def misspelled(self, text: str, ids: list[int]) -> bytes | None:
-        """The bytes of `ids` where they are not those of `text` after the tokenizer's own normalisation, else None.
+        """Return the bytes of `ids` if they differ from the normalised `text`, else None.
 
-        A space before the text does not count.
+        A leading space is ignored.
         """
         normalizer = self._backend.backend_tokenizer.normalizer
         expected = text if normalizer is None else normalizer.normalize_str(text).replace("\u2581", " ")
@@ -182,6 +187,7 @@ class Tokenizer:
         return None if spelled.removeprefix(b" ") == expected.encode().removeprefix(b" ") else spelled
 
     def save(self, directory: str | Path) -> None:
+        """Write the tokenizer's files into a directory."""
         self._backend.save_pretrained(str(directory))
 
     @cached_property
@@ -190,7 +196,7 @@ class Tokenizer:
 
     @cached_property
     def encoding_fingerprint(self) -> str:
-        """sha256 over how text becomes ids: vocabulary, merges, normalisation, splitting."""
+        """sha256 of everything that maps text to ids: vocabulary, merges, normalisation, splitting."""
         parts = {name: self._description.get(name) for name in ("model", "normalizer", "pre_tokenizer")}
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for token in self._bytes:
@@ -199,11 +205,11 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the encoding and the special ids: what tokens, rewards and prompts depend on."""
+        """sha256 of the encoding and the special ids, on which tokens, rewards and prompts depend."""
         return hashlib.sha256(repr((self.bos_id, self.eos_id, self.encoding_fingerprint)).encode()).hexdigest()
 
     def unspeakable(self, text: str) -> str | None:
-        """A piece of `text` that a unigram vocabulary would take for a control token or a byte; None: there is none."""
+        """Return a piece of `text` that a unigram vocabulary would read as a control token or a byte, or None."""
         found = self._reserved.search(text) if self._reserved else None
         return found[0] if found else None
 
@@ -229,7 +235,7 @@ class Tokenizer:
 
 
 def _speller(description: dict):
-    """How this tokenizer's vocabulary strings spell bytes: byte-level, byte fallback with U+2581, or plain text."""
+    """Return how vocabulary entries spell bytes: byte-level, byte fallback with U+2581, or plain text."""
     parts = json.dumps([description.get(k) for k in ("normalizer", "pre_tokenizer", "decoder")])
     if '"ByteLevel"' in parts:
         return _spell_byte_level

@@ -87,8 +87,8 @@ def chained(recipe: Recipe, directory: Path) -> list[Config]:
         if configs:
             if policy.path:
                 raise ConfigError(
-                    f"run {name!r} of a recipe has policy.path={policy.path!r}; it starts from the previous run. Remove "
-                    "policy.path, or start another recipe."
+                    f"run {name!r} of a recipe has policy.path={policy.path!r}; it starts from the previous run. "
+                    "Remove policy.path, or start another recipe."
                 )
             policy = replace(policy, path=configs[-1].run.directory)
         configs.append(replace(config, policy=policy, run=replace(config.run, directory=str(directory / name))))

@@ -129,8 +129,8 @@ def _policy_of_run(path: Path, mesh: Mesh) -> Any:
     config = read_config(path, say=False)
     if _checkpoints(path, "rpt", config).latest_step is None:
         raise CheckpointError(
-            f"policy.path={str(path)!r} is a run without an RL checkpoint; it must have a policy. Continue training it, "
-            "or choose another --policy.path."
+            f"policy.path={str(path)!r} is a run without an RL checkpoint; it must have a policy. Continue training "
+            "it, or choose another --policy.path."
         )
     params = start_params(config, mesh)
     if config.policy.path and read_json(path / "policy.json")["checksum"] != fingerprint(params):

@@ -1,4 +1,4 @@
-"""Run directories as pages: plots and one self-contained report.html, by the kind of tasks."""
+"""Reports of runs: plots and one self-contained report.html, with one writer per kind of task."""
 
 from rpt_jax.analysis.reports import questions, run
 

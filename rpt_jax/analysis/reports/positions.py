@@ -1,27 +1,30 @@
-"""What position selection did: the distribution of entropies with what was kept, and a sample of text in colour."""
+"""Plots of position selection: the distribution of all and selected entropies, and a sample of coloured text."""
 
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
+from rpt_jax.analysis.reports.figures import subplots
 from rpt_jax.data.documents import Document
 from rpt_jax.data.positions import PositionTable, ScoredCorpus, Selection
 from rpt_jax.tokenizer import Tokenizer
 from rpt_jax.train.run_directory import write_atomically
 
-_HIGHEST = 5.0  # nats; top-16 entropy without renormalising seldom passes ln 16 = 2.77
+_HIGHEST = 5.0  # nats; entropy over 16 tokens is at most ln 16 = 2.77
 
 
 @dataclass(frozen=True)
 class EntropyCounts:
-    """Histograms over `edges`: of all positions and of the selected ones; the last bin holds what lies above."""
+    """Histograms of entropy, of all positions and of the selected ones.
+
+    Attributes:
+        edges: f64 [102], edges of the bins, nats; the last one is infinite.
+        all: i64 [101], number of positions in each bin.
+        selected: i64 [101], number of selected positions in each bin.
+    """
 
     edges: np.ndarray
     all: np.ndarray
@@ -29,7 +32,7 @@ class EntropyCounts:
 
 
 def entropy_counts(corpus: ScoredCorpus, selected: PositionTable) -> EntropyCounts:
-    """Counts in bins of a twentieth of a nat, one part in memory at a time."""
+    """Count positions in bins of 0.05 nats; only one part is in memory at a time."""
     edges = np.append(np.linspace(0, _HIGHEST, 101), np.inf)
 
     def count(entropy):
@@ -39,8 +42,8 @@ def entropy_counts(corpus: ScoredCorpus, selected: PositionTable) -> EntropyCoun
 
 
 def write_picture(path: Path, counts: EntropyCounts, threshold: float) -> None:
-    """The histogram on a logarithmic scale, and the share of positions at or above each entropy."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+    """Plot the histograms on a logarithmic scale, and the share of positions at or above each entropy (PNG)."""
+    figure, (left, right) = subplots(1, 2, figsize=(11, 3.8))
     middle, width = counts.edges[:-1], 0.05
     left.bar(middle, counts.all, width, align="edge", color="#c9d1d9", label=f"all, {counts.all.sum():,}")
     left.bar(
@@ -50,7 +53,7 @@ def write_picture(path: Path, counts: EntropyCounts, threshold: float) -> None:
     right.plot(middle, share, color="#57606a")
     for axis in (left, right):
         axis.axvline(threshold, color="#d1731a", lw=1.2, label=f"threshold {threshold:.3f}")
-        axis.set_xlabel("entropy over the proxy's 16 likeliest tokens, nats")
+        axis.set_xlabel("entropy over the proxy's 16 most likely tokens, nats")
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -60,7 +63,6 @@ def write_picture(path: Path, counts: EntropyCounts, threshold: float) -> None:
     right.set_ylabel("share at or above")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def write_sample(
@@ -73,10 +75,16 @@ def write_sample(
     num_documents: int = 6,
     num_tokens: int = 400,
 ) -> None:
-    """A page with the beginnings of some documents: shade is entropy, a frame marks the selected positions.
+    """Write a page with the beginnings of some documents: shade is entropy, frames mark selected positions.
 
     Args:
-        part: scored positions that the documents are taken from.
+        path: of the page.
+        part: scored positions that the documents are taken from, evenly spread.
+        selection: selected positions and their threshold.
+        documents: that the positions index.
+        tokenizer: that decodes their tokens.
+        num_documents: maximum number of documents.
+        num_tokens: maximum number of tokens of each document.
     """
     numbers = np.unique(part.document)
     numbers = numbers[np.linspace(0, len(numbers) - 1, min(num_documents, len(numbers))).astype(int)]
@@ -96,10 +104,10 @@ def write_sample(
 body {{ font: 15px/1.9 system-ui, sans-serif; max-width: 900px; margin: 2em auto }} p.text {{ white-space: pre-wrap }}
 h2 {{ font-size: 14px; color: #57606a }} .kept {{ outline: 2px solid #1f6feb; border-radius: 3px }}
 span {{ padding: 1px 0 }} .none {{ color: #8c959f }}</style>
-<h1>Which positions are worth a thought</h1><p>Shade: the proxy's entropy, from white at 0 to orange at {shade:g} nats.
-<span class="kept">Framed</span>: selected (above {selection.threshold:.3f} nats, within the limit a window;
-or of the unfiltered share).
-<span class="none">Grey</span>: no position, too early or inside a character. Hover for the entropy.</p>
+<h1>Selected positions</h1><p>Shade: the proxy's entropy, from white at 0 to orange at {shade:g} nats.
+<span class="kept">Framed</span>: selected (above {selection.threshold:.3f} nats, up to the limit per window, or part of
+the unfiltered share).
+<span class="none">Grey</span>: not a candidate, for example too early or inside a character. Hover for the entropy.</p>
 {"".join(blocks)}
 </html>""",
     )

@@ -1,25 +1,23 @@
-"""A run of RL on questions becomes plots and one self-contained report.html."""
+"""Report of a run of RL on questions: plots and one self-contained report.html."""
 
 import base64
 import html
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
+from rpt_jax.analysis.reports.figures import save_figures, subplots
 from rpt_jax.analysis.reports.run import (
     PAGE_STYLE,
     completion_examples,
     plot_training,
     read_evaluations,
-    save_figures,
     series,
 )
 from rpt_jax.train.run_directory import read_records, write_atomically
 
 
 def write_report(directory: Path) -> Path:
-    """Write results.json, plots/*.png and report.html into `directory`; the path of the page.
+    """Write results.json, plots/*.png and report.html into `directory`, and return the path of the page.
 
     Raises:
         CheckpointError: see `read_evaluations`.
@@ -34,7 +32,7 @@ def write_report(directory: Path) -> Path:
 
 
 def _plot_learning(results: dict):
-    figure, axis = plt.subplots(figsize=(6.4, 4))
+    figure, axis = subplots(figsize=(6.4, 4))
     for metric, style in (("sampled", "-o"), ("greedy", "--s"), ("direct", ":"), ("no_prediction", "-.")):
         value, error = series(results["curve"], "all", metric)
         if len(value):
@@ -76,18 +74,18 @@ def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
         return f"<img alt='{name}' src='data:image/png;base64,{data}'>"
 
     config, corpus = results["config"], results["corpus"]
-    judge = config["reward"]["function"] or config["reward"]["name"]
+    judge = config["reward"]["function"] or " + ".join(config["reward"]["terms"])
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>RL on questions</title>
 <style>{PAGE_STYLE}</style>
-<h1>Reinforcement learning on questions: what this run did</h1>
-<p class="lead">On {after["n"]} held-out questions the accuracy of a sampled thought's answer {word}:
+<h1>Reinforcement learning on questions: results of this run</h1>
+<p class="lead">On {after["n"]} held-out questions, the accuracy of sampled answers {word}:
 <b>{before["value"]:.3f} → {after["value"]:.3f}</b> (change {gain:+.3f} ± {error:.3f}).</p>
 <p>{results["steps"][-1]} steps on {corpus["training"]["questions"]:,} questions,
-{config["rollout"]["group_size"]} rollouts each, judged by {html.escape(judge)}.</p>
+{config["rollout"]["group_size"]} rollouts each, graded by {html.escape(judge)}.</p>
 {picture("learning")}{_table(results)}
 <p>± is one standard error over questions. <b>sampled</b>: mean of {config["eval"]["num_samples"]} thoughts;
-<b>greedy</b>: the thought at temperature 0; <b>direct</b>: the likeliest letter without thinking (options
-only).</p>
+<b>greedy</b>: one thought at temperature 0; <b>direct</b>: the most likely letter without thinking (multiple
+choice only).</p>
 <h2>How training went</h2>{picture("training")}
 <h2>Thoughts from the last logged batch</h2>{completion_examples(directory)}
 <h2>The run</h2><p>seed {config["run"]["seed"]} · {html.escape(results["versions"]["devices"])} · code

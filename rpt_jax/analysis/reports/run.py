@@ -1,24 +1,21 @@
-"""A run directory becomes plots and one self-contained report.html that needs no knowledge of the code."""
+"""Report of a run on documents: plots and one self-contained report.html that can be read without the code."""
 
 import base64
 import html
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow.parquet
 
+from rpt_jax.analysis.reports.figures import save_figures, subplots
 from rpt_jax.analysis.scaling import fit_power_law
 from rpt_jax.errors import CheckpointError, DataError
 from rpt_jax.train.run_directory import read_config, read_records, write_atomically
 
 _EXPLAIN = {
     "all": "every position of the held-out documents",
-    "settled": "positions the warm model is sure of (entropy at most the easy threshold)",
+    "settled": "positions that the proxy model is sure of (entropy at most the easy threshold)",
     "easy": "entropy above the easy threshold; contains medium",
     "medium": "entropy above the medium threshold; contains hard",
     "hard": "entropy above the hard threshold",
@@ -27,16 +24,16 @@ _COLORS = {"before": "#9aa5b1", "after": "#1f6feb", "control": "#30363d"}
 
 
 def read_evaluations(directory: Path) -> dict:
-    """How the run was made, and what its evaluations of RL found, each with n and standard error.
+    """Return the settings of a run and its RL evaluations, every metric with n and standard error.
 
     Raises:
-        CheckpointError: the directory holds fewer than two evaluations.
+        CheckpointError: the directory has fewer than two evaluations.
     """
     evaluations = [r for r in read_records(directory) if r["stage"] == "evaluation"]
     if len(evaluations) < 2:
         raise CheckpointError(
-            f"{directory} holds {len(evaluations)} evaluation(s) of RL; a report compares at least two. Finish the run "
-            "first."
+            f"{directory} has {len(evaluations)} evaluation(s) of RL; a report needs at least two. Finish the "
+            "run first."
         )
     return {
         "config": json.loads(read_config(directory, say=False).to_json()),
@@ -51,7 +48,7 @@ def read_evaluations(directory: Path) -> dict:
 
 
 def collect_results(directory: Path) -> dict:
-    """Every figure of the report.
+    """Return all values of the report.
 
     Raises:
         CheckpointError: see `read_evaluations`.
@@ -80,10 +77,10 @@ def collect_results(directory: Path) -> dict:
 
 
 def write_report(directory: Path) -> Path:
-    """Write results.json, plots/*.png and report.html into `directory`; the path of the page.
+    """Write results.json, plots/*.png and report.html into `directory`, and return the path of the page.
 
     Raises:
-        CheckpointError: the directory holds fewer than two evaluations.
+        CheckpointError: the directory has fewer than two evaluations.
     """
     results = collect_results(directory)
     write_atomically(directory / "results.json", json.dumps(results, indent=2))
@@ -101,24 +98,14 @@ def write_report(directory: Path) -> Path:
     return page
 
 
-def save_figures(directory: Path, figures: dict) -> dict[str, Path]:
-    """Save figures as plots/<name>.png and close them; their paths."""
-    paths = {name: directory / "plots" / f"{name}.png" for name in figures}
-    (directory / "plots").mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(paths[name], dpi=110, bbox_inches="tight")
-        plt.close(figure)
-    return paths
-
-
 def headline_split(results: dict) -> str:
-    """The split that the report leads with: the hard share of labelled positions, else hard, else all."""
+    """Return the split that the report leads with: hard labelled positions, else hard, else all."""
     families = [s for s in results["after"] if s.startswith("hard ")]
     return families[0] if families else "hard" if "hard" in results["after"] else "all"
 
 
 def series(curve: list[dict], split: str, metric: str):
-    """(values, standard errors) of a metric over the evaluations that have it."""
+    """Return (values, standard errors) of a metric, f64 [n], over the n evaluations that have it."""
     figures = [c[split][metric] for c in curve if split in c and metric in c[split]]
     return np.array([f["value"] for f in figures]), np.array([f["standard_error"] for f in figures])
 
@@ -129,9 +116,9 @@ def _plot_learning(results: dict):
         *(s for s in ("hard", "medium", "easy", "settled", "all") if s in results["after"]),
     ]
     first, *others = dict.fromkeys(splits)
-    # Where all hard positions are labelled, both splits are the same: one panel.
+    # If all hard positions are labelled, both splits are equal and share a panel.
     splits = [first, *(s for s in others if results["after"][s] != results["after"][first])]
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         2, -(-len(splits) // 2), figsize=(4.2 * -(-len(splits) // 2), 6.6), sharex=True, squeeze=False
     )
     for axis, split in zip(axes.flat, splits):
@@ -159,7 +146,7 @@ def _plot_learning(results: dict):
 
 
 def _plot_scaling(results: dict):
-    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    figure, axis = subplots(figsize=(6.4, 4.2))
     points = [(f, c) for f, c in zip(results["flops"], results["curve"], strict=True) if f > 0]
     headline = headline_split(results)
     names = [headline, *(s for s in ("hard", "medium", "easy", "all") if s != headline)]
@@ -177,7 +164,7 @@ def _plot_scaling(results: dict):
     axis.set_xscale("log")
     axis.set_xlabel("RPT compute, FLOPs (tokens actually run)")
     axis.set_ylabel("accuracy, thinking (sampled)")
-    axis.set_title("P(C) = A / C^α + P*, with bootstrap bands (90% in name; of few points narrower)")
+    axis.set_title("P(C) = A / C^α + P*, with bootstrap bands (nominal 90%; too narrow for few points)")
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -185,8 +172,8 @@ def _plot_scaling(results: dict):
 
 
 def plot_training(steps: list[dict]):
-    """Rewards, failures and optimisation of the training rollouts, by step."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    """Plot reward, failure and optimisation metrics of training over the steps; return the figure."""
+    figure, axes = subplots(1, 3, figsize=(12, 3.2))
     x = [r["step"] for r in steps]
     for axis, names in zip(
         axes,
@@ -208,7 +195,7 @@ def plot_training(steps: list[dict]):
 
 
 def _plot_thoughts(results: dict, steps: list[dict]):
-    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    figure, axis = subplots(figsize=(6.4, 3.4))
     axis.plot([r["step"] for r in steps], [r["completion_tokens"] for r in steps], lw=1, label="training rollouts")
     for split in dict.fromkeys([headline_split(results), "settled"]):
         if split in results["after"]:
@@ -223,7 +210,7 @@ def _plot_thoughts(results: dict, steps: list[dict]):
 
 def _plot_labels(results: dict):
     names = sorted(s for s in results["after"] if "/" in s)
-    figure, axis = plt.subplots(figsize=(6.8, 3.4))
+    figure, axis = subplots(figsize=(6.8, 3.4))
     x = np.arange(len(names))
     bars = [
         ("before", results["before"], "sampled_prefix", "before RPT, thinking"),
@@ -276,9 +263,9 @@ def _control_text(results: dict) -> str:
     if not results["control"]:
         return "This run has no control."
     return (
-        f"The control starts from the same warm model and spends {results['control_flops'][-1]:.3g} FLOPs, beside "
-        f"{results['flops'][-1]:.3g} of RPT, on ordinary next-token training on the same documents. It is judged by "
-        "direct prediction, which is what that training improves."
+        f"The control starts from the same model and spends {results['control_flops'][-1]:.3g} FLOPs (RPT: "
+        f"{results['flops'][-1]:.3g}) on ordinary next-token training on the same documents. It is evaluated by direct "
+        "prediction, because that is what this training improves."
     )
 
 
@@ -289,16 +276,16 @@ def _verdict(results: dict) -> str:
     error = (before["standard_error"] ** 2 + after["standard_error"] ** 2) ** 0.5
     word = "rose" if gain > 2 * error else "fell" if gain < -2 * error else "did not change beyond noise"
     if after["n"] < 2:
-        word = "is of a single position, which tells nothing"
+        word = "is measured on a single position, which shows nothing"
     text = (
-        f"On <b>{split}</b> positions of held-out documents (n={after['n']}), the accuracy of a sampled thought's "
-        f"prediction {word}: <b>{before['value']:.3f} → {after['value']:.3f}</b> (change {gain:+.3f} ± {error:.3f})."
+        f"On <b>{split}</b> positions of held-out documents (n={after['n']}), the accuracy of sampled predictions "
+        f"{word}: <b>{before['value']:.3f} → {after['value']:.3f}</b> (change {gain:+.3f} ± {error:.3f})."
     )
     if results["control"]:
         control = results["control"][split]["direct_prefix"]
         text += (
-            f" The control, the same start trained further on next tokens with the same compute, predicts "
-            f"<b>{control['value']:.3f} ± {control['standard_error']:.3f}</b> of them directly."
+            f" The control (next-token training from the same start with the same compute) predicts "
+            f"<b>{control['value']:.3f} ± {control['standard_error']:.3f}</b> of them correctly without thinking."
         )
         ahead = [
             s
@@ -308,19 +295,19 @@ def _verdict(results: dict) -> str:
         ]
         if ahead:
             text += (
-                f" Direct prediction by the control stays ahead on: {', '.join(ahead)}. Thinking costs a little "
-                "wherever nothing needs it."
+                f" Direct prediction by the control is more accurate on: {', '.join(ahead)}. Thinking costs some "
+                "accuracy where it is not needed."
             )
     return text
 
 
 def completion_examples(directory: Path, count: int = 4) -> str:
-    """HTML of won and lost rollouts of the last logged batch."""
+    """Return HTML with up to `count` rollouts of reward 1 or more, and of reward 0, from the last logged batch."""
     files = sorted((directory / "completions").glob("*.parquet"))
     if not files:
         return "<p>No completions were written.</p>"
     rows = pyarrow.parquet.read_table(files[-1]).to_pylist()
-    # Shortest contexts first: they are read at a glance.
+    # Shortest contexts first, because they are quick to read.
     won = sorted((r for r in rows if r["reward"] >= 1), key=lambda r: len(r["context"]))
     lost = sorted((r for r in rows if r["reward"] == 0), key=lambda r: len(r["context"]))
     spread = lambda group: group[:: max(1, len(group) // count)][:count]  # noqa: E731
@@ -332,13 +319,13 @@ def completion_examples(directory: Path, count: int = 4) -> str:
         return (
             f"<div class='example {mark}'><p class='context'>{html.escape(context)}<b>▌</b></p>"
             f"<p class='thought'>{html.escape(completion)}</p>"
-            f"<p>predicted <code>{html.escape(prediction)}</code> · the text goes on "
+            f"<p>predicted <code>{html.escape(prediction)}</code> · expected "
             f"<code>{html.escape(repr(row['truth']))}</code> · reward {row['reward']:g}</p></div>"
         )
 
     return (
-        f"<h3>Won</h3>{''.join(show(r, 'won') for r in spread(won)) or '<p>none</p>'}"
-        f"<h3>Lost</h3>{''.join(show(r, 'lost') for r in spread(lost)) or '<p>none</p>'}"
+        f"<h3>Rewarded</h3>{''.join(show(r, 'won') for r in spread(won)) or '<p>none</p>'}"
+        f"<h3>Not rewarded</h3>{''.join(show(r, 'lost') for r in spread(lost)) or '<p>none</p>'}"
     )
 
 
@@ -354,7 +341,7 @@ def _scaling_text(results: dict) -> str:
                 f"<li>{html.escape(split)}: A={fit['A']:.3g}, α={fit['alpha']:.3f}, P*={fit['p_star']:.3f}, "
                 f"R²={fit['r2']:.3f} over {fit['num_points']} evaluations{doubt}</li>"
             )
-    return f"<ul>{''.join(items)}</ul><p>Three constants and few points: R² is weak evidence.</p>"
+    return f"<ul>{''.join(items)}</ul><p>With three constants and few points, R² is weak evidence.</p>"
 
 
 PAGE_STYLE = """
@@ -376,6 +363,14 @@ pre { background: #f6f8fa; padding: 1em; overflow-x: auto; font-size: 12px }
 """
 
 
+def _reward_text(reward: dict) -> str:
+    if tuple(reward["terms"]) == ("prefix",):
+        return (
+            "The reward is 1 if the boxed bytes match the document's continuation and end where a token ends, else 0."
+        )
+    return f"The reward is {html.escape(' + '.join(reward['terms']))} (compose: {html.escape(reward['compose'])})."
+
+
 def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
     config, corpus = results["config"], results["corpus"]
     thresholds = config["eval"]["difficulty_thresholds"]
@@ -389,18 +384,19 @@ def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
     explained = "".join(f"<dt>{s}</dt><dd>{_EXPLAIN[s]}</dd>" for s in results["after"] if s in _EXPLAIN)
     labels = [s for s in results["after"] if s not in _EXPLAIN]
     if labels:
-        explained += f"<dt>{', '.join(labels)}</dt><dd>positions that the corpus itself labels</dd>"
+        explained += f"<dt>{', '.join(labels)}</dt><dd>positions that the corpus labels</dd>"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>RPT run</title><style>{PAGE_STYLE}</style>
-<h1>Reinforcement pre-training: what this run did</h1>
+<h1>Reinforcement pre-training: results of this run</h1>
 <p class="lead">{_verdict(results)}</p>
 <h2>What was trained</h2>
-<p>A decoder with {config["model"]["num_layers"]} layers of width {config["model"]["width"]} read
-{corpus["training"]["documents"]:,} documents ({corpus["training"]["tokens"]:,} tokens). After a warm start of
-{config["supervised"]["num_steps"]} supervised updates it went through {results["steps"][-1]} steps of reinforcement
-pre-training: at a chosen position of a document it sees the text so far, writes a thought, and boxes what comes next.
-It earns 1 if the boxed bytes are how the document really goes on, up to the end of a token, else 0.
-Each position was tried {config["rollout"]["group_size"]} times and the better tries were made likelier (GRPO).
-Everything below is measured on {corpus["held-out"]["documents"]:,} documents that it never saw.</p>
+<p>A decoder with {config["model"]["num_layers"]} layers of width {config["model"]["width"]} was trained on
+{corpus["training"]["documents"]:,} documents ({corpus["training"]["tokens"]:,} tokens). A warm start of
+{config["supervised"]["num_steps"]} supervised updates was followed by {results["steps"][-1]} steps of reinforcement
+pre-training: at a selected position of a document, the model sees the text so far, writes a thought, and boxes its
+prediction of what comes next. {_reward_text(config["reward"])}
+Each position was sampled {config["rollout"]["group_size"]} times, and training made the better samples more likely
+(advantage: {config["loss"]["advantage"]}). Accuracies are measured on {corpus["held-out"]["documents"]:,} documents
+that the model was not trained on.</p>
 <h2>Did it learn?</h2>{picture("learning")}
 {_table(results)}
 <p>± is one standard error over positions. <b>thinking</b>: the boxed prediction of a sampled thought (mean of

@@ -1,4 +1,4 @@
-"""Several stop ids, and completions that go on behind tokens that are given."""
+"""Several stop ids, and completions that continue after given tokens."""
 
 import dataclasses
 
@@ -55,7 +55,7 @@ def test_a_row_stops_at_any_of_several_ids(tiny_config, tiny_params, prompts):
 
 
 def agree(found, whole, lengths, *, tolerance=2e-5) -> int:
-    """Rows that go on equal the uncut ones in tokens, masks and log-probabilities; the number that went on."""
+    """Check that continued rows equal the uncut ones in tokens, masks and log-probabilities; return their number."""
     for name in ("tokens", "mask", "truncated"):
         np.testing.assert_array_equal(np.asarray(getattr(found, name)), getattr(whole, name), err_msg=name)
     np.testing.assert_allclose(found.sampler_logprobs, whole.sampler_logprobs, atol=tolerance)
@@ -68,10 +68,10 @@ def agree(found, whole, lengths, *, tolerance=2e-5) -> int:
     [{}, dict(slots_per_trunk=2, schedule=Schedule(window=4)), dict(schedule=Schedule(window=2**30, compact=False))],
     ids=["compaction", "few slots and windows", "static"],
 )
-def test_a_row_that_is_cut_after_k_tokens_and_goes_on_is_the_uncut_row(
+def test_a_row_that_is_cut_after_k_tokens_and_continued_is_the_uncut_row(
     tiny_config, tiny_params, prompts, whole, options
 ):
-    """For every k, all rows at once: finished ones draw nothing, the others go on."""
+    """For every k, all rows at once: finished ones draw nothing, the others continue."""
     went_on = 0
     for k in range(1, LIMIT + 1):
         lengths = np.minimum(whole.mask.sum(-1), k).reshape(4, 2, 3).astype(np.int32)
@@ -81,7 +81,7 @@ def test_a_row_that_is_cut_after_k_tokens_and_goes_on_is_the_uncut_row(
     assert went_on > 60
 
 
-def test_rows_that_go_on_beside_fresh_ones(tiny_config, tiny_params, prompts, whole):
+def test_continued_rows_and_fresh_ones_in_one_batch(tiny_config, tiny_params, prompts, whole):
     lengths = np.random.default_rng(0).integers(0, 6, (4, 2, 3)).astype(np.int32)
     lengths[0] = 0
     for options in ({}, dict(slots_per_trunk=1, schedule=Schedule(window=8))):
@@ -90,7 +90,7 @@ def test_rows_that_go_on_beside_fresh_ones(tiny_config, tiny_params, prompts, wh
 
 
 def test_noise_is_that_of_the_step_that_a_row_was_born_in(tiny_config, tiny_params, prompts, whole):
-    """Trunks born in step 7 go on in step 9 beside others that begin there."""
+    """Trunks started in step 7 continue in step 9, together with others that start there."""
     lengths = np.full((4, 2, 3), 3, np.int32)
     lengths[2:] = 0
     born = np.array([7, 7, 9, 9], np.int32)
@@ -120,7 +120,7 @@ def test_log_probabilities_of_new_tokens_are_those_of_teacher_forcing(tiny_confi
     assert not np.asarray(found.sampler_logprobs)[is_given & whole.mask].any()
 
 
-def test_rows_go_on_on_a_mesh(tiny_config):
+def test_rows_continue_on_a_mesh(tiny_config):
     """2 x 2 x 2 devices: trunks stay where they are; rows equal the uncut ones but for near-ties."""
     config = dataclasses.replace(tiny_config, vocab_size=64)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
