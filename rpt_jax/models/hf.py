@@ -50,8 +50,8 @@ class _Entry:
             raise CheckpointError(f"{self.file} ended while being read; replace the damaged file.")
         if num_bad := count - int(np.isfinite(array).sum()):
             raise CheckpointError(
-                f"{self.file}: {self.name} has {num_bad} of {count} values that are not finite; the model would predict "
-                "nothing but NaN. Replace the damaged file."
+                f"{self.file}: {self.name} has {num_bad} of {count} values that are not finite; the model would "
+                "predict only NaN. Replace the damaged file."
             )
         return array.reshape(self.shape)
 
@@ -96,8 +96,8 @@ def _put(target: jax.ShapeDtypeStruct, source: _Entry, *, is_matrix: bool) -> ja
     array = (array.T if is_matrix else array).reshape(target.shape).astype(target.dtype, copy=False)
     if not np.isfinite(array).all():
         raise CheckpointError(
-            f"{source.file}: {source.name} does not fit {target.dtype}; some values would become infinite. Use bfloat16 "
-            "or float32."
+            f"{source.file}: {source.name} does not fit {target.dtype}; some values would become infinite. Use "
+            "bfloat16 or float32."
         )
     return jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
 
