@@ -117,10 +117,10 @@ def test_a_copy_continues_as_its_source_did_and_may_change(corpus, straight, tmp
     assert run(back) == run(copy)
     (tmp_path / "other" / "checkpoints").mkdir(parents=True)
     for resume, directory, message in (
-        ("9", "copy", "no whole checkpoint of step 9"),
-        (str(tmp_path / "nowhere"), "new", "holds no run"),
-        (f"{tmp_path / 'source'}@2", "other", "holds something else already"),
-        (f"{tmp_path / 'source'}@4", "copy", "to go back in a run, give its step alone"),
+        ("9", "copy", "no intact checkpoint of step 9"),
+        (str(tmp_path / "nowhere"), "new", "is not a run"),
+        (f"{tmp_path / 'source'}@2", "other", "already holds something else"),
+        (f"{tmp_path / 'source'}@4", "copy", "to go back in a run, give only the step"),
     ):
         directory = str(tmp_path / directory)
         with pytest.raises(CheckpointError, match=message):

@@ -87,7 +87,7 @@ class Checkpoints:
         return _NONE if is_first else _ALL_DAMAGED
 
     def _set_aside(self, path: Path, why: str) -> None:
-        """Move a checkpoint out of the run's way, in case it is still needed."""
+        """Move a checkpoint out of the run's way instead of deleting it."""
         if self._read_only:
             return
         place = self._directory.parent / "set_aside"

@@ -25,7 +25,7 @@ from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.run_directory import read_config, read_json
 from rpt_jax.types import TrainState
 
-# Characters of documents to train a tokenizer on, about.
+# A tokenizer is trained on the first documents, up to about this many characters.
 _TOKENIZER_CHARACTERS = 50_000_000
 
 
@@ -73,7 +73,7 @@ def resolve(config: Config, tokenizer: Tokenizer, kept: Config | None = None) ->
     Args:
         config: of this start.
         tokenizer: of the run.
-        kept: the config in the run directory, whose resolved values are used again; None: a new run.
+        kept: config of the existing run, or of the run to copy, whose resolved values are used again; None: a new run.
     Raises:
         ConfigError: fewer entries than ids, invalid stop ids, or sizes that do not fit each other.
     """
@@ -129,8 +129,8 @@ def _policy_of_run(path: Path, mesh: Mesh) -> Any:
     config = read_config(path, say=False)
     if _checkpoints(path, "rpt", config).latest_step is None:
         raise CheckpointError(
-            f"policy.path={str(path)!r} is a run without an RL checkpoint; it must have a policy. Continue training "
-            "it, or choose another --policy.path."
+            f"policy.path={str(path)!r} is a run without an RL checkpoint, which would hold its policy. Continue "
+            "training it, or choose another --policy.path."
         )
     params = start_params(config, mesh)
     if config.policy.path and read_json(path / "policy.json")["checksum"] != fingerprint(params):

@@ -123,7 +123,7 @@ def step_record(rounds: list[dict], counts: list[dict], updates: list[dict], mas
 
 
 def completion_columns(experience: Experience, tokenizer, columns: Callable[[int], dict]) -> dict[str, list]:
-    """Return columns with one row per rollout of a real prompt: context, completion, prediction, reward, ids and more.
+    """Return columns, one row per rollout of a real prompt: context, completion, prediction, truth, reward, token ids.
 
     Args:
         experience: of one batch.

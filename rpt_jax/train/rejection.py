@@ -40,7 +40,7 @@ def accepted_rows(rows: Iterable[dict], *, min_reward: float, per_prompt: int) -
 
 
 def write_examples(path: Path, rows: list[dict], *, tokenizer: str, template: str) -> None:
-    """Write a file for supervised.path, one line per row: token ids, and the fingerprints that they depend on.
+    """Write a file for supervised.path, one line per row: token ids and the two fingerprints.
 
     Args:
         path: of the file.

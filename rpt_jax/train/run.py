@@ -79,13 +79,13 @@ class Run:
         """
         params = start_params(self.config, self.mesh)
         if self.config.policy.path:
-            # Adapters, warm starts and references are valid only with the weights that they were made from.
+            # Adapters, warm starts and references are valid only with the weights that they were made with.
             self.directory.remember("policy", {"path": self.config.policy.path, "checksum": fingerprint(params)})
         return params
 
 
 def _at_once(config: Config):
-    """Return U -> number of trunks per scoring pass: as close to an update's microbatch as U and the mesh allow."""
+    """Return U -> trunks per scoring pass: the most that U and the mesh allow, up to an update's microbatch."""
 
     def number(U: int) -> int:
         limit, shards = config.mesh.microbatch_trunks or U, config.mesh.trunk_shards
@@ -140,7 +140,7 @@ def _config_of(path: Path | None, *, say: bool) -> Config | None:
 
 
 def check_model(config: Config, mesh: Mesh) -> None:
-    """Raise ConfigError if the model cannot be trained with these settings, or not be exported afterwards."""
+    """Raise ConfigError if the model cannot be trained with these settings, or cannot be exported afterwards."""
     lora.check_targets(config.model, config.lora)
     if config.model.activation_dtype == "bfloat16" and mesh.devices.flat[0].platform == "cpu":
         raise ConfigError(
@@ -202,7 +202,7 @@ def newest_state(run: Run, params) -> tuple[TrainState, Frozen | None, int]:
 
     Args:
         run: the run.
-        params: that RL started from; adapters use their values, other runs only their shapes.
+        params: that RL started from; with adapters their values are used, otherwise only their shapes.
     Raises:
         CheckpointError: there is no RL checkpoint.
     """

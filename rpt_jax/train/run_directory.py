@@ -45,7 +45,9 @@ def read_records(directory: Path) -> list[dict]:
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            raise CheckpointError(f"{path} line {number} is damaged ({error}); it must be JSON. Remove it.") from error
+            raise CheckpointError(
+                f"{path} line {number} is damaged ({error}); it must be JSON. Remove the line."
+            ) from error
     return records
 
 
@@ -221,7 +223,7 @@ def _check_same_run(old: Config, new: Config, path: Path, free: set[str]) -> Non
         return values | {"run.num_steps": config.run.num_steps if is_scheduled else "free"}
 
     a, b = comparable(old), comparable(new)
-    # A resolved value that is not stored, as in earlier versions, may be any.
+    # A resolved value that an earlier version did not store is not compared.
     unkept = {name for name, f, value in walk(old) if f.metadata.get("resolved") and not value}
     differing = [f"{name}: {a[name]} -> {b[name]}" for name in a if a[name] != b[name] and name not in unkept]
     if differing:

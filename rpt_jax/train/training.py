@@ -22,7 +22,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Until:
-    """When training ends: after `steps` steps, or with the step that reaches `flops` FLOPs. One of them is set."""
+    """When training ends: after `steps` steps, or with the step that reaches `flops` FLOPs. One of the two is set."""
 
     steps: int | None = None
     flops: float | None = None

@@ -32,11 +32,19 @@ def continue_supervised(
     checkpoints=None,
     at_boundary=lambda *_: None,
 ) -> tuple[Any, int, float]:
-    """(parameters, steps, FLOPs) after supervised training from `params` until `max_flops` are spent.
+    """Train from `params` with the supervised loss until `max_flops` are spent.
 
     Args:
-        directory, checkpoints: where to log and save; None: nowhere.
+        run: whose config and template apply.
+        params: to start from.
+        examples: to learn, reshuffled each epoch.
+        optimizer_config: of this training.
+        max_flops: at which training ends.
+        directory: where to log, a `RunDirectory`; None: nowhere.
+        checkpoints: where to save and resume; None: nowhere.
         at_boundary: called with (step, parameters, FLOPs) before each update and at the end.
+    Returns:
+        (parameters, steps done, FLOPs spent).
     """
     config, optimizer = run.config, make_optimizer(optimizer_config, run.config.run.num_steps)
     trained, frozen = trainable(config, run.mesh, params)
@@ -64,17 +72,25 @@ def continue_supervised(
 
 
 def run_control(run: Run, params, max_flops: float, evaluations: Evaluations, *, num_evaluations: int = 5) -> None:
-    """Train the control from `params`, evaluated on the way and at the end. A domain without one has no control."""
+    """Train the control from `params` and evaluate it along the way and at the end, if the domain has a control.
+
+    Args:
+        run: the run.
+        params: that RL started from.
+        max_flops: FLOPs that RL spent.
+        evaluations: of the run.
+        num_evaluations: number of evaluations, evenly spaced in FLOPs; the last is at the end.
+    """
     examples = run.domain.control_examples(run)
     if examples is None:
         return
     evaluated = [r for r in read_records(run.directory.path) if r["stage"] == EVALUATION]
-    # Where the run went on for longer than its control, so does the control.
+    # If RL continued for longer than its control, the control continues too.
     if from_main(any(r.get("final") and r["flops"] >= max_flops for r in evaluated)):
         return
     marks = np.linspace(0, max_flops, num_evaluations + 1)[1:-1]
     with run.checkpoints(NAME) as checkpoints:
-        # An evaluation at the very step that training resumes from is made again.
+        # The evaluation at the step that training resumes from is repeated.
         done = (checkpoints.latest_step or 0) - 1
         run.directory.cut_metrics(EVALUATION, done)
         reached = max((r["flops"] for r in evaluated if r["step"] <= done), default=0.0)

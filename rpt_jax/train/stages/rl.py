@@ -29,7 +29,14 @@ NAME = "rpt"
 
 @dataclass(kw_only=True)
 class ReinforcementLearning:
-    """Steps of RL (`loop.Training`)."""
+    """The steps of RL; a `training.Training`.
+
+    Attributes:
+        trainer: samples, rewards and updates.
+        tasks: batches to train on.
+        directory: where sampled completions are written.
+        name, also_records, log_every_steps: see `training.Training`.
+    """
 
     trainer: Trainer
     tasks: TrainIterator
@@ -39,6 +46,7 @@ class ReinforcementLearning:
     log_every_steps: int = 1
 
     def step(self, state: TrainState, number: int) -> tuple[TrainState, Outcome]:
+        """Collect one rollout batch, over several rounds if sampling is dynamic, and update on it."""
         trainer, tasks, settings = self.trainer, self.tasks, self.trainer.config.rollout
         policies = trainer.policies(state)
         is_dynamic = 0 <= settings.dynamic_sampling_from_step <= number
@@ -79,14 +87,16 @@ class ReinforcementLearning:
         return Outcome(flops=flops, record=record)
 
     def get_cursor(self) -> dict:
+        """Return the state of the task iterator."""
         return self.tasks.get_state()
 
     def set_cursor(self, cursor: dict) -> None:
+        """Set the state of the task iterator."""
         self.tasks.set_state(cursor)
 
 
 def make_trainer(run: Run, params, tasks: Tasks) -> tuple[Trainer, TrainState]:
-    """The trainer of RL and its state at step 0."""
+    """Return RL's trainer and its state at step 0."""
     config = run.config
     state, frozen = fresh_state(config, run.mesh, params, NAME)
     trainer = Trainer(
@@ -98,17 +108,23 @@ def make_trainer(run: Run, params, tasks: Tasks) -> tuple[Trainer, TrainState]:
         optimizer=stage_optimizer(config, NAME),
         columns=tasks.source.columns,
         frozen=frozen,
-        # With adapters these are the very arrays under them: the adapter switched off.
+        # With adapters, these are their base weights, not a copy: the policy with its adapters switched off.
         start=params if config.loss.kl_coef or START in requested_policies(config.reward) else None,
     )
     return trainer, state
 
 
 def run_rl(run: Run, params, tasks: Tasks, evaluations: Evaluations, *, stop_at_step: int | None = None) -> float:
-    """Reinforcement learning from `params` on the chosen tasks; its FLOPs. The result is the run's checkpoints.
+    """Run reinforcement learning from `params`. The result is in the run's checkpoints.
 
     Args:
-        stop_at_step: stop and save here as an interruption would.
+        run: the run.
+        params: of the policy to start from.
+        tasks: to train on.
+        evaluations: of the run.
+        stop_at_step: save and stop here, as an interruption would.
+    Returns:
+        FLOPs spent.
     """
     config = run.config
     iterator = TrainIterator(

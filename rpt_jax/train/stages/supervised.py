@@ -1,6 +1,6 @@
 """Next-token and completion-only training: the objective of RPT with likelihood terms alone.
 
-It is the warm start (documents and worked thoughts) and the control (documents at matched compute).
+The warm start (documents and worked thoughts) and the control (documents at matched compute) use it.
 """
 
 import itertools
@@ -26,13 +26,17 @@ from rpt_jax.work import num_parameters, update_flops
 
 @dataclass(kw_only=True)
 class Supervised:
-    """Steps of supervised training (`loop.Training`).
+    """The steps of supervised training; a `training.Training`.
 
     Attributes:
-        name: of the stage. also_records: see `loop.Training`.
-        examples: in training order; shuffle: reshuffled each epoch instead.
-        frozen: what the state's adapters sit on; None: the state holds the whole policy.
-        tail: ids behind a prompt.
+        name, also_records, log_every_steps: see `training.Training`.
+        config: of the run.
+        mesh: that holds parameters and batches.
+        optimizer: of the stage.
+        examples: to learn, in training order.
+        tail: ids that end every prompt.
+        shuffle: reshuffle the examples each epoch.
+        frozen: base weights of the state's adapters; None: the state holds the whole policy.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Supervised:
     _stream: Iterator | None = field(default=None, repr=False)
 
     def step(self, state: TrainState, number: int) -> tuple[TrainState, Outcome]:
+        """Update on the next batch."""
         if self._stream is None:
             self._stream = batches(self.examples, self.config, self.tail, shuffle=self.shuffle, position=self._position)
         rows, num_tokens, self._position = next(self._stream)
@@ -64,14 +69,22 @@ class Supervised:
         return state, Outcome(flops=lambda: flops, record=lambda: to_floats(metrics))
 
     def get_cursor(self) -> dict:
+        """Return {"position": number of examples taken}."""
         return {"position": self._position}
 
     def set_cursor(self, cursor: dict) -> None:
+        """Continue from a position."""
         self._position, self._stream = cursor["position"], None
 
 
 def make_batch(examples: list[Example], config: Config, tail) -> Rows:
-    """Dense numpy Rows, an example a row; R is 1 where any example has a completion, else 0."""
+    """Build dense NumPy Rows, one trunk per example; R is 1 if any example has a completion, else 0.
+
+    Args:
+        examples: of the batch; their number is U.
+        config: sets L, data.trunk_length, and C, rollout.max_completion_tokens.
+        tail: ids that end every prompt.
+    """
     U, L, C = len(examples), config.data.trunk_length, config.rollout.max_completion_tokens
     trunk_tokens, trunk_weights = np.zeros((U, L), np.int32), np.zeros((U, L), np.float32)
     cuts, tokens, mask = np.ones(U, np.int32), np.zeros((U, C), np.int32), np.zeros((U, C), bool)
@@ -90,11 +103,19 @@ def make_batch(examples: list[Example], config: Config, tail) -> Rows:
 def make_packed_batch(
     next_example: Callable[[], Example], num_rows: int, config: Config, tail
 ) -> tuple[Rows, int, int]:
-    """(Rows of rows filled in order, examples taken, their tokens); the last example drawn is not among them.
+    """Pack examples into trunks, in order.
 
-    A row is trunk_length + tail + max_completion_tokens long, so that every example fits. Examples go to the first row
-    with room; the batch is complete when one finds none, and that one begins the next batch. Prompt, tail and
-    completion are one segment of the trunk, completions weighted 1.
+    A trunk is trunk_length + tail + max_completion_tokens long, so that every example fits. Each example goes to the
+    first trunk with enough space. The batch is complete when no trunk has space for one, which starts the next batch.
+    Prompt, tail and completion are one segment of the trunk; completion tokens have weight 1, the tail 0.
+
+    Args:
+        next_example: returns the next example; the last one that it returns is not taken.
+        num_rows: U, number of trunks.
+        config: sets the length of a trunk.
+        tail: ids that end every prompt.
+    Returns:
+        (NumPy Rows without branches, number of examples taken, number of their tokens).
     """
     L = config.data.trunk_length + len(tail) + config.rollout.max_completion_tokens
     tokens, weights = np.zeros((num_rows, L), np.int32), np.zeros((num_rows, L), np.float32)
@@ -120,7 +141,7 @@ def make_packed_batch(
 
 
 def _weighted(sequences: Sequences, trunk_weights) -> Rows:
-    """Rows whose weights sum to 1; there is no policy term."""
+    """Build Rows whose weights sum to 1, without a policy term."""
     total, mask = max(1e-9, trunk_weights.sum() + sequences.branch_mask.sum()), sequences.branch_mask
     return Rows(
         sequences=sequences,
@@ -137,7 +158,7 @@ def _weighted(sequences: Sequences, trunk_weights) -> Rows:
 
 
 def example_order(num_examples: int, *, shuffle: bool, seed: int) -> grain.MapDataset:
-    """Endless indices: file order, or reshuffled each epoch."""
+    """Return endless indices, in file order or reshuffled each epoch."""
     order = grain.MapDataset.range(num_examples)
     return (order.seed(seed).shuffle() if shuffle else order).repeat()
 
@@ -145,10 +166,14 @@ def example_order(num_examples: int, *, shuffle: bool, seed: int) -> grain.MapDa
 def batches(
     examples: Sequence[Example], config: Config, tail, *, shuffle: bool, position: int = 0
 ) -> Iterator[tuple[Rows, int, int]]:
-    """Endless (rows, tokens in them, examples taken by then), one batch after the other, each example once an epoch.
+    """Yield batches endlessly as (Rows, number of tokens, examples taken so far). Each example is used once per epoch.
 
     Args:
-        position: examples taken before the first batch.
+        examples: to learn.
+        config: of the run.
+        tail: ids that end every prompt.
+        shuffle: reshuffle the examples each epoch.
+        position: number of examples taken before the first batch.
     """
     order = example_order(len(examples), shuffle=shuffle, seed=config.run.seed)
     size = config.supervised.batch_size

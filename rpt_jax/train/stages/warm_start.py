@@ -1,4 +1,4 @@
-"""The warm start: supervised training before RPT, from the policy's first parameters."""
+"""The warm start: supervised training before RPT, from the policy's initial parameters."""
 
 from typing import Any
 
@@ -13,7 +13,10 @@ NAME = "warm_start"
 
 
 def warm_start(run: Run) -> Any:
-    """Parameters that RL and the control start from: the policy's, after supervised.num_steps of training."""
+    """Return the parameters that RL and the control start from: the policy's, after supervised.num_steps of training.
+
+    A finished warm start is restored, an interrupted one resumes.
+    """
     config, params = run.config, run.start_params()
     num_steps = config.supervised.num_steps
     if not num_steps:
