@@ -31,6 +31,8 @@ from rpt_jax.train.run_directory import read_config
 from rpt_jax.train.stages.supervised import make_batch
 from rpt_jax.train.stages.warm_start import warm_start
 
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 DIGITS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
 
