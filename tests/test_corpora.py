@@ -132,7 +132,7 @@ def test_records_need_fields(tmp_path):
     with pytest.raises(DataError, match="plain text"):
         list(read_records(str(tmp_path / "a.txt")))
     (tmp_path / "s.jsonl").write_text('{"text": "half \\ud800 pair"}\n')
-    with pytest.raises(DataError, match="s.jsonl record 1 holds half of a surrogate pair"):
+    with pytest.raises(DataError, match="s.jsonl record 1 contains half of a surrogate pair"):
         texts_of(tmp_path / "s.jsonl")
     (tmp_path / "long.jsonl").write_text('{"text": "' + "a" * 10_000_000 + '"}\n')
     assert len(texts_of(tmp_path / "long.jsonl")[0][1]) == 10_000_000
@@ -143,7 +143,7 @@ def test_records_need_fields(tmp_path):
 
 @pytest.mark.parametrize("entry", ["math.jsonl", "x=math.jsonl", "0=a", "-1=a", "nan=a", "inf=a", "1="])
 def test_bad_mixtures_are_refused(entry):
-    with pytest.raises(ConfigError, match="data.mixture holds"):
+    with pytest.raises(ConfigError, match="data.mixture contains"):
         training_corpora(DataConfig(mixture=("1=a", entry)))
 
 
@@ -377,7 +377,7 @@ def test_mixtures_are_drawn_by_weight():
     assert (ids < 10).mean() == pytest.approx(0.75, abs=0.01)
     # Each part goes through epochs of its own: after 180 draws all ten were seen 18 times.
     assert (np.bincount(ids[ids < 10]) == 18).all()
-    with pytest.raises(DataError, match="part 2 of data.mixture gives no task"):
+    with pytest.raises(DataError, match="part 2 of data.mixture has no task"):
         iterate(source, 30, 1, corpora=np.zeros(30, int), weights=(1.0, 1.0))
 
 
@@ -420,5 +420,5 @@ def test_a_tokenizer_that_drops_bytes_of_a_document_is_refused():
     tokenizer = Tokenizer(fast, where="words")
     tokenizer.check_bytes()
     text = Text(id="d7", text="the cat  sat", labels=(), is_continued=False)
-    with pytest.raises(DataError, match="document d7 becomes tokens of the bytes b'thecatsat'"):
+    with pytest.raises(DataError, match="document d7 is encoded to tokens with the bytes b'thecatsat'"):
         documents_lib._checked(text, tokenizer.encode(text.text), tokenizer)

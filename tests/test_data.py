@@ -61,8 +61,8 @@ def test_reads_txt_jsonl_parquet_and_globs(tmp_path):
 
 BAD_CORPORA = {
     "missing file": (None, "matches no file"),
-    "empty.txt": (b"", "holds no text"),
-    "blank.jsonl": (b'{"text": "  "}\n', "holds no text"),
+    "empty.txt": (b"", "contains no text"),
+    "blank.jsonl": (b'{"text": "  "}\n', "contains no text"),
     "latin.txt": (b"caf\xe9", "byte 0xe9 at offset 3 is not UTF-8"),
     "cut.jsonl": (b'{"text": "a"}\n{"text": "\xc3"}\n', "line 2: byte 0xc3"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
@@ -108,7 +108,7 @@ def test_heldout_split_takes_the_end(tmp_path):
     whole = "1\n2\n3\n4\n"
     (train,), (heldout,) = split_heldout(store([Text(id="f", text=whole)], tokenizer, tmp_path / "b"), 0.25, tokenizer)
     assert tokenizer.decode(train.tokens) == "1\n2\n3\n" and tokenizer.decode(heldout.tokens) == "4\n"
-    with pytest.raises(DataError, match="too few to hold out"):
+    with pytest.raises(DataError, match="cannot be held out"):
         split_heldout(store([Text(id="f", text="one line")], tokenizer, tmp_path / "c"), 0.1, tokenizer)
 
 

@@ -4,6 +4,8 @@ import json
 
 import jax
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import shared_path
 
@@ -51,12 +53,63 @@ def write(path, *records):
         ({"question": "How many?", "answer": "2 * 600 = 1,200\n#### 1,200"}, "How many?", ("1200",), ""),
         ({"problem": "Find x.", "answer": "\\frac12", "domain": ["Algebra"]}, "Find x.", ("\\frac12",), ""),
         ({"question": "Which?", "answer": 3}, "Which?", ("3",), ""),
+        # Numbers and absent values.
+        ({"question": "Which?", "answer": 72.0}, "Which?", ("72",), ""),
+        ({"question": "Which?", "answer": 0.5}, "Which?", ("0.5",), ""),
+        ({"question": "Which?", "answer": float("nan")}, "Which?", (), ""),
+        ({"question": "Which?", "answer": float("inf")}, "Which?", (), ""),
+        ({"question": "Which?", "answer": None}, "Which?", (), ""),
+        ({"question": "Which?", "answer": [3.0, None, "three"]}, "Which?", ("3", "three"), ""),
+        (VERL | {"reward_model": {"ground_truth": None}}, "1+1?", (), "math"),
+        (VERL | {"reward_model": {"ground_truth": 2.0}}, "1+1?", ("2",), "math"),
+        ({"question": "Which?", "answer": "2", "options": None, "choices": []}, "Which?", ("2",), ""),
+        (PRO | {"choices": None, "answerKey": None}, "Which?\nA. ice\nB. fire", ("B",), "physics"),
+        ({"prompt": None, "question": "Which?", "answer": "2"}, "Which?", ("2",), ""),
+        # Structures as JSON text.
+        (VERL | {"prompt": json.dumps(VERL["prompt"])}, "1+1?", ("2",), "math"),
+        (VERL | {"reward_model": json.dumps({"ground_truth": "2"})}, "1+1?", ("2",), "math"),
+        (VERL | {"prompt": "1+1?"}, "1+1?", ("2",), "math"),
+        (PRO | {"options": '["ice", "fire"]'}, "Which?\nA. ice\nB. fire", ("B",), "physics"),
+        # MMLU: an index or a letter. SuperGPQA: the text and the letter. MATH: the box of the solution.
+        ({"question": "Which?", "choices": ["ice", "fire"], "answer": 1}, "Which?\nA. ice\nB. fire", ("B",), ""),
+        ({"question": "Which?", "choices": ["ice", "fire"], "answer": "A"}, "Which?\nA. ice\nB. fire", ("A",), ""),
+        (
+            {"question": "Which?", "choices": ["ice", "fire"], "answer": 0, "subject": "physics"},
+            "Which?\nA. ice\nB. fire",
+            ("A",),
+            "physics",
+        ),
+        (
+            {
+                "question": "Which?",
+                "options": ["ice", "fire"],
+                "answer": "fire",
+                "answer_letter": "B",
+                "discipline": "Science",
+            },
+            "Which?\nA. ice\nB. fire",
+            ("B",),
+            "Science",
+        ),
+        ({"question": "Which?", "options": ["ice", "fire"], "answer": "ice"}, "Which?\nA. ice\nB. fire", ("A",), ""),
+        (
+            {
+                "problem": "Find S.",
+                "solution": "Try \\boxed{1}. So \\boxed{\\left\\{ \\frac{1}{2} \\right\\}}.",
+                "type": "Algebra",
+            },
+            "Find S.",
+            ("\\left\\{ \\frac{1}{2} \\right\\}",),
+            "Algebra",
+        ),
+        ({"problem": "Find x.", "solution": "It is 2.", "answer": None}, "Find x.", (), ""),
+        (ARC | {"answerKey": 2}, "Which?\nA. ice\nB. fire", ("B",), ""),
     ],
 )
 def test_layouts(tmp_path, record, text, answers, category):
     (question,) = read_questions(write(tmp_path / "q.jsonl", record))
     assert question.messages == (("user", text),) and question.answers == answers and question.category == category
-    assert question.id == "q.jsonl:1" and question.record == record
+    assert question.id == "q.jsonl:1" and json.dumps(question.record) == json.dumps(record)
 
 
 BAD = {
@@ -72,7 +125,18 @@ BAD = {
     "two letters": PRO | {"answer": "AB"},
     "options are a string": PRO | {"options": "AB"},
     "options are an object": PRO | {"options": {"A": "ice", "B": "fire"}},
-    "index as answer": {"question": "?", "choices": ["ice", "fire"], "answer": 1},
+    "index beyond": {"question": "?", "choices": ["ice", "fire"], "answer": 2},
+    "index between": {"question": "?", "choices": ["ice", "fire"], "answer": 0.5},
+    "negative index": {"question": "?", "choices": ["ice", "fire"], "answer": -1},
+    "truth as index": {"question": "?", "choices": ["ice", "fire"], "answer": True},
+    "truth as answer": {"question": "?", "answer": True},
+    "letter and another option": {"question": "?", "options": ["B", "A"], "answer": "A"},
+    "prompt is broken JSON": VERL | {"prompt": '[{"role": "user"'},
+    "reward model is text": VERL | {"reward_model": "2"},
+    "reward model is a list": VERL | {"reward_model": "[2]"},
+    "turns are text": VERL | {"prompt": ["1+1?"]},
+    "labels without texts": {"question": "?", "choices": {"label": ["A", "B"]}, "answerKey": "A"},
+    "a label twice": {"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"},
     "answer is an object": {"question": "?", "answer": {"value": 1}},
     "half a character": {"question": "\ud800", "answer": "1"},
     "no role": VERL | {"prompt": [{"role": None, "content": "?"}]},
@@ -88,11 +152,29 @@ def test_bad_questions_are_refused_with_file_and_line(tmp_path, name):
 
 
 def test_other_bad_question_files(tmp_path):
-    with pytest.raises(DataError, match="holds no question"):
+    with pytest.raises(DataError, match="contains no question"):
         read_questions(write(tmp_path / "q.jsonl"))
     (tmp_path / "q.txt").write_text("What?")
     with pytest.raises(DataError, match="plain text"):
         read_questions(str(tmp_path / "q.txt"))
+
+
+def test_records_of_several_layouts_and_kinds_of_files(tmp_path):
+    records = [PRO, {"question": "How many?", "answer": "42", "options": None}, VERL]
+    expected = [("B",), ("42",), ("2",)]
+    (tmp_path / "q.json").write_text(json.dumps(records))
+    for path in (write(tmp_path / "q.jsonl", *records), str(tmp_path / "q.json")):
+        assert [q.answers for q in read_questions(path)] == expected
+    (tmp_path / "lines.json").write_bytes(b"\xef\xbb\xbf" + "\n".join(map(json.dumps, records)).encode())
+    assert [q.answers for q in read_questions(str(tmp_path / "lines.json"))] == expected
+    # A column that Python cannot hold does not make a good file unreadable.
+    times = pyarrow.array([1, 2], pyarrow.timestamp("ns"))
+    table = pyarrow.table({"question": ["a?", "b?"], "answer": [1.0, float("nan")], "seen": times})
+    pyarrow.parquet.write_table(table, tmp_path / "q.parquet")
+    assert [q.answers for q in read_questions(str(tmp_path / "q.parquet"))] == [("1",), ()]
+    (tmp_path / "bad.json").write_text('[{"question": "a"}, 3]')
+    with pytest.raises(DataError, match=r"record 1|bad.json:1|record 2"):
+        read_questions(str(tmp_path / "bad.json"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The power law: recovers what generated the points, refuses what it cannot fit."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -39,6 +41,18 @@ def test_constants_that_the_points_do_not_determine_are_doubted():
     assert fit_power_law(C, 2.2 - C**-0.5).doubt == ""
 
 
+def test_noise_is_doubted():
+    """F-test by its table: with 2 and 3 degrees, F = 9.552 has p = 0.05; noise passes about that often."""
+    F, degrees = 9.552, 3
+    r2 = F * 2 / (F * 2 + degrees)
+    fit = fit_power_law([1, 2, 4, 8, 16, 32], [0.1, 0.3, 0.4, 0.45, 0.47, 0.48], num_bootstrap=1)
+    np.testing.assert_allclose(dataclasses.replace(fit, r2=r2).p_value, 0.05, rtol=1e-3)
+    rng, compute = np.random.default_rng(0), np.geomspace(1e12, 1e14, 8)
+    noise = [fit_power_law(compute, 0.5 + 0.02 * rng.standard_normal(8), num_bootstrap=1).doubt for _ in range(40)]
+    assert sum(not doubt for doubt in noise) <= 6
+    assert sum("no better than a constant" in doubt for doubt in noise) >= 20
+
+
 @pytest.mark.parametrize(
     ("compute", "accuracy", "message"),
     [
@@ -46,6 +60,10 @@ def test_constants_that_the_points_do_not_determine_are_doubted():
         ([1, 2, 3, 4], [0.1, 0.2, 0.3], "two series of equal length"),
         ([1, 2, 3, 4], [0.5] * 4, "accuracy is constant"),
         ([2] * 4, [0.1, 0.2, 0.3, 0.4], "compute is constant"),
+        ([1, 2, 3, 4], [0.5, 0.5, 0.5, 0.5 + 1e-16], "accuracy is constant"),
+        ([1, 1, 2, 2, 2], [0.1, 0.2, 0.3, 0.4, 0.5], "2 different computes"),
+        (["a", 2, 3, 4], [0.1, 0.2, 0.3, 0.4], "not numbers"),
+        ([1, 2, 3, 4], [[0.1], [0.2, 0.3], 0.4, 0.5], "not numbers"),
         ([0, 1, 2, 3], [0.1, 0.2, 0.3, 0.4], "compute positive"),
         ([1, 2, 3, np.nan], [0.1, 0.2, 0.3, 0.4], "finite"),
     ],

@@ -173,7 +173,7 @@ GOOD = {"trunk_tokens": [5], "completion_tokens": [6]}
         ({**GOOD, "tokenizer": "other"}, "line 2 has ids of tokenizer 'other'"),
         ({**GOOD, "template": "other"}, "line 2 was sampled with another prompt template"),
         ({"text": ""}, "line 2: an empty text"),
-        ({"text": "\ud800"}, "line 2 holds half of a surrogate pair"),
+        ({"text": "\ud800"}, "line 2 contains half of a surrogate pair"),
         ({"text": "a", "text_weight": 10**400}, "text_weight is 1"),
         ({"text": "a", "text_weight": True}, "text_weight is True"),
         ({**GOOD, "trunk_tokens": [10**6]}, "line 2: trunk_tokens and completion_tokens"),

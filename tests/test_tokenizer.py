@@ -78,7 +78,7 @@ def test_trained_byte_level_reads_any_text_and_keeps_the_marks_whole(tmp_path):
 
 
 def test_unusable_tokenizers_are_named(tmp_path):
-    with pytest.raises(DataError, match="must hold tokenizer.json"):
+    with pytest.raises(DataError, match="must contain tokenizer.json"):
         load_tokenizer(tmp_path / "missing")
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="does not load"):
@@ -241,7 +241,7 @@ BAD_TOKENIZERS = {
     "damaged SentencePiece": ("tokenizer.model", b"\n\x0cnonsense" * 30, "does not load"),
     "tiktoken line": ("a.tiktoken", b"IQ== 0\n???\n", "a.tiktoken line 2"),
     "tiktoken ranks": ("a.tiktoken", b"IQ== 0\nIg== 5\n", "ranks are not 0 to 1"),
-    "vocab without merges": ("vocab.json", b"{}", "must hold tokenizer.json"),
+    "vocab without merges": ("vocab.json", b"{}", "must contain tokenizer.json"),
 }
 
 
@@ -260,5 +260,5 @@ def test_vocabularies_that_lose_bytes_are_refused(tmp_path):
     backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     backend.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match="is WordPiece, which does not keep spaces"):
+    with pytest.raises(DataError, match="is WordPiece, which drops spaces"):
         load_tokenizer(tmp_path)

@@ -6,7 +6,9 @@ import numpy as np
 
 from rpt_jax.errors import DataError
 
-MIN_POINTS = 4
+MIN_POINTS, MIN_COMPUTES = 4, 3
+# A fit that noise around a constant reaches with a higher probability than this is doubted.
+_SIGNIFICANCE = 0.05
 _ALPHAS = np.geomspace(0.01, 4.0, 400)
 
 
@@ -33,8 +35,19 @@ class PowerLawFit:
     bootstrap: np.ndarray
 
     @property
+    def p_value(self) -> float:
+        """Probability of an R^2 this high if accuracy is constant with normal noise: F-test with 2 and n - 3 degrees.
+
+        For 2 degrees in the numerator the tail is (SS_res / SS_tot)^((n - 3) / 2). The search over alpha makes noise
+        fit a little better than that.
+        """
+        return float(max(0.0, 1 - self.r2) ** ((len(self.compute) - 3) / 2))
+
+    @property
     def doubt(self) -> str:
         """Reason why the points do not determine the constants; empty if none is found."""
+        if self.p_value > _SIGNIFICANCE:
+            return f"no better than a constant (F-test, p = {self.p_value:.2g})"
         if not 1.01 * _ALPHAS[0] < self.alpha < 0.99 * _ALPHAS[-1]:
             return "α is at the edge of the searched range: not determined"
         are_shares = ((self.accuracy >= 0) & (self.accuracy <= 1)).all()
@@ -65,10 +78,13 @@ def fit_power_law(compute, accuracy, *, num_bootstrap: int = 200, seed: int = 0)
             still too narrow: with 6, a nominal 90% band contains the curve in about 80 to 85 of 100 simulated cases.
         seed: of the resampling.
     Raises:
-        DataError: fewer than 4 points, different lengths, non-finite values, non-positive compute, or a constant
-            series (R^2 and alpha are undefined).
+        DataError: fewer than 4 points or 3 different computes, different lengths, values that are not finite numbers,
+            non-positive compute, or a constant series (R^2 and alpha are undefined).
     """
-    C, P = np.asarray(compute, float), np.asarray(accuracy, float)
+    try:
+        C, P = np.asarray(compute, float), np.asarray(accuracy, float)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"compute or accuracy is not numbers ({error}); both must be. Correct them.") from error
     if C.shape != P.shape or C.ndim != 1 or len(C) < MIN_POINTS:
         raise DataError(
             f"compute has shape {C.shape} and accuracy {P.shape}; a fit needs two series of equal length with "
@@ -79,10 +95,17 @@ def fit_power_law(compute, accuracy, *, num_bootstrap: int = 200, seed: int = 0)
             "compute or accuracy is not finite, or compute is not positive; both must be finite and compute positive. "
             "Drop the point at zero compute."
         )
-    if np.ptp(P) == 0 or np.ptp(C) == 0:
+    # Differences of the size of rounding are not differences.
+    constant = [name for name, x in (("accuracy", P), ("compute", C)) if np.ptp(x) <= 1e-9 * np.abs(x).max()]
+    if constant:
         raise DataError(
-            f"{'accuracy' if np.ptp(P) == 0 else 'compute'} is constant over all {len(P)} points; a power law needs "
-            "it to vary. Train longer, or evaluate another split."
+            f"{constant[0]} is constant over all {len(P)} points; a power law needs it to vary. Train longer, or "
+            "evaluate another split."
+        )
+    if len(np.unique(C)) < MIN_COMPUTES:
+        raise DataError(
+            f"the points have {len(np.unique(C))} different computes; three constants need at least {MIN_COMPUTES}. "
+            "Evaluate more often (--eval.every-steps)."
         )
     A, alpha, p_star = _fit(C, P)
     fitted = A * C**-alpha + p_star

@@ -3,10 +3,7 @@
 Records are jsonl, parquet or ArrayRecord in common layouts, recognised by their fields.
 """
 
-import contextlib
 import hashlib
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +12,7 @@ import numpy as np
 
 from rpt_jax.config import DataConfig, QuestionsConfig
 from rpt_jax.data.batches import Trunks, row_ids
+from rpt_jax.data.layouts import LayoutError, parse_record
 from rpt_jax.data.readers import read_records
 from rpt_jax.data.templates import Template, check_marks, open_thought
 from rpt_jax.errors import ConfigError, DataError
@@ -22,7 +20,6 @@ from rpt_jax.sequences import Task, build_tasks
 from rpt_jax.tokenizer import THINK_OPEN, Tokenizer
 from rpt_jax.types import TaskBatch
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ASK_BOXED = "\n\nReason step by step, then put the final answer within \\boxed{}."
 _ASK_LETTER = "\n\nReason step by step, then put the letter of the right option within \\boxed{}."
 
@@ -46,9 +43,10 @@ class Question:
 def read_questions(path: str) -> list[Question]:
     """Read all questions of a path or glob.
 
-    Layouts: verl and Skywork-OR1 (prompt, reward_model.ground_truth); MMLU-Pro (question, options, answer); ARC
+    Layouts, told apart record by record (`layouts.py`): verl and Skywork-OR1 (prompt, reward_model.ground_truth);
+    MMLU-Pro (question, options, answer) and SuperGPQA (with answer_letter); MMLU (question, choices, answer index); ARC
     (question.stem and choices, or question and choices.text / label, with answerKey); question or problem with answer
-    (for GSM8K, the text after the last ####).
+    (for GSM8K, the text after the last ####); MATH (problem, and solution with a box).
 
     A blank answer is not an error here, because real files have some.
 
@@ -63,95 +61,14 @@ def read_questions(path: str) -> list[Question]:
 
 def _question(record: dict, where: str) -> Question:
     try:
-        for matches, build in _LAYOUTS:
-            if matches(record):
-                question = Question(id=where, record=record, **build(record))
-                break
-        else:
-            raise KeyError("fields of a known layout")
-        if not all(isinstance(part, str) and part for message in question.messages for part in message):
-            raise TypeError("a question that is text")
-        "".join(text for _, text in question.messages).encode()  # raises for half of a surrogate pair
-        if question.choices and not set(question.answers) <= set(LETTERS[: len(question.choices)]):
-            raise ValueError(f"an answer among its {len(question.choices)} options")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        return Question(id=where, record=record, **parse_record(record))
+    except LayoutError as error:
         raise DataError(
-            f"{where} has fields {sorted(record)}; a question record needs {error} (verl: prompt and "
-            "reward_model.ground_truth; MMLU-Pro: question, options, answer; ARC: question, choices, answerKey; or "
-            "question or problem with answer). Correct the record."
+            f"{where} has fields {sorted(map(str, record))}; a question record needs {error} (verl: prompt and "
+            "reward_model.ground_truth; MMLU-Pro: question, options, answer; MMLU: question, choices, answer; ARC: "
+            "question, choices, answerKey; MATH: problem and a boxed solution; or question or problem with answer). "
+            "Correct the record."
         ) from error
-    return question
-
-
-def _verl(record: dict) -> dict:
-    truth = record["reward_model"]["ground_truth"]
-    messages = tuple((m["role"], m["content"]) for m in record["prompt"])
-    if not messages or messages[-1][0] != "user":
-        raise ValueError("a prompt whose last message is the user's")
-    if isinstance(truth, str) and truth.startswith("["):
-        # Skywork-OR1 stores a list of accepted answers as JSON text; an interval also begins with a bracket.
-        with contextlib.suppress(ValueError, RecursionError):
-            listed = json.loads(truth)
-            truth = listed if isinstance(listed, list) and all(isinstance(a, str) for a in listed) else truth
-    answers = truth if isinstance(truth, list | tuple) else [truth]
-    return dict(messages=messages, answers=_answers(answers), category=_category(record.get("ability")))
-
-
-def _answers(values) -> tuple[str, ...]:
-    if not all(a is None or isinstance(a, str | int | float) for a in values):
-        raise TypeError("answers that are text or numbers")
-    return tuple(str(a).strip() for a in values if a is not None and str(a).strip())
-
-
-def _category(value) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _choice(stem: str, texts: list[str], answer: str, category: str) -> dict:
-    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts) or not 2 <= len(texts) <= len(LETTERS):
-        raise ValueError(f"a list of 2 to {len(LETTERS)} options that are text")
-    lines = [stem, *(f"{letter}. {text}" for letter, text in zip(LETTERS, texts))]
-    return dict(
-        messages=(("user", "\n".join(lines)),), answers=_answers([answer]), choices=tuple(texts), category=category
-    )
-
-
-def _mmlu_pro(record: dict) -> dict:
-    return _choice(record["question"], record["options"], record["answer"], _category(record.get("category")))
-
-
-def _arc(record: dict) -> dict:
-    stem, choices = record["question"], record.get("choices")
-    if isinstance(stem, dict):
-        stem, choices = stem["stem"], stem["choices"]
-    if isinstance(choices, dict):
-        choices = [{"text": t, "label": label} for t, label in zip(choices["text"], choices["label"], strict=True)]
-    labels = [c["label"] for c in choices]
-    # Some questions label their options 1 to 4.
-    letter = LETTERS[labels.index(record["answerKey"])]
-    return _choice(stem, [c["text"] for c in choices], letter, _category(record.get("category")))
-
-
-def _plain(record: dict) -> dict:
-    answer = record["answer"]
-    if record.get("choices") or record.get("options"):
-        raise ValueError("options in the MMLU-Pro or ARC layout")
-    answers = answer if isinstance(answer, list) else [answer]
-    final = [re.sub(r"(?<=\d),(?=\d{3})", "", a.split("####")[-1].strip()) if "####" in str(a) else a for a in answers]
-    text = record.get("question", record.get("problem"))
-    return dict(
-        messages=(("user", text),),
-        answers=_answers(final),
-        category=_category(record.get("category")),
-    )
-
-
-_LAYOUTS = (
-    (lambda r: "prompt" in r and "reward_model" in r, _verl),
-    (lambda r: "options" in r, _mmlu_pro),
-    (lambda r: "answerKey" in r, _arc),
-    (lambda r: "answer" in r and ("question" in r or "problem" in r), _plain),
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,14 @@
-"""From files to texts, one record at a time: txt, jsonl, parquet, ArrayRecord, globs of them, Hugging Face datasets.
+"""From files to texts, one record at a time: txt, jsonl, json, parquet, ArrayRecord, globs, Hugging Face datasets.
 
 Unusable files raise errors here, with file and line. Only the current record is in memory.
 """
 
+import codecs
 import glob
 import json
 import os
 import string
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,12 +151,15 @@ def _read_file(path: Path, name: str) -> Iterator:
         return _read_blocks(path, name)
     if path.suffix == ".jsonl":
         return _read_lines(path)
+    if path.suffix == ".json":
+        return _read_array(path)
     if path.suffix == ".parquet":
         return _read_parquet(path)
     if path.suffix in (".array_record", ".arrayrecord"):
         return _read_array_record(path)
     raise DataError(
-        f"{path} ends in {path.suffix!r}; it must be .txt, .jsonl, .parquet or .array_record. Convert or rename it."
+        f"{path} ends in {path.suffix!r}; it must be .txt, .jsonl, .json, .parquet or .array_record. Convert or "
+        "rename it."
     )
 
 
@@ -162,6 +167,9 @@ def _read_blocks(path: Path, name: str) -> Iterator[Text]:
     """Yield a .txt file in pieces that end after a newline; a document has at most `_DOCUMENT_BYTES`."""
     with path.open("rb") as file:
         held, start, document, size = file.read(_BLOCK_BYTES), 0, 1, 0
+        if held.startswith(codecs.BOM_UTF8):
+            warnings.warn(f"{path} begins with a byte order mark, which is left out", stacklevel=2)
+            held, start = held[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
         while held:
             more = file.read(_BLOCK_BYTES)
             cut = len(held)
@@ -189,21 +197,46 @@ def _read_lines(path: Path) -> Iterator[dict]:
     # Binary lines end at "\n" only: strings may contain Unicode line separators.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             yield parse_json_line(decode_utf8(line, path, number), path, number) if line.strip() else {}
 
 
+def _read_array(path: Path) -> Iterator[dict]:
+    """Yield the records of a JSON array, which is held whole; a .json file of JSON lines is read as .jsonl."""
+    text = decode_utf8(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, 1)
+    if not text.lstrip().startswith("["):
+        yield from _read_lines(path)
+        return
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}); it must be an array of objects. Correct the file.") from error
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{path} record {number} is a {type(record).__name__}; each record must be an object. Correct it."
+            )
+        yield record
+
+
 def _read_parquet(path: Path) -> Iterator[dict]:
+    """Yield records without the values that Python cannot hold, such as nanosecond times: few texts need them."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-    ) as error:  # conversion to Python values raises too
+                columns = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns)}
+                readable = {name: values for name, values in columns.items() if values is not None}
+                for row in range(batch.num_rows):
+                    yield {name: values[row] for name, values in readable.items()}
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file ({error}); write it again.") from error
+
+
+def _values(column: pyarrow.Array) -> list | None:
+    try:
+        return column.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError):
+        return None
 
 
 def _read_array_record(path: Path) -> Iterator[dict]:

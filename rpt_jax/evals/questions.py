@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Config
-from rpt_jax.data.questions import LETTERS, Question, QuestionSource
+from rpt_jax.data.layouts import LETTERS
+from rpt_jax.data.questions import Question, QuestionSource
 from rpt_jax.evals.next_token import by_split
 from rpt_jax.evals.sampling import policies_of, sample
 from rpt_jax.parallel.distributed import to_host
