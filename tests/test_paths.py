@@ -128,7 +128,7 @@ def test_lora_run_trains_adapters_and_exports(home, trained, tmp_path):
     for name in ("attention_norm", "q_norm"):
         np.testing.assert_array_equal(params["layers"][name], start["layers"][name])
     assert not np.array_equal(params["layers"]["q_proj"], start["layers"]["q_proj"])
-    with pytest.raises(ConfigError, match="adapters sit on a warm-started policy"):
+    with pytest.raises(ConfigError, match="base weights are a warm-started policy"):
         convert_hf.main(["--run", str(run), "--out", str(tmp_path / "adapters"), "--adapters"])
     if importlib.util.find_spec("torch"):
         import torch

@@ -295,7 +295,7 @@ def test_warm_start_lines_that_do_not_fit_are_named(corpus, tmp_path):
         ('{"text": "' + " Ana" * 200 + '"}', "line 1: the text takes"),
         ('{"text": " Ana", "completion": "' + " 1" * 40 + '"}', "line 1: the completion takes 41"),
         ('{"completion": " 1"}', "needs a string 'text'"),
-        ("", "holds no sequence"),
+        ("", "contains no sequence"),
     ):
         path.write_text(line)
         with pytest.raises(DataError, match=message):

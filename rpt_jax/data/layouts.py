@@ -127,17 +127,13 @@ def _listed(text: str) -> list[str] | None:
 def _options(record: dict) -> dict[str, Any]:
     """MMLU-Pro: options and the letter as answer. SuperGPQA: options, the text as answer, and answer_letter."""
     options = _structure(record, "options", list)
-    answer = record.get("answer_letter", record.get("answer"))
-    is_letter = isinstance(answer, str) and answer in LETTERS[: len(options)]
-    if isinstance(answer, str) and not is_letter and options.count(answer) == 1:
-        answer = LETTERS[options.index(answer)]
-    elif (
-        is_letter
-        and "answer_letter" not in record
-        and answer in options
-        and options.index(answer) != LETTERS.index(answer)
-    ):
+    answer, letters = record.get("answer_letter", record.get("answer")), tuple(LETTERS[: len(options)])
+    is_letter, is_text = answer in letters, options.count(answer) == 1
+    is_sure = "answer_letter" in record or (is_letter and record.get("answer_index") == letters.index(answer))
+    if is_letter and is_text and not is_sure and options[letters.index(answer)] != answer:
         raise LayoutError(f"answer_letter: the answer {answer!r} is a letter and the text of another option")
+    if is_text and not is_letter:
+        answer = letters[options.index(answer)]
     return _choice(record.get("question"), options, answer, record)
 
 
