@@ -321,6 +321,27 @@ def test_a_threshold_above_everything_names_the_highest_entropy(corpus):
         select_from_corpus(corpus, PositionsConfig(entropy_threshold=9.0), seed=0)
 
 
+def test_a_proxy_at_chance_is_named_instead_of_the_threshold():
+    """32,000 equally likely tokens: 16 of them have an entropy of 16 / 32000 * ln 32000 = 0.005 nats together."""
+
+    class Parts(list):
+        documents, windows = [None], types.SimpleNamespace(stride=4, min_context_tokens=1)
+        proxy = types.SimpleNamespace(config=types.SimpleNamespace(num_ids=0, vocab_size=32_000))
+
+    def table(logprob):
+        columns = {"document": np.int32, "index": np.int32, "num_bytes": np.int32, "direct_token": np.int32}
+        zeros = {name: np.zeros(3, kind) for name, kind in columns.items()}
+        floats = {"entropy": 0.005, "direct_logprob": logprob}
+        return positions_lib.PositionTable(
+            **zeros, **{name: np.full(3, value, np.float32) for name, value in floats.items()}
+        )
+
+    with pytest.raises(DataError, match=r"proxy is not trained enough: .* -10.37 nats and chance is -10.37"):
+        select_from_corpus(Parts([table(-np.log(32_000))]), PositionsConfig(entropy_threshold=1.5), seed=0)
+    with pytest.raises(DataError, match="Lower --positions.entropy-threshold"):
+        select_from_corpus(Parts([table(-1.0)]), PositionsConfig(entropy_threshold=1.5), seed=0)
+
+
 @pytest.mark.parametrize("size", [7, 31, 33, 512, 1000])
 def test_top_k_by_blocks_equals_sorting(size):
     x = np.random.default_rng(size).standard_normal((5, size)).astype(np.float32)

@@ -1,5 +1,6 @@
 """Documents, prompts, positions and batches: every index by hand or by a slow definition."""
 
+import dataclasses
 import json
 from dataclasses import replace
 
@@ -285,11 +286,13 @@ def test_iterator_resumes_exactly_and_reshuffles(monkeypatch):
     assert batches[0:2] != batches[2:4] or batches[2:4] != batches[4:6]
 
 
-@pytest.mark.parametrize("renormalize", [False, True])
-def test_direct_statistics_by_definition(tiny_config, tiny_params, renormalize):
-    tokens = np.random.default_rng(0).integers(0, tiny_config.vocab_size, (2, 9)).astype(np.int32)
-    entropy, argmax, logprob = direct_statistics(tiny_config, tiny_params, tokens, renormalize=renormalize)
-    probs = np.asarray(jax.nn.softmax(decoder.logits(tiny_config, tiny_params, tokens)), np.float64)
+@pytest.mark.parametrize(("renormalize", "num_ids"), [(False, 0), (True, 0), (False, 40)])
+def test_direct_statistics_by_definition(tiny_config, tiny_params, renormalize, num_ids):
+    size = num_ids or tiny_config.vocab_size
+    tokens = np.random.default_rng(0).integers(0, size, (2, 9)).astype(np.int32)
+    config = dataclasses.replace(tiny_config, num_ids=num_ids)
+    entropy, argmax, logprob = direct_statistics(config, tiny_params, tokens, renormalize=renormalize)
+    probs = np.asarray(jax.nn.softmax(decoder.logits(tiny_config, tiny_params, tokens)[..., :size]), np.float64)
     for u in range(2):
         for t in range(1, 9):
             p = np.sort(probs[u, t - 1])[::-1][:16]

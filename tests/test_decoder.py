@@ -165,18 +165,22 @@ def test_padding_and_neighbours_change_nothing(tiny_config, tiny_params):
     np.testing.assert_allclose(first[keep[:, 0]], base[:, 0][keep[:, 0]], atol=1e-5, rtol=1e-6)
 
 
-def test_chunked_logprobs_and_their_gradients_equal_the_whole(tiny_config, monkeypatch):
-    """Log-probabilities and entropy against float64, gradients against autodiff through the whole log-softmax."""
+@pytest.mark.parametrize("num_ids", [50, 41], ids=["every entry is an id", "unused entries"])
+def test_chunked_logprobs_and_their_gradients_equal_the_whole(tiny_config, monkeypatch, num_ids):
+    """Log-probabilities and entropy against float64, gradients against autodiff through the whole log-softmax.
+
+    The distribution is over the tokenizer's ids: that of a head without the unused rows, which get no gradient.
+    """
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((2, 23, 8)).astype(np.float32)
     params = {"head": rng.standard_normal((50, 8)).astype(np.float32)}
-    targets, weights = rng.integers(0, 50, (2, 23)), rng.standard_normal((2, 23)).astype(np.float32)
+    targets, weights = rng.integers(0, num_ids, (2, 23)), rng.standard_normal((2, 23)).astype(np.float32)
     # 5 tokens a chunk, so 23 leave a ragged last one.
     small = dataclasses.replace(attention.KERNELS["cpu"], max_logits=2 * 50 * 5)
     monkeypatch.setitem(attention.KERNELS, "cpu", small)
-    config = dataclasses.replace(tiny_config, vocab_size=50, platform="cpu")
+    config = dataclasses.replace(tiny_config, vocab_size=50, num_ids=num_ids, platform="cpu")
     logprobs, entropy = token_logprobs(config, params, hidden, targets, temperature=0.7)
-    z = (hidden.astype(np.float64) @ params["head"].T) / 0.7
+    z = (hidden.astype(np.float64) @ params["head"][:num_ids].T) / 0.7
     expected = z - np.log(np.exp(z).sum(-1, keepdims=True))
     np.testing.assert_allclose(logprobs, np.take_along_axis(expected, targets[..., None], -1)[..., 0], atol=1e-5)
     np.testing.assert_allclose(entropy, -(np.exp(expected) * expected).sum(-1), atol=1e-5)
@@ -189,7 +193,7 @@ def test_chunked_logprobs_and_their_gradients_equal_the_whole(tiny_config, monke
         return 3.0 * loss, aux
 
     def whole(params, hidden):
-        logprobs = jax.nn.log_softmax(hidden @ params["head"].T / 0.7)
+        logprobs = jax.nn.log_softmax(hidden @ params["head"][:num_ids].T / 0.7)
         return 3.0 * jnp.sum(term(jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0], {"w": weights}))
 
     (value, aux), gradients = jax.value_and_grad(chunked, (0, 1), has_aux=True)(params, jnp.asarray(hidden))

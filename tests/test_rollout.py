@@ -186,6 +186,11 @@ def test_unused_vocabulary_entries_are_never_sampled(tiny_config, tiny_params):
         max_completion_tokens=12, temperature=2.0, top_p=1.0, top_k=0, stop_ids=(EOS,), vocab_size=7,
     )  # fmt: skip
     assert np.asarray(rollouts.tokens).max() < 7
+    # The scorer has the sampler's distribution, of these ids alone.
+    config, prompts = dataclasses.replace(tiny_config, num_ids=7), make_tasks(tiny_config, L=9).prompts
+    again = score(config, tiny_params, completions(prompts, rollouts.tokens, rollouts.mask), temperature=2.0)
+    mask = np.asarray(rollouts.mask)
+    np.testing.assert_allclose(np.asarray(again)[mask], np.asarray(rollouts.sampler_logprobs)[mask], atol=2e-5)
 
 
 SHORT = dict(max_completion_tokens=20, temperature=3.0, vocab_size=9)  # a stop token about every ninth

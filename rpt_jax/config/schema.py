@@ -51,6 +51,7 @@ def setting(
     shown: bool = False,
     resolved: bool = False,
     before: Any = _NOTHING,
+    shows_in_repr: bool = True,
 ) -> Any:
     """Declare a field with its default and bounds.
 
@@ -65,11 +66,14 @@ def setting(
         shown: `--help` lists it.
         resolved: an empty value or 0 is resolved at the run's first start and kept with the run.
         before: value of runs made before the field existed, if it is not the default.
+        shows_in_repr: False keeps names that are made of a section's repr as they were before the field existed.
     """
     rules = {"at_least": at_least, "above": above, "at_most": at_most, "inside": inside, "or_none": or_none}
     metadata = rules | {"because": because, "free": free, "shown": shown, "resolved": resolved}
     return dataclasses.field(
-        default=default, metadata=metadata if before is _NOTHING else metadata | {"before": before}
+        default=default,
+        repr=shows_in_repr,
+        metadata=metadata if before is _NOTHING else metadata | {"before": before},
     )
 
 

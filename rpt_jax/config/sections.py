@@ -120,6 +120,9 @@ class DecoderConfig:
     """Hugging Face architecture of exports; see models/families.py for what each supports."""
     vocab_size: int = setting(0, at_least=0, resolved=True)
     """Entries of the embedding. 0: the tokenizer's size."""
+    num_ids: int = setting(0, at_least=0, resolved=True, shows_in_repr=False)
+    """Entries that stand for ids of the tokenizer, resolved at the first start: only these are sampled, scored and
+    learned. 0: all."""
     num_layers: int = setting(4, at_least=1)
     width: int = setting(128, at_least=1)
     mlp_width: int = setting(384, at_least=1)

@@ -262,11 +262,12 @@ def select_from_corpus(corpus: ScoredCorpus, settings: PositionsConfig, *, seed:
         "entropy_threshold": lambda: settings.entropy_threshold,
         "entropy_top_fraction": lambda: top_fraction_threshold(corpus, settings.top_fraction),
     }.get(settings.selector, lambda: float("nan"))()
-    kept, num_candidates, highest = [], 0, -np.inf
+    kept, num_candidates, highest, logprob = [], 0, -np.inf, 0.0
     for number, table in enumerate(corpus):
         num_candidates += len(table)
         if settings.selector not in UNSCORED_SELECTORS:
             highest = max(highest, table.entropy.max(initial=-np.inf))
+            logprob += float(table.direct_logprob.sum(dtype=np.float64))
         rows = select_positions(table, settings, threshold=threshold, stride=corpus.windows.stride, seed=(seed, number))
         kept.append(table.take(rows))
     if not num_candidates:
@@ -277,11 +278,23 @@ def select_from_corpus(corpus: ScoredCorpus, settings: PositionsConfig, *, seed:
         )
     selected = PositionTable.concatenate(kept)
     if not len(selected):
+        if threshold < np.log(NUM_TOP_TOKENS):  # no entropy over so many tokens exceeds that
+            _check_proxy(corpus, logprob / num_candidates)
         raise DataError(
             f"no position has more than positions.entropy_threshold={threshold} nats "
             f"(highest: {highest:.3f}). Lower --positions.entropy-threshold."
         )
     return Selection(table=selected, threshold=threshold)
+
+
+def _check_proxy(corpus: ScoredCorpus, mean_logprob: float) -> None:
+    """Raise DataError for a proxy near chance: the entropy over its 16 most likely of many tokens is then near 0."""
+    chance = -np.log(corpus.proxy.config.num_ids or corpus.proxy.config.vocab_size)
+    if mean_logprob < 0.8 * chance:
+        raise DataError(
+            f"no position has a high entropy because the proxy is not trained enough: its mean log-probability is "
+            f"{mean_logprob:.2f} nats and chance is {chance:.2f}. Train it longer, or set --proxy.path to another."
+        )
 
 
 def top_fraction_threshold(corpus: ScoredCorpus, fraction: float) -> float:

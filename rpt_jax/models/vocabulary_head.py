@@ -26,6 +26,16 @@ def next_logits(params, hidden_D):
     return constrain(logits_V, TRUNK_AXES, *(None,) * (logits_V.ndim - 2), "tensor")
 
 
+# Finite, so that its product with a probability of 0 is 0.
+_UNUSED = -1e30
+
+
+def without_unused(config: DecoderConfig, logits_V):
+    """Mask the logits of vocabulary entries that no id of the tokenizer has: [..., V], of probability 0 from there."""
+    V = logits_V.shape[-1]
+    return logits_V if config.num_ids in (0, V) else jnp.where(jnp.arange(V) < config.num_ids, logits_V, _UNUSED)
+
+
 def _head_for(params, hidden_D):
     """Return the head split by vocabulary only, gathered once for all chunks."""
     return constrain(output_head(params).astype(hidden_D.dtype), "tensor")
@@ -51,13 +61,13 @@ def _joined(chunks, n: int):
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :n], chunks)
 
 
-def _chunk_logprobs(head_VD, hidden_UnD, targets_Un, sharpness):
+def _chunk_logprobs(config: DecoderConfig, head_VD, hidden_UnD, targets_Un, sharpness):
     """Return (log-probability of the targets [U, n], entropy [U, n], distribution [U, n, V]).
 
     sharpness: 1 / temperature, a scalar or f32 [U, n, 1].
     """
     logits_UnV = jnp.einsum("und,vd->unv", hidden_UnD, head_VD, preferred_element_type=jnp.float32) * sharpness
-    logits_UnV = constrain(logits_UnV, TRUNK_AXES, None, "tensor")
+    logits_UnV = without_unused(config, constrain(logits_UnV, TRUNK_AXES, None, "tensor"))
     logits_UnV = logits_UnV - logits_UnV.max(-1, keepdims=True)
     weights_UnV = jnp.exp(logits_UnV)
     total_Un1 = weights_UnV.sum(-1, keepdims=True)
@@ -80,7 +90,7 @@ def token_logprobs(config: DecoderConfig, params, hidden_UND, targets_UN, *, tem
     """
     head_VD = _head_for(params, hidden_UND)
     chunks, n = _chunks(config, head_VD.shape[0], (hidden_UND, targets_UN))
-    return _joined(jax.lax.map(lambda x: _chunk_logprobs(head_VD, *x, 1 / temperature)[:2], chunks), n)
+    return _joined(jax.lax.map(lambda x: _chunk_logprobs(config, head_VD, *x, 1 / temperature)[:2], chunks), n)
 
 
 def token_loss(config: DecoderConfig, term_fn, params, hidden_UND, targets_UN, inputs, *, temperature):
@@ -109,7 +119,7 @@ def _token_loss(config, term_fn, head_VD, hidden_UND, targets_UN, inputs, sharpn
 
     def one(chunk):
         hidden, targets, inputs, sharpness_Un = chunk
-        logprobs, entropy, _ = _chunk_logprobs(head_VD, hidden, targets, sharpness_Un[..., None])
+        logprobs, entropy, _ = _chunk_logprobs(config, head_VD, hidden, targets, sharpness_Un[..., None])
         return term_fn(logprobs, inputs).sum(), logprobs, entropy
 
     losses, *rest = jax.lax.map(one, chunks)
@@ -137,7 +147,7 @@ def _token_loss_fwd(config, term_fn, head_VD, hidden_UND, targets_UN, inputs, sh
 
     def one(head_gradient, chunk):
         hidden, targets, inputs, sharpness_Un = chunk
-        logprobs, entropy, probs_UnV = _chunk_logprobs(head_VD, hidden, targets, sharpness_Un[..., None])
+        logprobs, entropy, probs_UnV = _chunk_logprobs(config, head_VD, hidden, targets, sharpness_Un[..., None])
         terms, pull = jax.vjp(lambda x: term_fn(x, inputs), logprobs)
         (slope_Un,) = pull(jnp.ones_like(terms))
         is_target = jnp.arange(probs_UnV.shape[-1]) == targets[..., None]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import DecoderConfig
 from rpt_jax.models import decoder
-from rpt_jax.models.vocabulary_head import output_head
+from rpt_jax.models.vocabulary_head import output_head, without_unused
 from rpt_jax.parallel.mesh import on_mesh_of
 from rpt_jax.sequences import trunks_alone
 
@@ -66,6 +66,7 @@ def _direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize:
         hidden_UD, target_U = inputs
         head = head_VD.astype(hidden_UD.dtype)
         logits_UV = jnp.einsum("ud,vd->uv", hidden_UD, head, preferred_element_type=jnp.float32)
+        logits_UV = without_unused(config, logits_UV)
         total_U = jax.nn.logsumexp(logits_UV, axis=-1)
         top, ids = _top_k(logits_UV, num_top)
         log_p = top - total_U[:, None]

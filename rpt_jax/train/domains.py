@@ -347,7 +347,7 @@ def load_proxy(run, params) -> tuple[Proxy, str]:
     """Return the model that scores positions, and its fingerprint. Without a proxy.path it is the policy, `params`."""
     model, path = run.config.model, run.config.proxy.path
     if path:
-        model = replace(read_config(path), activation_dtype=model.activation_dtype)
+        model = replace(read_config(path), activation_dtype=model.activation_dtype, num_ids=model.num_ids)
         _, params = load_hf(path, run.mesh)
         run.directory.remember("proxy", {"path": path, "checksum": fingerprint(params)})
     proxy = Proxy(
@@ -359,4 +359,5 @@ def load_proxy(run, params) -> tuple[Proxy, str]:
         renormalize=run.config.positions.renormalize,
     )
     # Exclude remat and platform, which change only how the scores are computed and may differ between machines.
-    return proxy, f"{replace(model, remat=True, platform='')}{fingerprint(params)}"
+    unused = "" if model.num_ids in (0, model.vocab_size) else f"ids below {model.num_ids}"
+    return proxy, f"{replace(model, remat=True, platform='')}{fingerprint(params)}{unused}"

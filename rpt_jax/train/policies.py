@@ -90,7 +90,9 @@ def resolve(config: Config, tokenizer: Tokenizer, kept: Config | None = None) ->
             f"model.vocab_size={size}; the tokenizer has {tokenizer.vocab_size} ids and each needs an entry. "
             "Raise --model.vocab-size, use 0, or use the tokenizer that belongs to the checkpoint."
         )
-    model = replace(model, vocab_size=size or -(-tokenizer.vocab_size // shards) * shards)
+    # Runs of an earlier version scored and learned unused entries too.
+    num_ids = tokenizer.vocab_size if kept is None else kept.model.num_ids
+    model = replace(model, vocab_size=size or -(-tokenizer.vocab_size // shards) * shards, num_ids=num_ids)
     # A run directory without stop ids is of an earlier version, which stops at the end token alone.
     kept_ids = () if kept is None else kept.rollout.stop_ids or (tokenizer.eos_id,)
     stop_ids = config.rollout.stop_ids or kept_ids or tokenizer.stop_ids
