@@ -13,6 +13,7 @@ from experiments.cli import load_run, run_script
 from rpt_jax.errors import ConfigError
 from rpt_jax.models.hf import save_hf
 from rpt_jax.models.lora import merge, save_adapters
+from rpt_jax.tokenizer.stops import read_generation_config
 from rpt_jax.train.run import newest_state, prepare
 from rpt_jax.train.stages.warm_start import warm_start
 
@@ -42,7 +43,9 @@ def main(argv: list[str]) -> None:
         save_adapters(args.out, config.lora, state.params, base=config.policy.path)
     else:
         policy = merge(frozen, state.params)
-        save_hf(args.out, config.model, policy, dtype=args.dtype, tokenizer=run.tokenizer)
+        source = read_generation_config(Path(config.policy.path)) if config.policy.path else {}
+        generation = source | {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": list(config.rollout.stop_ids)}
+        save_hf(args.out, config.model, policy, dtype=args.dtype, tokenizer=run.tokenizer, generation=generation)
     print(f"step {step} of {args.run} -> {args.out}")
     run.directory.close()
 

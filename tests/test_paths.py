@@ -44,7 +44,8 @@ def home(tmp_path_factory):
     params = decoder.init_params(config, make_mesh(MeshConfig()), jax.random.key(0))
     # Sharper than a new model, so that entropies differ.
     params = params | {"embedding": 3 * params["embedding"]}
-    save_hf(root / "policy", config, params, tokenizer=tokenizer)
+    generation = {"eos_token_id": [tokenizer.eos_id, 5], "temperature": 0.6}
+    save_hf(root / "policy", config, params, tokenizer=tokenizer, generation=generation)
     rng = np.random.default_rng(0)
     with (root / "corpus.jsonl").open("w") as file:
         for _ in range(40):
@@ -227,6 +228,12 @@ def test_fine_tuning_on_questions(home, tmp_path, capsys):
     assert results["after"]["all"]["sampled"]["n"] == 2 and (run / "report.html").exists()
     evaluate.main(["--run", str(run)])
     convert_hf.main(["--run", str(run), "--out", str(tmp_path / "out")])
+    # Stop ids of the model's generation_config.json: kept with the run and its sources, said, and exported.
+    ends = [tokenizer.eos_id, 5]
+    assert json.loads((run / "config.json").read_text())["rollout"]["stop_ids"] == ends
+    assert json.loads((run / "stop_ids.json").read_text())["5"] == ["generation_config.json"]
+    exported = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert exported["eos_token_id"] == ends and exported["temperature"] == 0.6
     flags = ["--policy.path", str(tmp_path / "out"), "--data.trunk-length", "160", *TINY]
     zero_shot.main(["--questions.path", str(home / "choices.jsonl"), "--json", str(tmp_path / "f.json"), *flags])
     figures = json.loads((tmp_path / "f.json").read_text())

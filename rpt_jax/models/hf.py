@@ -260,6 +260,7 @@ def save_hf(
     *,
     dtype: str | None = None,
     tokenizer: Any = None,
+    generation: dict[str, Any] | None = None,
     max_shard_bytes: int = 2 * 10**9,
 ) -> None:
     """Write a model directory that transformers loads. Adapters must be merged first.
@@ -270,6 +271,7 @@ def save_hf(
         params: plain parameters.
         dtype: of the tensors; None: that of each parameter.
         tokenizer: a `tokenizer.Tokenizer` to save with the weights.
+        generation: generation_config.json to write, such as its stop ids; None: none.
         max_shard_bytes: of a safetensors file; one shard is on the host at a time.
     Raises:
         CheckpointError: the family does not support this model, adapters are not merged, or the directory is not empty.
@@ -298,6 +300,8 @@ def save_hf(
     _name_shards(directory, shards + 1, weight_map, total)
     if tokenizer is not None:
         tokenizer.save(directory)
+    if generation is not None:
+        (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     # Written last: a directory without config.json is an unfinished export.
     (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 

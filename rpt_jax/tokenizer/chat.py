@@ -9,8 +9,16 @@ from rpt_jax.errors import DataError
 Messages = list[tuple[str, str]]
 
 
-def render(backend: transformers.PreTrainedTokenizerFast, messages: Messages, where: str) -> str:
-    """Render a conversation as text, up to the start of the assistant's turn.
+def render(
+    backend: transformers.PreTrainedTokenizerFast, messages: Messages, where: str, *, opens_turn: bool = True
+) -> str:
+    """Render a conversation as text.
+
+    Args:
+        backend: with the template.
+        messages: of the conversation.
+        where: name of the tokenizer, for errors.
+        opens_turn: end with the start of the assistant's turn.
 
     Raises:
         DataError: there is no template, or it fails on these messages.
@@ -23,7 +31,7 @@ def render(backend: transformers.PreTrainedTokenizerFast, messages: Messages, wh
     try:
         return backend.apply_chat_template(
             [{"role": role, "content": content} for role, content in messages],
-            add_generation_prompt=True,
+            add_generation_prompt=opens_turn,
             tokenize=False,
         )
     except Exception as error:  # Jinja and the template may raise anything

@@ -17,6 +17,7 @@ import transformers
 from rpt_jax.errors import DataError
 from rpt_jax.tokenizer import chat
 from rpt_jax.tokenizer.formats import byte_level_alphabet
+from rpt_jax.tokenizer.stops import find_stop_ids
 
 # Marks around thoughts and answers.
 THINK_OPEN, THINK_CLOSE, BOX_OPEN = "<think>", "</think>", "\\boxed{"
@@ -56,10 +57,30 @@ class Tokenizer:
         first = backend("", add_special_tokens=True)["input_ids"][:1]
         self.bos_id = int(first[0]) if first and first[0] != self.eos_id else None
 
+    @cached_property
+    def stop_sources(self) -> dict[int, list[str]]:
+        """Ids that end a completion, and who says so: {id: sources}; see `stops.find_stop_ids`."""
+        directory = Path(self._where)
+        return find_stop_ids(self, directory if directory.is_dir() else None)
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Return the ids that end a completion."""
-        return (self.eos_id,)
+        """Ids that end a completion, the tokenizer's end token first."""
+        return tuple(self.stop_sources)
+
+    def entry(self, token_id: int) -> str:
+        """Return the vocabulary's text of an id, special tokens included; for messages."""
+        return str(self._backend.convert_ids_to_tokens(int(token_id)))
+
+    def turn_end(self) -> int | None:
+        """Return the special token that the chat template puts after the assistant's message, or None."""
+        mark = "\u27e6answer\u27e7"
+        try:
+            text = chat.render(self._backend, [("user", "?"), ("assistant", mark)], self._where, opens_turn=False)
+        except DataError:
+            return None
+        ids = self.encode(text.rpartition(mark)[2].lstrip(), specials=True) if mark in text else []
+        return ids[0] if ids and ids[0] in self._backend.added_tokens_decoder else None
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Encode `text`, without adding special tokens.

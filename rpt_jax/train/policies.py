@@ -21,6 +21,7 @@ from rpt_jax.rewards.catalog import requested_policies
 from rpt_jax.rl.optimizer import init_state, make_optimizer
 from rpt_jax.scoring.companions import AVERAGE, with_companions
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
+from rpt_jax.tokenizer.stops import find_stop_ids
 from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.run_directory import read_config, read_json
 from rpt_jax.types import TrainState
@@ -95,7 +96,7 @@ def resolve(config: Config, tokenizer: Tokenizer, kept: Config | None = None) ->
     model = replace(model, vocab_size=size or -(-tokenizer.vocab_size // shards) * shards, num_ids=num_ids)
     # A run directory without stop ids is of an earlier version, which stops at the end token alone.
     kept_ids = () if kept is None else kept.rollout.stop_ids or (tokenizer.eos_id,)
-    stop_ids = config.rollout.stop_ids or kept_ids or tokenizer.stop_ids
+    stop_ids = config.rollout.stop_ids or kept_ids or tuple(stop_sources(config, tokenizer))
     if not all(0 <= i < tokenizer.vocab_size for i in stop_ids):
         raise ConfigError(
             f"rollout.stop_ids={stop_ids}; they must be ids of the tokenizer, below {tokenizer.vocab_size}. Correct "
@@ -104,6 +105,17 @@ def resolve(config: Config, tokenizer: Tokenizer, kept: Config | None = None) ->
     config = replace(config, model=model, rollout=replace(config.rollout, stop_ids=stop_ids))
     config.validate()
     return config
+
+
+def stop_sources(config: Config, tokenizer: Tokenizer) -> dict[int, list[str]]:
+    """Return the stop ids of a new run and their sources: of rollout.stop_ids, a run as policy, or `find_stop_ids`."""
+    path = config.policy.path
+    if config.rollout.stop_ids:
+        return {i: ["rollout.stop_ids"] for i in config.rollout.stop_ids}
+    if path and is_run(path):
+        ids = read_config(Path(path), say=False).rollout.stop_ids or (tokenizer.eos_id,)
+        return {i: ["the run in policy.path"] for i in ids}
+    return find_stop_ids(tokenizer, Path(path)) if path else tokenizer.stop_sources
 
 
 def _shape_of(path: str) -> DecoderConfig:

@@ -24,7 +24,8 @@ from rpt_jax.scoring.requests import Scorer
 from rpt_jax.tokenizer import Tokenizer
 from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.domains import Domain, Source, open_domain
-from rpt_jax.train.policies import find_tokenizer, fingerprint, fresh_state, resolve, start_params
+from rpt_jax.train.policies import find_tokenizer, fingerprint, fresh_state, resolve, start_params, stop_sources
+from rpt_jax.train.progress import console
 from rpt_jax.train.resume import Resume, begin_as_copy
 from rpt_jax.train.run_directory import RunDirectory, read_config
 from rpt_jax.types import TrainState
@@ -108,6 +109,7 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     mesh, path = make_mesh(config.mesh), Path(config.run.directory)
     kept = _config_of(path, say=not read_only) or _config_of(Resume.parse(config.run.resume).source, say=True)
     tokenizer = find_tokenizer(config)
+    sources = stop_sources(config, tokenizer)
     config = resolve(config, tokenizer, kept)
     check_model(config, mesh)
     if config.reward.function:
@@ -124,6 +126,10 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     begin_as_copy(config, identity)
     directory = RunDirectory(config, identity, read_only=read_only)
     run = Run(config=config, mesh=mesh, directory=directory, tokenizer=tokenizer, domain=domain, warm_examples=examples)
+    if kept is None and not read_only:
+        directory.remember("stop_ids", {str(i): names for i, names in sources.items()})
+        ends = (f"{i} {tokenizer.entry(i)!r} ({', '.join(names)})" for i, names in sources.items())
+        console.print(f"a completion stops at {'; '.join(ends)}", highlight=False)
     if not read_only:
         if config.run.resume.isdigit():
             Checkpoints(
