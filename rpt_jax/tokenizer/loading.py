@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tokenizers
@@ -46,38 +47,125 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _read(directory: Path, has: list[str]) -> Tokenizer | None:
-    where, configured = str(directory), _configured(directory / "tokenizer_config.json")
-    if "tokenizer.json" in has and "tokenizer_config.json" in has:
-        backend = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=True)
-        return Tokenizer(backend, where=where)
-    if "tokenizer.json" in has:
-        return Tokenizer(_fast(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))), where=where)
+    where, configured = str(directory), read_configured(directory)
     tiktoken = [directory / name for name in has if name.endswith(".tiktoken")]
-    if "tokenizer.model" in has:
-        if not is_tiktoken(directory / "tokenizer.model"):
-            backend, special = read_sentencepiece(directory / "tokenizer.model")
-            return Tokenizer(_fast(backend, special | configured), where=where)
-        tiktoken.insert(0, directory / "tokenizer.model")
-    if tiktoken:
-        return Tokenizer(_fast(read_tiktoken(tiktoken[0]), configured), where=where)
-    if {"vocab.json", "merges.txt"} <= set(has):
-        backend = tokenizers.ByteLevelBPETokenizer.from_file(
-            str(directory / "vocab.json"), str(directory / "merges.txt")
-        )
-        return Tokenizer(_fast(tokenizers.Tokenizer.from_str(backend.to_str()), configured), where=where)
-    return None
+    if "tokenizer.json" in has:
+        # The pipeline of the file itself: classes named in config files may replace its normaliser or splitter.
+        backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    elif "tokenizer.model" in has and not is_tiktoken(directory / "tokenizer.model"):
+        backend, special = read_sentencepiece(directory / "tokenizer.model")
+        configured = replace(configured, names=special | configured.names)
+    elif tiktoken or "tokenizer.model" in has:
+        backend = read_tiktoken(tiktoken[0] if "tokenizer.model" not in has else directory / "tokenizer.model")
+    elif {"vocab.json", "merges.txt"} <= set(has):
+        files = (str(directory / "vocab.json"), str(directory / "merges.txt"))
+        backend = tokenizers.Tokenizer.from_str(tokenizers.ByteLevelBPETokenizer.from_file(*files).to_str())
+        _add_tokens(backend, configured.added)
+    else:
+        return None
+    _check_named(backend, configured, where)
+    options = configured.names | ({"chat_template": configured.chat_template} if configured.chat_template else {})
+    return Tokenizer(_fast(backend, options), where=where, adds_bos=configured.adds_bos)
 
 
-def _configured(path: Path) -> dict[str, str]:
-    """Return the special tokens and the chat template in tokenizer_config.json."""
-    if not path.exists():
+@dataclass(frozen=True, kw_only=True)
+class Configured:
+    """What the JSON files next to a vocabulary say."""
+
+    names: dict[str, str]
+    """bos_token, eos_token and unk_token, as far as they are named."""
+    added: dict[int, tokenizers.AddedToken]
+    """Added tokens by id."""
+    chat_template: str | None
+    adds_bos: bool | None
+    """add_bos_token; None: the files do not say."""
+
+
+def read_configured(directory: Path) -> Configured:
+    """Read tokenizer_config.json, added_tokens.json, special_tokens_map.json and the chat template files.
+
+    Raises:
+        DataError: a file or an entry that does not parse; names it.
+    """
+    config = _read_object(directory / "tokenizer_config.json")
+    given = _read_object(directory / "special_tokens_map.json") | config
+    names = {}
+    for name in ("bos_token", "eos_token", "unk_token"):
+        value = given.get(name)
+        # A token is a string, or an object with a content field.
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            names[name] = value
+    adds_bos = config.get("add_bos_token")
+    return Configured(
+        names=names,
+        added=_added_tokens(directory, config),
+        chat_template=_chat_template(directory, config),
+        adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
+    )
+
+
+def _added_tokens(directory: Path, config: dict) -> dict[int, tokenizers.AddedToken]:
+    try:
+        plain = {int(i): {"content": content} for content, i in _read_object(directory / "added_tokens.json").items()}
+        entries = plain | {int(i): entry for i, entry in config.get("added_tokens_decoder", {}).items()}
+        flags = ("single_word", "lstrip", "rstrip", "normalized")
+        return {
+            i: tokenizers.AddedToken(
+                entry["content"],
+                special=bool(entry.get("special", entry["content"] not in (THINK_OPEN, THINK_CLOSE, BOX_OPEN))),
+                **{"normalized": False} | {name: entry[name] for name in flags if name in entry},
+            )
+            for i, entry in sorted(entries.items())
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{directory}: added tokens do not parse ({error!r}); each needs an id and a content. Correct "
+            "added_tokens.json or added_tokens_decoder in tokenizer_config.json."
+        ) from error
+
+
+def _chat_template(directory: Path, config: dict) -> str | None:
+    """Return the chat template: of chat_template.jinja or .json, else of the config; the default of a named list."""
+    jinja = directory / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text()
+    value = _read_object(directory / "chat_template.json").get("chat_template", config.get("chat_template"))
+    if isinstance(value, list):
+        named = {t["name"]: t["template"] for t in value if isinstance(t, dict) and {"name", "template"} <= t.keys()}
+        value = named.get("default", next(iter(named.values()), None))
+    return value if isinstance(value, str) else None
+
+
+def _read_object(path: Path) -> dict:
+    if not path.is_file():
         return {}
-    config = json.loads(path.read_text())
-    names = ("bos_token", "eos_token", "unk_token", "chat_template")
-    values = {name: config.get(name) for name in names}
-    # A token is a string, or an object with a content field.
-    values = {name: v.get("content") if isinstance(v, dict) else v for name, v in values.items()}
-    return {name: v for name, v in values.items() if isinstance(v, str)}
+    value = json.loads(path.read_text())
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is a JSON {type(value).__name__}; it must be an object. Replace it.")
+    return value
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, added: dict[int, tokenizers.AddedToken]) -> None:
+    """Add the named tokens that a bare vocabulary lacks, in the order of their ids; `_check_named` compares the ids."""
+    for token in added.values():
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+
+
+def _check_named(backend: tokenizers.Tokenizer, configured: Configured, where: str) -> None:
+    """Raise DataError if a file names a token that the vocabulary lacks, or has at another id."""
+    for token_id, token in configured.added.items():
+        if backend.token_to_id(token.content) != token_id:
+            raise DataError(
+                f"tokenizer {where}: token {token.content!r} should have id {token_id}, and the vocabulary has it at "
+                f"{backend.token_to_id(token.content)}. Use files that belong together."
+            )
+    for name, content in configured.names.items():
+        if backend.token_to_id(content) is None:
+            raise DataError(
+                f"tokenizer {where}: {name} is {content!r}, which the vocabulary lacks; nothing is added to a "
+                "vocabulary. Use files that belong together."
+            )
 
 
 _EOS_CANDIDATES = ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>")

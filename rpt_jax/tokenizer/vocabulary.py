@@ -7,6 +7,7 @@ entry, never from `decode([id])`: half of a UTF-8 character decodes to U+FFFD an
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,18 @@ from rpt_jax.tokenizer.stops import find_stop_ids
 
 # Marks around thoughts and answers.
 THINK_OPEN, THINK_CLOSE, BOX_OPEN = "<think>", "</think>", "\\boxed{"
+# Files that a tokenizer is read from.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _PROBE = "It's 3.14  {x}\n\tna\u00efve \u6570\u5b66 \U0001f600"
 _FALLBACK_BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 
@@ -35,7 +48,13 @@ class Tokenizer:
         unk_id: id of text outside the vocabulary, or None if the vocabulary can spell any text.
     """
 
-    def __init__(self, backend: transformers.PreTrainedTokenizerFast, *, where: str):
+    def __init__(self, backend: transformers.PreTrainedTokenizerFast, *, where: str, adds_bos: bool | None = None):
+        """
+        Args:
+            backend: with its special tokens and chat template.
+            where: directory of its files, or a name for messages.
+            adds_bos: whether texts start with bos_token; None: as the tokenizer's pipeline does.
+        """
         self._backend = backend
         self._where = where
         if backend.eos_token_id is None:
@@ -53,9 +72,14 @@ class Tokenizer:
         unknown = model.get("unk_token")
         self.unk_id = model.get("unk_id") if unknown is None else backend.backend_tokenizer.token_to_id(unknown)
         self.eos_id = int(backend.eos_token_id)
-        # The token that the tokenizer puts before a text.
-        first = backend("", add_special_tokens=True)["input_ids"][:1]
-        self.bos_id = int(first[0]) if first and first[0] != self.eos_id else None
+        if adds_bos is None:
+            # The token that the tokenizer puts before a text.
+            first = backend("", add_special_tokens=True)["input_ids"][:1]
+            self.bos_id = int(first[0]) if first and first[0] != self.eos_id else None
+        elif adds_bos and backend.bos_token_id is None:
+            raise DataError(f"tokenizer {where} has add_bos_token and no bos_token. Name it in tokenizer_config.json.")
+        else:
+            self.bos_id = int(backend.bos_token_id) if adds_bos else None
 
     @cached_property
     def stop_sources(self) -> dict[int, list[str]]:
@@ -208,8 +232,19 @@ class Tokenizer:
         return None if spelled.removeprefix(b" ") == expected.encode().removeprefix(b" ") else spelled
 
     def save(self, directory: str | Path) -> None:
-        """Write the tokenizer's files into a directory."""
-        self._backend.save_pretrained(str(directory))
+        """Write the tokenizer's files into a directory: those that it was read from, unchanged, if there are any."""
+        source, target = Path(self._where), Path(directory)
+        files = [source / name for name in _FILES] if source.is_dir() else []
+        files = [f for f in [*files, *source.glob("*.tiktoken")] if f.is_file()] if source.is_dir() else []
+        if not files:
+            self._backend.save_pretrained(str(target))
+        elif source.resolve() != target.resolve():
+            target.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                shutil.copyfile(file, target / file.name)
+            if not (source / "tokenizer.json").is_file():
+                # Loaders that lack this vocabulary's format read the pipeline.
+                self._backend.backend_tokenizer.save(str(target / "tokenizer.json"))
 
     @cached_property
     def _description(self) -> dict:
