@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import unicodedata
 
 import numpy as np
@@ -262,3 +263,109 @@ def test_vocabularies_that_lose_bytes_are_refused(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match="is WordPiece, which drops spaces"):
         load_tokenizer(tmp_path)
+
+
+# --- What files next to a vocabulary say ----------------------------------------------------------------------------
+
+
+def write_bare(directory, **files):
+    """Write vocab.json, merges.txt and JSON files next to them; return the size of the vocabulary."""
+    directory.mkdir(exist_ok=True)
+    trained = train_byte_level([PROSE], 400)._backend.backend_tokenizer
+    description = json.loads(trained.to_str())["model"]
+    vocab = {entry: i for i, entry in enumerate(description["vocab"])}
+    (directory / "vocab.json").write_text(json.dumps(vocab))
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in description["merges"])]
+    (directory / "merges.txt").write_text("\n".join(merges) + "\n")
+    for name, value in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(value))
+    return len(vocab)
+
+
+@pytest.mark.parametrize("style", ["added_tokens_decoder", "added_tokens"])
+def test_named_special_tokens_get_the_ids_that_the_files_state(tmp_path, style):
+    size = write_bare(tmp_path)
+    named = {"<|im_end|>": size, "<think>": size + 1, "</think>": size + 2}
+    config = {"eos_token": "<|im_end|>"}
+    if style == "added_tokens":
+        (tmp_path / "added_tokens.json").write_text(json.dumps(named))
+    else:
+        config["added_tokens_decoder"] = {
+            str(i): {"content": content, "special": content == "<|im_end|>"} for content, i in named.items()
+        }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == size and tokenizer.vocab_size == size + 3
+    assert tokenizer.encode("<think>") == [size + 1] and tokenizer.encode("</think>") == [size + 2]
+    assert tokenizer.encode("<|im_end|>", specials=True) == [size] and tokenizer.token_bytes(size) == b""
+    assert len(tokenizer.encode("<|im_end|>")) > 1
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config": {"eos_token": "<|im_end|>"}}, "eos_token is '<|im_end|>', which the vocabulary lacks"),
+        ({"added_tokens": {"<eos>": 0, "<|im_end|>": 999}}, "'<|im_end|>' should have id 999"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"3": {"content": "<a>"}}}}, "'<a>' should have id 3"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "<a>"}}}}, "added tokens do not parse"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"3": "<a>"}}}, "added tokens do not parse"),
+        ({"tokenizer_config": ["a"]}, "tokenizer_config.json is a JSON list"),
+        ({"special_tokens_map": {"eos_token": "<|no|>"}}, "eos_token is '<|no|>', which the vocabulary lacks"),
+        ({"tokenizer_config": {"add_bos_token": True}}, "has add_bos_token and no bos_token"),
+    ],
+)
+def test_names_that_the_vocabulary_lacks_are_refused(tmp_path, files, message):
+    write_bare(tmp_path, **files)
+    with pytest.raises(DataError, match=re.escape(message)):
+        load_tokenizer(tmp_path)
+
+
+def test_the_pipeline_is_that_of_the_file(tmp_path):
+    """A class that config files name may split digits and normalise; the file does neither."""
+    trained = train_byte_level([PROSE + "12 12 12 " * 40], 420)
+    trained.save(tmp_path)
+    raw = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "Qwen2Tokenizer"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in [*TEXTS, "12 e\u0301 12", "a  b\tc\n\n", "if x == 12:\n    return 12"]:
+        assert tokenizer.encode(text) == raw.encode(text, add_special_tokens=False).ids
+    assert len(tokenizer.encode("12 12")) <= 3
+    # An export holds the source's files as they are.
+    tokenizer.save(tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert load_tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(("adds_bos", "expected"), [(True, "<s>"), (False, None), (None, "<s>")])
+def test_the_configuration_decides_on_the_first_token(tmp_path, adds_bos, expected):
+    write_sentencepiece(tmp_path, model_type="bpe", vocab_size=330, byte_fallback=True)
+    if adds_bos is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": adds_bos}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (None if tokenizer.bos_id is None else tokenizer.entry(tokenizer.bos_id)) == expected
+    # A byte-level vocabulary without a post-processor, as of DeepSeek-R1's distilled models.
+    size = write_bare(tmp_path / "bare")
+    config = {"bos_token": "<eos>", "eos_token": "</s>", "added_tokens_decoder": {str(size): {"content": "</s>"}}}
+    config |= {} if adds_bos is None else {"add_bos_token": adds_bos}
+    (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path / "bare").bos_id == (0 if adds_bos else None)
+
+
+def test_chat_templates_in_files_and_named_lists(tmp_path):
+    def parts(**files):
+        directory = tmp_path / str(len(list(tmp_path.iterdir())))
+        write_sentencepiece(directory, model_type="bpe", vocab_size=330, byte_fallback=True)
+        for name, value in files.items():
+            path = directory / name.replace("__", ".")
+            path.write_text(value if isinstance(value, str) else json.dumps(value))
+        return load_tokenizer(directory).chat_parts()
+
+    turn = "{{ messages[0].content }}"
+    assert parts(chat_template__jinja=f"<a>{turn}</a>") == ("<a>", "</a>")
+    assert parts(chat_template__json={"chat_template": f"<b>{turn}"}) == ("<b>", "")
+    named = [{"name": "tool_use", "template": f"<t>{turn}"}, {"name": "default", "template": f"<d>{turn}"}]
+    assert parts(tokenizer_config__json={"chat_template": named}) == ("<d>", "")
+    assert parts(tokenizer_config__json={"chat_template": f"<c>{turn}"}, chat_template__jinja=turn) == ("", "")
