@@ -56,6 +56,8 @@ class DataConfig:
     """Prompt around a context: minimal (text, then <think>), or the paper's v0-like or v6-like wording."""
     chat: bool = setting(False, shown=True)
     """Wrap the prompt in the tokenizer's chat template."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Variables of the chat template, each NAME=VALUE with a JSON value or text, e.g. enable_thinking=true."""
     trunk_length: int = setting(512, at_least=2, shown=True)
     """Tokens of a trunk: template header plus document window. Longer documents become overlapping windows."""
     window_stride: int = setting(256, at_least=1)

@@ -151,7 +151,7 @@ def make_question_template(tokenizer: Tokenizer, questions: QuestionsConfig, dat
     tail = tokenizer.chat_parts()[1] if data.chat else "\n"
     check_marks(tokenizer)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tail_ids = tokenizer.encode_continuation(open_thought(tail, "\n"), specials=True)
+    tail_ids = _encode_tail(tokenizer, open_thought(tail, "\n"), data)
     return Template(header=np.asarray(bos, np.int32), tail=np.asarray(tail_ids, np.int32))
 
 
@@ -194,7 +194,7 @@ def make_question_source(
         prompts=[prompts[i] for i in kept],
         tail=template.tail,
         direct_prompts=[encode(questions[i], replace(config, template="none")) for i in kept],
-        direct_tail=np.asarray(tokenizer.encode_continuation(direct_tail, specials=True), np.int32),
+        direct_tail=np.asarray(_encode_tail(tokenizer, direct_tail, data), np.int32),
         answer_tokens=[tokenizer.encode_continuation(questions[i].answers[0]) for i in kept],
         trunk_length=-(-longest // 16) * 16,
     )
@@ -208,3 +208,7 @@ def _prompt(question: Question, tokenizer: Tokenizer, config: QuestionsConfig, d
     if data.chat:
         return tokenizer.chat_prompt(messages)
     return tokenizer.encode("\n\n".join(content for _, content in messages))
+
+
+def _encode_tail(tokenizer: Tokenizer, tail: str, data: DataConfig) -> list[int]:
+    return tokenizer.encode_rendered(tail) if data.chat else tokenizer.encode_continuation(tail, specials=True)

@@ -7,6 +7,7 @@ and the document keeps the corpus's tokens. The templates keep the meaning, not 
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -73,9 +74,11 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
     tail = open_thought(tail, "" if config.template == "minimal" else "\n")
     check_marks(tokenizer)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    encode_header = tokenizer.encode_rendered if config.chat else partial(tokenizer.encode, specials=True)
+    encode_tail = tokenizer.encode_rendered if config.chat else partial(tokenizer.encode_continuation, specials=True)
     template = Template(
-        header=np.asarray(bos + (tokenizer.encode(header, specials=True) if header else []), np.int32),
-        tail=np.asarray(tokenizer.encode_continuation(tail, specials=True), np.int32),
+        header=np.asarray(bos + (encode_header(header) if header else []), np.int32),
+        tail=np.asarray(encode_tail(tail), np.int32),
     )
     if len(template.header) >= config.trunk_length:
         raise ConfigError(
@@ -93,6 +96,11 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
 
 def open_thought(tail: str, separator: str) -> str:
     """Return the tail with an open thought at its end: as the chat template leaves it, or with `<think>` added."""
+    if THINK_CLOSE in tail:
+        raise ConfigError(
+            f"the chat template ends a prompt with {tail!r}, which closes a thought; the policy must open one. Set the "
+            "template's switch, e.g. --data.chat-template-kwargs enable_thinking=true."
+        )
     if tail.rstrip().endswith(THINK_OPEN):
         return tail
     return tail + THINK_OPEN + separator

@@ -9,10 +9,13 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tokenizers
 import transformers
 
 from rpt_jax.errors import DataError
@@ -45,6 +48,8 @@ class Tokenizer:
         vocab_size: highest id plus one, added tokens included.
         bos_id: id that starts every sequence, or None if the tokenizer adds none.
         eos_id: id that ends a completion.
+        chat_options: variables of the chat template, such as its switches.
+        chat_date: that the chat template writes; None: the current one.
         unk_id: id of text outside the vocabulary, or None if the vocabulary can spell any text.
     """
 
@@ -57,6 +62,8 @@ class Tokenizer:
         """
         self._backend = backend
         self._where = where
+        self.chat_options: dict[str, Any] = {}
+        self.chat_date: datetime | None = None
         if backend.eos_token_id is None:
             raise DataError(
                 f"tokenizer {where} has no end-of-sequence token; completions must be able to stop. "
@@ -100,7 +107,7 @@ class Tokenizer:
         """Return the special token that the chat template puts after the assistant's message, or None."""
         mark = "\u27e6answer\u27e7"
         try:
-            text = chat.render(self._backend, [("user", "?"), ("assistant", mark)], self._where, opens_turn=False)
+            text = self._render([("user", "?"), ("assistant", mark)], opens_turn=False)
         except DataError:
             return None
         ids = self.encode(text.rpartition(mark)[2].lstrip(), specials=True) if mark in text else []
@@ -114,16 +121,32 @@ class Tokenizer:
             specials: special tokens in `text` become control tokens, as templates need. False: they are ordinary text,
                 so that no document loses bytes or gains a control token.
         """
-        self._read_specials(specials)
-        return self._backend.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        backend = self._backend.backend_tokenizer if specials else self._plain
+        backend.encode_special_tokens = not specials
+        return backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encode many texts at once."""
-        self._read_specials(False)
-        return [e.ids for e in self._backend.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        self._plain.encode_special_tokens = True
+        return [e.ids for e in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _read_specials(self, specials: bool) -> None:
-        self._backend.backend_tokenizer.encode_special_tokens = not specials
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The pipeline for text. Tokens of the chat template are text in it, even those that are not marked special."""
+        template = self._backend.chat_template or ""
+        template = template if isinstance(template, str) else json.dumps(template)
+        of_template = {
+            token.content
+            for token in self._backend.added_tokens_decoder.values()
+            if not token.special and token.content in template and token.content in self._token_names
+        }
+        if not of_template:
+            return self._backend.backend_tokenizer
+        # Special tokens can be read as text; leaving a token out would move the ids of others.
+        added = [
+            t | {"special": t["special"] or t["content"] in of_template} for t in self._description["added_tokens"]
+        ]
+        return tokenizers.Tokenizer.from_str(json.dumps(self._description | {"added_tokens": added}))
 
     @cached_property
     def adds_space(self) -> bool:
@@ -191,18 +214,51 @@ class Tokenizer:
     def chat_prompt(self, messages: list[tuple[str, str]]) -> list[int]:
         """Encode a conversation up to the end of its last message; `chat_parts()[1]` follows it.
 
-        Only the template can produce special tokens: in a message, their names are text.
+        The bytes are those of the text that the template renders. Only the template can produce control tokens: in a
+        message, their names are text.
 
         Raises:
-            DataError: as `chat_parts`, or the end of the template depends on the conversation.
+            DataError: as `chat_parts`; the end of the template depends on the conversation, or it edits a message by
+                the name of a token.
         """
-        ids: list[int] = []
-        for text, is_message in chat.pieces(self._render, messages, self._where):
-            ids += self.encode(text, specials=not is_message) if text or is_message else []
+        after, ids = self.chat_parts()[1], []
+        pieces = list(chat.pieces(self._render, messages, self._token_names, self._where))
+        last, is_control = pieces[-1]
+        if not (is_control and last.endswith(after)):
+            raise DataError(
+                f"the chat template of tokenizer {self._where} ends {[r for r, _ in messages]} with {last[-80:]!r}; it "
+                f"must end with {after!r}, as after one message. Set --data.no-chat."
+            )
+        pieces[-1] = last.removesuffix(after), is_control
+        for text, is_control in pieces:
+            ids += self.encode_rendered(text) if is_control else self.encode_continuation(text)
         return ids
 
-    def _render(self, messages: list[tuple[str, str]]) -> str:
-        text = chat.render(self._backend, messages, self._where)
+    def encode_rendered(self, text: str) -> list[int]:
+        """Encode a template's text: names of added tokens are these tokens, the rest is text without added spaces."""
+        ids: list[int] = []
+        for part in self._token_pattern.split(text) if self._token_names else [text]:
+            if part in self._token_names:
+                ids.append(self._token_names[part])
+            elif part:
+                ids += self.encode_continuation(part)
+        return ids
+
+    @cached_property
+    def _token_names(self) -> dict[str, int]:
+        """Added tokens by their text, without the marks that thoughts are read by."""
+        added = {token.content: int(i) for i, token in self._backend.added_tokens_decoder.items()}
+        return {content: i for content, i in added.items() if content not in (THINK_OPEN, THINK_CLOSE, BOX_OPEN)}
+
+    @cached_property
+    def _token_pattern(self) -> re.Pattern:
+        longest_first = sorted(self._token_names, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def _render(self, messages: list[tuple[str, str]], **options) -> str:
+        text = chat.render(
+            self._backend, messages, self._where, options=self.chat_options, date=self.chat_date, **options
+        )
         # Drop the template's BOS: the trunk adds one.
         return text if self.bos_id is None else text.removeprefix(self._backend.convert_ids_to_tokens(self.bos_id))
 

@@ -21,6 +21,7 @@ from rpt_jax.rewards.catalog import requested_policies
 from rpt_jax.rl.optimizer import init_state, make_optimizer
 from rpt_jax.scoring.companions import AVERAGE, with_companions
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
+from rpt_jax.tokenizer.chat import parse_options
 from rpt_jax.tokenizer.stops import find_stop_ids
 from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.run_directory import read_config, read_json
@@ -39,8 +40,14 @@ def find_tokenizer(config: Config) -> Tokenizer:
     """Return data.tokenizer, else the tokenizer of policy.path, else the run's own, trained on its documents.
 
     Raises:
-        ConfigError: none is set for a run on questions.
+        ConfigError: none is set for a run on questions, or malformed variables of the chat template.
     """
+    tokenizer = _read_or_train(config)
+    tokenizer.chat_options = parse_options(config.data.chat_template_kwargs)
+    return tokenizer
+
+
+def _read_or_train(config: Config) -> Tokenizer:
     if config.data.tokenizer:
         return load_tokenizer(config.data.tokenizer)
     if config.policy.path:

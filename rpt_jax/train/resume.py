@@ -13,7 +13,7 @@ from rpt_jax.train.progress import console
 from rpt_jax.train.run_directory import read_config, read_json, read_records, write_atomically
 
 # Files that a copy takes over along with checkpoints: facts that are recorded once and must stay the same.
-_FACTS = ("policy.json", "proxy.json", "corpus.json", "versions.json")
+_FACTS = ("policy.json", "proxy.json", "corpus.json", "versions.json", "chat.json", "stop_ids.json")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rpt_jax.train.domains import Domain, Source, open_domain
 from rpt_jax.train.policies import find_tokenizer, fingerprint, fresh_state, resolve, start_params, stop_sources
 from rpt_jax.train.progress import console
 from rpt_jax.train.resume import Resume, begin_as_copy
-from rpt_jax.train.run_directory import RunDirectory, read_config
+from rpt_jax.train.run_directory import RunDirectory, read_config, read_json
 from rpt_jax.types import TrainState
 
 
@@ -109,6 +110,9 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     mesh, path = make_mesh(config.mesh), Path(config.run.directory)
     kept = _config_of(path, say=not read_only) or _config_of(Resume.parse(config.run.resume).source, say=True)
     tokenizer = find_tokenizer(config)
+    started = _start_of(path, Resume.parse(config.run.resume).source)
+    # A chat template may write the date into every prompt: it is that of the run's first start.
+    tokenizer.chat_date = started
     sources = stop_sources(config, tokenizer)
     config = resolve(config, tokenizer, kept)
     check_model(config, mesh)
@@ -118,7 +122,6 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
         domain = open_domain(config, tokenizer)
     check_positions(config, domain.template)
     examples = domain.warm_examples(config, tokenizer) if config.supervised.num_steps else ()
-    # The template is included because a chat template may write the current date into every prompt.
     identity = domain.identity | {
         "tokenizer": {"sha256": tokenizer.fingerprint},
         "template": {"sha256": domain.template.fingerprint},
@@ -126,6 +129,8 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     begin_as_copy(config, identity)
     directory = RunDirectory(config, identity, read_only=read_only)
     run = Run(config=config, mesh=mesh, directory=directory, tokenizer=tokenizer, domain=domain, warm_examples=examples)
+    if config.data.chat:
+        directory.remember("chat", {"started": started.isoformat()})
     if kept is None and not read_only:
         directory.remember("stop_ids", {str(i): names for i, names in sources.items()})
         ends = (f"{i} {tokenizer.entry(i)!r} ({', '.join(names)})" for i, names in sources.items())
@@ -138,6 +143,14 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
         if is_main():
             tokenizer.save(directory.path / "tokenizer")
     return run
+
+
+def _start_of(*directories: Path | None) -> datetime:
+    """Return the time at which the run, or the run that it copies, rendered its first prompt; now for a new run."""
+    for directory in directories:
+        if directory is not None and (directory / "chat.json").exists():
+            return datetime.fromisoformat(read_json(directory / "chat.json")["started"])
+    return datetime.now()
 
 
 def _config_of(path: Path | None, *, say: bool) -> Config | None:
