@@ -35,7 +35,7 @@ def whole(tiny_config, tiny_params, prompts):
 
 
 def test_a_row_stops_at_any_of_several_ids(tiny_config, tiny_params, prompts):
-    """Against the sample that never stops, cut behind the first stop token: the same noise gives the same tokens."""
+    """Compare with a sample that never stops, cut after its first stop token: the same noise gives the same tokens."""
     endless = roll(tiny_config, tiny_params, prompts, stop_ids=())
     stopped = roll(tiny_config, tiny_params, prompts, stop_ids=(EOS, 5, 9))
     tokens, mask, truncated = (np.asarray(x) for x in (stopped.tokens, stopped.mask, stopped.truncated))
@@ -106,7 +106,7 @@ def test_log_probabilities_of_new_tokens_are_those_of_teacher_forcing(tiny_confi
     lengths = np.minimum(whole.mask.sum(-1), 5).reshape(4, 2, 3).astype(np.int32)
     unknown = dataclasses.replace(continued(prompts, whole, lengths), prefix_logprobs=None)
     found = roll(tiny_config, tiny_params, unknown)
-    # The sampler leaves unused vocabulary out: teacher forcing sees it, so give the model no other entries.
+    # The sampler excludes unused vocabulary entries and teacher forcing does not, so this model has none.
     small = dataclasses.replace(tiny_config, vocab_size=12)
     params = tiny_params | {name: tiny_params[name][:12] for name in ("embedding", "head")}
     own = make_tasks(small, U=4, M=2, G=3).prompts
@@ -121,7 +121,7 @@ def test_log_probabilities_of_new_tokens_are_those_of_teacher_forcing(tiny_confi
 
 
 def test_rows_continue_on_a_mesh(tiny_config):
-    """2 x 2 x 2 devices: trunks stay where they are; rows equal the uncut ones but for near-ties."""
+    """2 x 2 x 2 devices: trunks stay on their devices; continued rows equal the uncut ones except near-ties."""
     config = dataclasses.replace(tiny_config, vocab_size=64)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = decoder.init_params(config, mesh, jax.random.key(2))

@@ -1,4 +1,4 @@
-"""What a user does with a published checkpoint, by the scripts: filter, train, export, fine-tune, judge, cold-start."""
+"""Scripts on a published checkpoint, as a user runs them: filter, train, export, fine-tune, evaluate, cold-start."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ def home(tmp_path_factory):
         head_size=10, tie_embeddings=True, max_positions=512,
     )  # fmt: skip
     params = decoder.init_params(config, make_mesh(MeshConfig()), jax.random.key(0))
-    # Sharper than a new model, so that entropies differ.
+    # Sharper predictions than those of a new model, so that entropies differ.
     params = params | {"embedding": 3 * params["embedding"]}
     generation = {"eos_token_id": [tokenizer.eos_id, 5], "temperature": 0.6}
     save_hf(root / "policy", config, params, tokenizer=tokenizer, generation=generation)
@@ -73,7 +73,7 @@ def text_flags(home, run, *extra):
 
 @pytest.fixture(scope="module")
 def trained(home):
-    """A LoRA run with a proxy from a checkpoint, after its positions were filtered into a shared cache."""
+    """Filter positions twice into a shared cache, then train a LoRA run; return its directory and both reports."""
     shared = ("--data.cache", str(home / "cache"), "--proxy.path", str(home / "policy"))
     filter_positions.main(text_flags(home, home / "filtered", *shared))
     first = json.loads((home / "filtered" / "positions.json").read_text())
@@ -90,7 +90,7 @@ def trained(home):
         train.main(text_flags(home, home / "run", *shared, "--lora.rank", "2", "--loss.kl-coef", "0.1"))
     finally:
         positions_lib.add_scores = add_scores
-    # Training only reads what filtering scored; of 40 documents 4 are held out.
+    # Training reads the cached scores of 36 documents and scores only the 4 held-out ones.
     assert 0 < len(scored) <= 4 and first["documents"] == 36
     return home / "run", first, again
 
@@ -123,7 +123,7 @@ def test_lora_run_trains_adapters_and_exports(home, trained, tmp_path):
     config, params = load_hf(tmp_path / "out")
     start_config, start = load_hf(home / "policy")
     assert config == start_config and "lora" not in json.dumps(jax.tree.map(lambda _: 0, params))
-    # Adapted weights moved, the others are those of the checkpoint bit for bit.
+    # Adapted weights moved; all others equal the checkpoint's bit for bit.
     for name in ("embedding", "final_norm"):
         np.testing.assert_array_equal(params[name], start[name])
     for name in ("attention_norm", "q_norm"):
@@ -142,7 +142,7 @@ def test_lora_run_trains_adapters_and_exports(home, trained, tmp_path):
 
 
 def test_readers_leave_a_run_as_it_is(home, trained, tmp_path, capsys):
-    """Evaluated and exported on another mesh, with other numbers of samples; no byte of the run changes."""
+    """Evaluation and export, also on other meshes, change no byte of the run."""
     run, *_ = trained
 
     def state():
@@ -167,8 +167,8 @@ def test_readers_leave_a_run_as_it_is(home, trained, tmp_path, capsys):
 
 
 def test_cold_start_from_rollouts(home, trained, tmp_path, capsys):
-    """Rollouts, reward 0 allowed, become a file that a warm start reads; a threshold that none reaches is named."""
-    # Long enough for some of them to end.
+    """Rollouts with any reward become a file for a warm start; a threshold that no rollout reaches is an error."""
+    # Long enough that some rollouts end.
     longer = ("--rollout.max-completion-tokens", "60", "--rollout.temperature", "5")
     flags = text_flags(home, tmp_path / "sampled", "--supervised.num-steps", "0", *longer)
     out = tmp_path / "cold.jsonl"
@@ -241,7 +241,7 @@ def test_fine_tuning_on_questions(home, tmp_path, capsys):
         figures["x"]
     )
     assert "direct" in capsys.readouterr().out
-    # A run whose judge is built in names it on its page.
+    # The report of a run with a built-in judge names that judge.
     config = json.loads((run / "config.json").read_text())
     config["reward"] |= {"terms": ["exact"], "function": ""}
     (run / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Recipes: runs in order, each from the policy that the one before ended with; exact after an interruption anywhere."""
+"""Recipes: runs in sequence, each from the final policy of the previous run; exact after any interruption."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 def recipe(corpus):  # noqa: F811
-    """A warm start and RL with adapters, then RL of all parameters from where that ended."""
+    """A warm start and RL with adapters, then RL of all parameters from the resulting policy."""
     base = evaluated_at_the_ends(tiny_run(corpus, "set by the recipe"))
     base = dataclasses.replace(base, run=dataclasses.replace(base.run, control=False, num_steps=2))
     base = dataclasses.replace(base, eval=dataclasses.replace(base.eval, every_steps=2))
@@ -53,6 +53,7 @@ def hashes(directories):
 
 @pytest.fixture(scope="module")
 def straight(corpus, tmp_path_factory):  # noqa: F811
+    """Run the recipe without interruption; return the directories of its runs and their hashes."""
     directory, ran = tmp_path_factory.mktemp("recipe"), []
     directories = pipeline.run_recipe(recipe(corpus), directory, after_each=lambda r: ran.append(r.directory.path.name))
     assert ran == ["first", "second"]
@@ -68,7 +69,7 @@ def test_each_run_starts_from_the_one_before(straight):
     following = read_config(second, say=False)
     assert following.policy.path == str(first) and following.model == run.config.model
     jax.tree.map(np.testing.assert_array_equal, start_params(following, run.mesh), ended)
-    # Its first evaluation is of that policy: the same positions, other noise.
+    # Its first evaluation, at step 0, is of that policy.
     records = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["stage"] == "evaluation"] == [0, 2]
 
@@ -115,14 +116,14 @@ def test_an_interruption_anywhere_changes_nothing(corpus, straight, tmp_path, mo
     assert arrays == [(h[0], h[2]) for h in straight[1]]
 
 
-def test_recipes_that_cannot_be(corpus, straight, tmp_path):  # noqa: F811
+def test_invalid_recipes_are_refused(corpus, straight, tmp_path):  # noqa: F811
     (name, first), (_, second) = recipe(corpus)
     with pytest.raises(ConfigError, match="each needs a unique name"):
         pipeline.run_recipe(((name, first), (name, second)), tmp_path)
     elsewhere = dataclasses.replace(second, policy=dataclasses.replace(second.policy, path="somewhere"))
     with pytest.raises(ConfigError, match="it starts from the previous run"):
         pipeline.run_recipe(((name, first), ("other", elsewhere)), tmp_path)
-    # A run that has no policy yet.
+    # A run without a policy yet.
     prepare(dataclasses.replace(first, run=dataclasses.replace(first.run, directory=str(tmp_path / "begun"))))
     (tmp_path / "begun" / "checkpoints").mkdir()
     begun = dataclasses.replace(second, policy=dataclasses.replace(second.policy, path=str(tmp_path / "begun")))

@@ -1,4 +1,4 @@
-"""Questions: every layout, bad records, prompts, and figures by hand."""
+"""Questions: every layout, invalid records, prompts, and metrics computed by hand."""
 
 import json
 
@@ -255,11 +255,11 @@ def test_a_documents_special_tokens_are_text():
 
 
 def test_pass_at_k_and_majority_by_hand():
-    # Of 4 samples 1 is right: a draw of 2 misses it in C(3,2)/C(4,2) = 3/6.
+    # 1 of 4 samples is correct; a draw of 2 misses it with probability C(3,2)/C(4,2) = 3/6.
     assert pass_at_k(4, 1, 2) == 0.5
     assert pass_at_k(4, 0, 4) == 0 and pass_at_k(4, 1, 4) == 1 and pass_at_k(4, 3, 2) == 1
     assert _majority(["a", "b", "b", None], np.array([0, 1, 1, 0])) == 1
-    assert _majority(["a", "b", None], np.array([0, 1, 0])) == 0  # a tie: the first seen
+    assert _majority(["a", "b", None], np.array([0, 1, 0])) == 0  # a tie: the first answer wins
     assert _majority([None, None], np.array([0, 0])) == 0
 
 
@@ -272,7 +272,7 @@ def test_categories():
 
 
 def test_figures_against_plain_recomputation(mesh):
-    """direct: the likeliest letter by whole logits of each option's own sequence; sampled: from the rewards given."""
+    """direct: the most likely letter, from full logits of one sequence per option; sampled: from the given rewards."""
     tokenizer = train_byte_level(["Pick one of these"], 300)
     model = DecoderConfig(
         vocab_size=300, num_layers=2, width=32, mlp_width=48, num_heads=2, num_kv_heads=2, head_size=16
@@ -319,8 +319,8 @@ def test_figures_against_plain_recomputation(mesh):
             scores.append(sum(logprobs[j - 1, tokens[0, j]] for j in range(tokens.shape[1] - count, tokens.shape[1])))
         right += "ABC"[int(np.argmax(scores))] in asked.answers
     assert figures["direct"] == pytest.approx(right / 5)
-    # Questions 1 and 3 have two right of four, the others one.
+    # Questions 1 and 3 have two correct rollouts of four, the others one.
     assert figures["sampled"] == pytest.approx((2 * 2 + 3) / 20)
     assert figures["pass@2"] == pytest.approx((2 * (1 - 1 / 6) + 3 * 0.5) / 5) and figures["pass@4"] == 1
-    # All vote for the same string, whose first rollout decides: right for 1 and 3.
+    # All rollouts vote for the same string, and its first rollout decides: correct for 1 and 3.
     assert figures["majority@4"] == pytest.approx(2 / 5) and figures["greedy"] == pytest.approx(2 / 5)

@@ -1,4 +1,4 @@
-"""Answer extraction and rewards against their plain-Python oracles, and on worked vectors."""
+"""Answer extraction and rewards against their plain-Python oracles, and on worked examples."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ from rpt_jax.types import Rollouts
 
 MODES = ("balanced", "tail", "balanced_then_tail")
 
-# Marks whole and in every kind of piece, braces, half characters, special (zero-byte) tokens.
+# Whole marks and all kinds of fragments, braces, partial characters, special (zero-byte) tokens.
 PIECES = [
     b"", b"</think>", b"</", b"think", b">", b"<", b"/think>", b"</thin", b"k>", b"\\boxed{", b"\\", b"boxed", b"{",
     b"boxed{", b"\\box", b"ed{", b"}", b"}}", b"}{", b"{}", b"{ ", b" }", b"a", b" a", b"b", b" ", b"\n", b"\\n", b"n",
@@ -35,6 +35,7 @@ PIECES = [
 ]  # fmt: skip
 
 
+    """Return the bytes u8 [V, longest] and lengths i32 [V] of tokens."""
 def table_of(pieces):
     lengths = np.array([len(p) for p in pieces], np.int32)
     table = np.zeros((len(pieces), max(1, lengths.max())), np.uint8)
@@ -43,11 +44,13 @@ def table_of(pieces):
     return table, lengths
 
 
+    """Return each prediction as bytes, or None if there is none."""
 def rows_of(predictions):
     data, lengths, found = (np.asarray(a) for a in (predictions.bytes, predictions.lengths, predictions.found))
     return [data[b, : lengths[b]].tobytes() if found[b] else None for b in range(len(found))]
 
 
+    """Return the bytes u8 [B, width] of continuations, and bool [B, width], true at the last byte of each token."""
 def pack_truth(continuations, width):
     data = np.random.default_rng(0).integers(0, 256, (len(continuations), width)).astype(np.uint8)  # arbitrary padding
     boundary = np.zeros((len(continuations), width), bool)
@@ -60,7 +63,7 @@ def pack_truth(continuations, width):
 
 
 def likely_continuation(rng, text: bytes, answer: bytes | None, pieces) -> list[bytes]:
-    """Tokens that often, not always, begin with the answer: cut at random places, sometimes damaged."""
+    """Sample tokens that usually start with the answer, split at random places and sometimes corrupted."""
     tail = [pieces[i] for i in rng.integers(0, len(pieces), rng.integers(0, 4))]
     if not answer or rng.random() < 0.3:
         return tail[:4] or [b"a"]
@@ -74,13 +77,14 @@ def likely_continuation(rng, text: bytes, answer: bytes | None, pieces) -> list[
     return [answer[a:b] for a, b in zip([0, *cuts], cuts)] + tail
 
 
+    """Sample token ids i32 [count, width] and a mask bool [count, width] of random lengths."""
 def completion_rows(rng, count, width, vocab, weights):
     tokens = rng.choice(vocab, (count, width), p=weights).astype(np.int32)
     return tokens, np.arange(width) < rng.integers(0, width + 1, count)[:, None]
 
 
 def check_against_oracles(rng, pieces, table, lengths, tables, tokens, mask, mode, require):
-    """Extraction and both rewards of every row equal the oracles'; returns the number of rewarded rows."""
+    """Check extraction and both rewards of every row against the oracles; return the number of rewarded rows."""
     texts = [b"".join(pieces[i] for i in row[keep]) for row, keep in zip(tokens, mask)]
     expected = [oracles.extract(t, mode, require) for t in texts]
     predictions = extract_predictions(
@@ -120,12 +124,12 @@ def test_adversarial_completions_equal_the_oracles(rounds):
         rewarded += check_against_oracles(rng, PIECES, table, lengths, tables, tokens, mask, mode, require)
         total += len(tokens)
     assert total >= rounds * 20_000
-    assert rewarded > total / 20  # the sweep must also reach the rewarded side
+    assert rewarded > total / 20  # enough rows of the sweep must be rewarded
 
 
 @pytest.mark.parametrize("real_tokenizer", TOKENIZERS, indirect=True)
 def test_extraction_with_real_tokenizers(real_tokenizer):
-    """Completions encoded by real tokenizers, then disturbed by random tokens."""
+    """Completions encoded by real tokenizers; half of them get a random token inserted."""
     rng = np.random.default_rng(1)
     tokenizer = real_tokenizer
     pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
@@ -220,7 +224,7 @@ def test_prediction_and_continuation_widths_are_independent(widths):
     for prediction, reward in ((b"ab", 1), (b"abc", 1), (b"a", 0)):
         data = np.frombuffer(prediction.ljust(X, b"z"), np.uint8)[None]
         assert float(prefix_match_reward(data, np.array([len(prediction)]), *truth)[0]) == reward
-    # Longer than the window: its bytes are unknown, so it is no match even where the rest agrees.
+    # Longer than the window: its last byte is unknown, so it does not match even if the known bytes agree.
     data = np.frombuffer(b"abc".ljust(X, b"z")[:X], np.uint8)[None]
     assert float(prefix_match_reward(data, np.array([X + 1]), *truth)[0]) == 0
 
@@ -232,6 +236,7 @@ def test_reward_refuses_shapes_that_disagree():
         )
 
 
+    """Return the prediction in `text`, tokenized into single bytes, or None."""
 def extract_text(text: str, mode="balanced", **options):
     pieces = [bytes([b]) for b in range(256)]
     tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32)[None]
@@ -290,7 +295,7 @@ def test_unknown_mode_is_refused():
 
 @pytest.mark.parametrize("real_tokenizer", ["qwen3", "mistral_v1"], indirect=True)
 def test_longest_vocabulary_prefix(real_tokenizer):
-    """Against a search through every length in a dictionary."""
+    """Compare with a dictionary lookup of every prefix length."""
     pieces = [real_tokenizer.token_bytes(i) for i in range(real_tokenizer.vocab_size)]
     lowest = {}
     for i, piece in enumerate(pieces):
@@ -307,7 +312,7 @@ def test_longest_vocabulary_prefix(real_tokenizer):
 
 
 def judged(letters, texts, truth, config, scores=None):
-    """Rewards [1, 1, G] of completions given as text, for one position whose continuation is `truth` (letters)."""
+    """Return rewards f32 [G] and predictions of completions `texts`, for one position with the continuation `truth`."""
     G, C = len(texts), 24
     tokens, mask = np.zeros((1, G, C), np.int32), np.zeros((1, G, C), bool)
     for g, text in enumerate(texts):
@@ -337,7 +342,7 @@ def test_reward_variants_by_hand(letters):
     first, _ = judged(letters, texts, "cde", RewardConfig(terms=("first_token",)))
     assert first.tolist() == [1, 1, 1, 0, 0, 0]
 
-    # dense: a wrong first token earns the policy's direct probability of it, no prediction earns nothing.
+    # dense: a wrong first token gets the policy's direct probability of that token; no prediction gets 0.
     def scores(texts):
         chosen = np.array([[text.endswith("boxed{x}") for text in texts]])
         values = jnp.log(jnp.where(chosen, 0.25, 1e-6))[..., None]
@@ -346,7 +351,7 @@ def test_reward_variants_by_hand(letters):
 
     dense, _ = judged(letters, texts, "cde", RewardConfig(terms=("dense",)), scores(texts))
     np.testing.assert_allclose(dense, [1, 1, 1, 0.25, 0, 0], atol=1e-6)
-    # conditional: the same in a group with a correct rollout, nothing in a group without.
+    # conditional_dense: the same in a group with a correct rollout, 0 in a group without one.
     conditional = RewardConfig(terms=("conditional_dense",))
     np.testing.assert_allclose(judged(letters, texts, "cde", conditional, scores(texts))[0], dense, atol=1e-6)
     np.testing.assert_array_equal(judged(letters, texts[3:], "cde", conditional, scores(texts[3:]))[0], 0)
@@ -360,7 +365,7 @@ def test_rewards_name_the_passes_they_need(letters):
 
 
 def scored_tasks(config, M=2, G=2, A=3):
-    """Two trunks with a header of three, two cuts each, references of up to three tokens, and random rollouts."""
+    """Two trunks with a header of three tokens and two cuts each, references of up to three tokens, random rollouts."""
     rng = np.random.default_rng(0)
     trunk = rng.integers(4, config.vocab_size, (2, 12)).astype(np.int32)
     cuts = np.array([[4, 12], [7, 9]], np.int32)
@@ -392,7 +397,7 @@ MARKS = {"</think>": [50, 51], "box": [52], "": []}
      ("prompt", "thought", "", 0), ("prompt", "completion", "box", 2), ("prompt", "nothing", "box", 0)],
 )  # fmt: skip
 def test_scores_by_whole_logits_of_each_row(tiny_config, tiny_params, view, keep, stub, num_targets):
-    """Every target token's log-probability against plain sequences; the tokens that are run by hand."""
+    """Log-probabilities of target tokens against plain sequences, and the number of tokens run against a hand count."""
     batch, rollouts, predictions = scored_tasks(tiny_config)
     tokenizer = SimpleNamespace(encode_continuation=MARKS.__getitem__, bos_id=5)
     scorer = Scorer(tiny_config, tokenizer, header_length=3, trunks_at_once=lambda U: 1)

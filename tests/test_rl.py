@@ -1,4 +1,4 @@
-"""Advantages, losses and the update: hand-worked numbers, properties, meshes."""
+"""Advantages, losses and the update: hand-computed values, properties, meshes."""
 
 import dataclasses
 from functools import partial
@@ -60,7 +60,7 @@ def test_equal_rewards_teach_nothing_and_order_does_not_matter(name):
     np.testing.assert_allclose(turned, got[..., order], atol=1e-6)
 
 
-def test_advantages_refuse_what_they_cannot_mean():
+def test_advantages_refuse_invalid_inputs():
     with pytest.raises(ValueError, match="G >= 2"):
         adv.compute_advantages("grpo", jnp.ones((1, 2, 1)), jnp.ones((1, 2, 1)), MASK)
     with pytest.raises(ValueError, match="unknown advantage"):
@@ -87,8 +87,8 @@ def test_kl_estimators_on_paper_and_on_average():
         )
 
 
-def test_kl_gradients_are_what_they_are_said_to_be():
-    """Mean gradient over the policy's samples: k1 nothing, k2 of KL(p||q), k3 of KL(q||p)."""
+def test_kl_gradients_are_as_documented():
+    """Mean gradient over the policy's samples: 0 for k1, that of KL(p||q) for k2, that of KL(q||p) for k3."""
     theta, q = jnp.asarray([0.3, -0.2, 0.5]), jnp.asarray([0.5, 0.25, 0.25])
     p = jax.nn.softmax(theta)
 
@@ -104,7 +104,7 @@ def test_kl_gradients_are_what_they_are_said_to_be():
 
 
 def test_aggregations_on_paper():
-    # Rows of 1 and 3 tokens, C = 4, a third row that does not count.
+    # Rows of 1 and 3 tokens, C = 4, and a third row that is masked.
     mask = jnp.asarray([[[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]]], bool)
     rows = jnp.asarray([[True, True, False]])
     weights = {n: aggregation_weights(n, mask, rows) for n in ("seq_mean", "token_mean", "constant")}
@@ -159,7 +159,7 @@ def flat(tree):
 
 
 def test_on_policy_gradient_is_the_plain_policy_gradient(tiny_config, tiny_params, experience):
-    """Ratio 1: the gradient of mean over tokens of A * log pi, clip or no clip."""
+    """At ratio 1, the gradient is that of the mean over tokens of A * log pi, regardless of the clip."""
     batch = rows_of(experience, LOSS, header_length=0)
 
     def plain(params):
@@ -177,7 +177,7 @@ def test_zero_advantage_is_zero_gradient(tiny_config, tiny_params, experience):
 
 
 def test_stop_token_is_in_the_loss(tiny_config, tiny_params):
-    """A rollout that is nothing but the stop token still has a gradient, and raises that token's probability."""
+    """A rollout of the stop token alone has a gradient, and an update raises that token's probability."""
     tasks = make_tasks(tiny_config, U=1, M=1, G=2)
     tasks.prompts.prompt_mask[:] = True
     tokens = jnp.asarray([[[EOS, 0], [5, 6]]])
@@ -211,7 +211,7 @@ def run_update(config, params, batches, mesh, *, optimizer_config=SGD, loss=LOSS
 
 
 def packed(experience, loss=LOSS, *, header_length=0, num_shards=1, microbatch_trunks=0):
-    """The microbatches of each minibatch, and the counts."""
+    """Return the microbatches of each minibatch, and the counts of `plan_update`."""
     rows = rows_of(experience, loss, header_length=header_length)
     plans, counts = plan_update(
         experience.tasks.prompts, rows, num_minibatches=loss.num_minibatches, microbatch_trunks=microbatch_trunks,
@@ -220,8 +220,8 @@ def packed(experience, loss=LOSS, *, header_length=0, num_shards=1, microbatch_t
     return [[pack(rows, m.trunks, m.source) for m in plan] for plan in plans], counts
 
 
-def test_packing_leaves_out_what_teaches_nothing_and_changes_no_gradient(tiny_config, tiny_params, experience):
-    """Against the whole batch, a row a lane; some groups, and a whole trunk, teach nothing."""
+def test_packing_drops_rows_without_gradient_and_changes_no_gradient(tiny_config, tiny_params, experience):
+    """Compare with the unpacked batch, one row per lane; some groups, and one whole trunk, have no gradient."""
     level = with_rewards(experience, experience.earned.rewards.at[1].set(0.5).at[2, 0].set(0.3))
     [microbatches], counts = packed(level, microbatch_trunks=2)
     whole = gradient(tiny_config, tiny_params, rows_of(level, LOSS, header_length=0))
@@ -261,7 +261,7 @@ def test_lanes_hold_whole_rows_and_every_row_once():
             expected = [r * 32 + c for r in np.flatnonzero(keep[u]) for c in range(lengths[u, r])]
             assert sorted(seen) == expected
             for lane in lanes:
-                # A row's tokens stand one behind the other, in one lane.
+                # A row's tokens are back to back, in one lane.
                 rows, columns = lane[lane >= 0] // 32, lane[lane >= 0] % 32
                 begins = np.flatnonzero(columns == 0)
                 assert (np.diff(columns)[np.setdiff1d(np.arange(len(columns) - 1), begins - 1)] == 1).all()
@@ -270,9 +270,9 @@ def test_lanes_hold_whole_rows_and_every_row_once():
 
 
 @pytest.mark.parametrize("microbatch_trunks", [0, 1])
-def test_packing_keeps_a_row_whole_in_one_lane_whatever_the_lengths(tiny_config, experience, microbatch_trunks):
-    """What sequence ratios (GSPO, arXiv:2507.18071) need: of a row with a weight, every token lies in one lane, in
-    order and once."""
+def test_packing_keeps_every_row_whole_in_one_lane_for_any_lengths(tiny_config, experience, microbatch_trunks):
+    """Every token of a row with a gradient is in one lane, in order and once; sequence ratios (GSPO, arXiv:2507.18071)
+    require this."""
     for seed in range(8):
         rng = np.random.default_rng(seed)
         lengths = rng.integers(1, 11, (4, 8)) if seed else np.full((4, 8), 10)
@@ -299,7 +299,7 @@ def test_packing_keeps_a_row_whole_in_one_lane_whatever_the_lengths(tiny_config,
 
 
 def test_masked_rows_and_tokens_have_no_term_and_the_others_keep_their_baseline(experience):
-    """Earned's masks: a row out of the loss counts in its group's baseline, not in the aggregation."""
+    """Masks of `Earned`: a masked row counts in its group's baseline, but not in the aggregation."""
     rng = np.random.default_rng(1)
     row_mask, token_mask = rng.random((4, 2, 4)) < 0.7, rng.random((4, 8, 10)) < 0.6
     masked = dataclasses.replace(experience.earned, row_mask=jnp.asarray(row_mask), token_mask=jnp.asarray(token_mask))
@@ -315,7 +315,7 @@ def test_masked_rows_and_tokens_have_no_term_and_the_others_keep_their_baseline(
 
 
 def test_appended_tokens_are_learned_along_with_the_policy_term(tiny_config, tiny_params, experience):
-    """A row may be a thought and a reference behind it: each token at its own temperature, each with its own term."""
+    """A row may be a thought followed by a reference: temperature and loss term are set per token."""
     loss = LossConfig(clip_eps_low=0.1, clip_eps_high=0.3)
     rows = policy_rows(experience, loss=loss, temperature=0.7, header_length=0)
     is_reference = (rows.sequences.branch_index >= 6) & rows.sequences.branch_mask
@@ -346,7 +346,7 @@ def test_nothing_to_learn_from_is_an_update_of_padding(tiny_config, tiny_params,
     state, metrics = run_update(tiny_config, tiny_params, microbatches, mesh)
     assert float(metrics["grad_norm"]) == 0 and int(state.step) == 1
     np.testing.assert_array_equal(flat(state.params), flat(tiny_params))
-    # A KL term makes every row count, a next-token term every trunk.
+    # With a KL term every row counts; with a next-token term every trunk counts.
     assert packed(level, LossConfig(kl_coef=0.1))[1]["rows_left_out_fraction"] == 0
     assert packed(level, LossConfig(ntp_coef=0.1))[1]["tokens_updated"] > 4 * 13
 
@@ -364,7 +364,7 @@ def test_microbatches_add_up(tiny_config, tiny_params, experience, mesh):
 
 
 def test_update_on_one_device_equals_a_2x2x2_mesh(tiny_config, experience):
-    """Gradients (Adam's first moment after one step is 0.1 g) within 1e-5 of the largest one, metrics within 1e-4."""
+    """Gradients (Adam's first moment is 0.1 g after one step) agree within 1e-5 of the largest, metrics within 1e-4."""
     config = dataclasses.replace(tiny_config, vocab_size=64)
     single, many = make_mesh(MeshConfig()), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = decoder.init_params(config, single, jax.random.key(3))
@@ -444,7 +444,7 @@ def test_schedules():
     for _ in range(8):
         updates, state = optimizer.update({"w": jnp.ones(())}, state, params)
         rates.append(-float(updates["w"]))
-    # Three rising steps from 1/4, then from 1 to 0 over the four that are left.
+    # Three warmup steps from 1/4, then linear decay from 1 to 0 over the remaining four.
     np.testing.assert_allclose(rates, [0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0], atol=1e-5)
 
 
@@ -452,11 +452,11 @@ def test_minibatches_see_their_own_ratio(tiny_config, tiny_params, experience):
     loss = LossConfig(num_minibatches=2)
     minibatches, _ = packed(with_rewards(experience, experience.earned.rewards.at[0, 0, 0].set(0.0)), loss)
     assert [sum(len(m.sequences.cuts) for m in minibatch) for minibatch in minibatches] == [2, 2]
-    # Twice their share each: on average the size of the whole batch's loss.
+    # Weights are doubled: a minibatch's loss has, on average, the size of the whole batch's.
     batch = rows_of(experience, loss, header_length=0)
     np.testing.assert_allclose(batch.policy_weights.sum(), 2, rtol=1e-5)
     batch = rows_of(experience, LOSS, header_length=0)
-    # Old log-probabilities that are lower by ln 2 make the ratio 2 and the clip bind on positive advantages.
+    # Old log-probabilities that are lower by ln 2 make the ratio 2, above the clip range on every token.
     logprobs = score(tiny_config, tiny_params, batch.sequences, temperature=1.0)
     shifted = dataclasses.replace(batch, old_logprobs=logprobs - jnp.log(2.0))
     _, metrics = objective(tiny_config, LOSS, tiny_params, shifted)
@@ -464,7 +464,7 @@ def test_minibatches_see_their_own_ratio(tiny_config, tiny_params, experience):
 
 
 def test_log_probabilities_of_padding_reach_nothing(tiny_config, tiny_params, experience):
-    """exp(0 + 200) would overflow: a scored padding token may be as unlikely as that."""
+    """A scored padding token may be so unlikely that exp(0 + 200) would overflow; it changes no value."""
     loss = LossConfig(kl_coef=0.5)
     batch = rows_of(experience, loss, header_length=0)
     mask = batch.sequences.branch_mask
@@ -488,7 +488,7 @@ def test_kl_term_pulls_towards_the_reference(tiny_config, tiny_params, experienc
     np.testing.assert_allclose(metrics["kl"], 0, atol=1e-6)
     apart = dataclasses.replace(batch, ref_logprobs=logprobs - 1.0)
     value_apart, metrics = objective(tiny_config, loss, tiny_params, apart)
-    # k3 at delta 1 is exp(-1) on every token; the loss grows by half of it.
+    # k3 at delta 1 is exp(-1) on every token; the loss grows by kl_coef = 0.5 times that.
     np.testing.assert_allclose(metrics["kl"], np.exp(-1), rtol=1e-4)
     np.testing.assert_allclose(value_apart - value, 0.5 * np.exp(-1), rtol=1e-3)
 
@@ -520,12 +520,12 @@ def test_next_token_term_is_the_mean_over_document_tokens(tiny_config, tiny_para
     trunk = np.asarray(batch.sequences.trunk_tokens)
     logprobs = np.asarray(jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, trunk)))
     chosen = np.take_along_axis(logprobs[:, :-1], trunk[:, 1:, None], -1)[..., 0]
-    # Columns 4 and later are document tokens behind a header of four.
+    # After a header of four tokens, trunk tokens from index 4 on are document tokens.
     np.testing.assert_allclose(mixed - plain, -0.3 * chosen[:, 3:].mean(), rtol=1e-3)
 
 
 def test_dynamic_sampling_keeps_informative_trunks():
-    """Rounds of two trunks with two groups each; rewards decide what is kept."""
+    """Rounds of two trunks with two groups each; rewards decide which trunks are kept."""
     tasks = make_tasks(dataclasses.replace(_config(), vocab_size=20), U=2, M=2, G=2)
     tasks.prompts.prompt_mask[:] = True
     good, bad = [1.0, 0.0], [1.0, 1.0]
@@ -546,7 +546,7 @@ def test_dynamic_sampling_keeps_informative_trunks():
         )
 
     kept, spent = collect(lambda: tasks, roll_out, rounds=3)
-    # After two rounds two trunks have an informative group: the third round is not run.
+    # After two rounds, two trunks have an informative group: the third round does not run.
     assert asked == [0, 1] and len(spent) == 2
     assert kept.tasks.references.task_ids.tolist() == [[100, 101], [2, 3]]
     assert kept.group_mask.tolist() == [[True, True], [True, False]]

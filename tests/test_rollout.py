@@ -30,7 +30,10 @@ def draw(logits, num_draws, **options):
 
 
 def distribution_of(logits, temperature=1.0, top_p=1.0, top_k=0):
-    """The exact distribution, by sorting: top-k keeps tokens with fewer than k above, top-p with mass above < p."""
+    """Return the truncated distribution f64 [V], the full one f64 [V], and the excluded probability.
+
+    Top-k keeps tokens with fewer than k more likely ones; top-p keeps tokens with less than p of more likely mass.
+    """
     p = np.exp(np.asarray(logits, np.float64) / temperature)
     p /= p.sum()
     above_mass = np.array([p[p > x].sum() for x in p])
@@ -54,7 +57,7 @@ def test_sampled_frequencies_follow_the_exact_distribution(vocab, options):
     truncated, full, excluded = distribution_of(logits, **options)
     counts = np.bincount(tokens, minlength=vocab)
     assert counts[truncated == 0].sum() == 0
-    # Chi-square over the tokens that expect at least 5 draws; 5 standard deviations of slack.
+    # Chi-square over tokens with at least 5 expected draws; 5 standard deviations of slack.
     big = truncated * n >= 5
     chi2 = ((counts[big] - n * truncated[big]) ** 2 / (n * truncated[big])).sum()
     assert chi2 < big.sum() + 5 * np.sqrt(2 * big.sum())
@@ -100,10 +103,10 @@ def roll(config, params, tasks, key, **options):
 
 
 def test_greedy_tokens_equal_plain_decoding(tiny_config, tiny_params):
-    """Each row against argmax over whole logits of its repeated prompt, one token at a time.
+    """Compare one rollout per prompt with argmax over full logits of the whole sequence, one token at a time.
 
-    An argmax within 1e-4 of the runner-up may fall either way in another summation order; such rows end the
-    comparison and are counted.
+    If the two largest logits are within 1e-4, another summation order may pick either. The comparison of that row then
+    ends, and the row is counted.
     """
     tasks = make_tasks(tiny_config)
     prompts = tasks.prompts
@@ -139,7 +142,7 @@ def test_sampler_logprobs_equal_teacher_forced_logprobs(tiny_config, tiny_params
     mask = np.asarray(rollouts.mask)
     assert mask.sum() > 100
     difference = np.abs(np.asarray(forced) - np.asarray(rollouts.sampler_logprobs))[mask]
-    # Logits here reach 40, where float32 has steps of 4e-6.
+    # Logits reach 40 here, where float32 values are 4e-6 apart.
     assert difference.max() < 2e-5
 
 
@@ -193,11 +196,11 @@ def test_unused_vocabulary_entries_are_never_sampled(tiny_config, tiny_params):
     np.testing.assert_allclose(np.asarray(again)[mask], np.asarray(rollouts.sampler_logprobs)[mask], atol=2e-5)
 
 
-SHORT = dict(max_completion_tokens=20, temperature=3.0, vocab_size=9)  # a stop token about every ninth
+SHORT = dict(max_completion_tokens=20, temperature=3.0, vocab_size=9)  # about one token in nine is a stop token
 
 
 def count_calls(monkeypatch, *names):
-    """How often parts of the engine were called."""
+    """Return {name: number of calls} of functions of the engine; the counts grow with every call."""
     counts = dict.fromkeys(names, 0)
     for name in names:
 
@@ -219,7 +222,7 @@ def count_calls(monkeypatch, *names):
     ids=["fewer slots, wider caches", "refill, then fewer slots", "refill only"],
 )
 def test_a_schedule_changes_nothing_that_is_sampled(tiny_config, tiny_params, monkeypatch, options):
-    """Against the static schedule: the same tokens but for near-ties (none here), log-probabilities within 1e-5."""
+    """Against the static schedule: the same tokens except near-ties (none here), log-probabilities within 1e-5."""
     tasks, key = make_tasks(tiny_config, U=4, M=2, G=6).prompts, rollout_key(0, 1)
     counts = count_calls(monkeypatch, "widen", "regroup")
     static = generate(
@@ -237,12 +240,12 @@ def test_a_schedule_changes_nothing_that_is_sampled(tiny_config, tiny_params, mo
 
 
 def test_live_rows_move_through_one_chain_of_shapes():
-    """4 trunks with 16 slots: 64, then 48, 32, 24, 16, 8, 4 of them in groups of 2."""
+    """4 trunks of 16 slots: 64 slots, then 48, 32, 24, 16, 8 and 4 in groups of 2."""
     chain = [(24, 2), (16, 2), (12, 2), (8, 2), (4, 2), (2, 2)]
     assert engine.chain_of_shapes(4, 16, 10, 50, True) == chain
-    # The whole batch keeps 4 x (600 + 16 x 50) = 5,600 tokens; 12 groups would keep 8,400, and 8 still 5,600.
+    # The whole batch caches 4 x (600 + 16 x 50) = 5,600 tokens. 12 groups would cache 8,400, and 8 groups also 5,600.
     assert engine.chain_of_shapes(4, 16, 600, 50, True) == chain[4:]
-    # Without regrouping a trunk's slots alone become fewer.
+    # Without regrouping, only the number of slots per trunk decreases.
     assert engine.chain_of_shapes(4, 16, 600, 50, False) == [(4, 12), (4, 8), (4, 6), (4, 4), (4, 2), (4, 1)]
     assert engine.chain_of_shapes(1, 1, 10, 50, True) == []
 
@@ -254,7 +257,7 @@ def test_a_trunk_with_many_live_rows_takes_several_groups():
 
 
 def test_sampling_on_a_mesh_uses_the_same_noise(tiny_config, monkeypatch):
-    """2x2x2 against one device: log-probabilities agree wherever the tokens before do; other tokens are near ties."""
+    """2x2x2 against one device: over 90% of rows have the same tokens and log-probabilities; others have near-ties."""
     config = dataclasses.replace(tiny_config, vocab_size=64)
     single = make_mesh(MeshConfig())
     params = decoder.init_params(config, single, jax.random.key(2))
@@ -267,7 +270,7 @@ def test_sampling_on_a_mesh_uses_the_same_noise(tiny_config, monkeypatch):
     a = generate(config, params, shard_batch(single, tasks), **options)
     assert counts["shrink"] == 0
     b = generate(config, sharded, shard_batch(many, tasks), **options)
-    assert counts["shrink"] > 0  # rows end, and the others move together on their own device
+    assert counts["shrink"] > 0  # rows end, and each device compacts its remaining rows
     same = (np.asarray(a.tokens) == np.asarray(b.tokens)).all(-1)
     assert same.mean() > 0.9
     np.testing.assert_allclose(np.asarray(a.sampler_logprobs)[same], np.asarray(b.sampler_logprobs)[same], atol=1e-5)

@@ -1,4 +1,4 @@
-"""The power law: recovers what generated the points, refuses what it cannot fit."""
+"""The power-law fit: it recovers the generating constants, and refuses points that it cannot fit."""
 
 import dataclasses
 
@@ -33,9 +33,9 @@ def test_band_covers_the_truth_and_widens_with_noise():
 
 def test_constants_that_the_points_do_not_determine_are_doubted():
     assert fit_power_law([1, 2, 4, 8], [0.1, 0.3, 0.4, 0.45]).doubt == ""
-    # A single jump, flat on both sides of it, is steeper than any power law searched.
+    # A jump followed by a plateau is steeper than any power law in the searched range.
     assert "α is at the edge" in fit_power_law([1, 2, 4, 8, 16], [0.1, 0.5, 0.5, 0.5, 0.5]).doubt
-    # 1.2 - C^-0.5 is an accuracy as far as it is seen, and none where it ends; as no accuracy it may end there.
+    # 1.2 - C^-0.5 is in [0, 1] at all points, but its limit is not. Points above 1 are not shares: any limit is fine.
     C = np.array([1.0, 2, 4, 8, 16])
     assert "P* is outside [0, 1]" in fit_power_law(C, 1.2 - C**-0.5).doubt
     assert fit_power_law(C, 2.2 - C**-0.5).doubt == ""

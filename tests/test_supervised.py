@@ -34,7 +34,7 @@ TAIL = [3, 4]
 
 
 def random_examples(count, vocab_size, seed=0):
-    """Plain texts and prompts with completions, of all lengths, with weights of all kinds."""
+    """Sample plain texts and prompts with completions, of various lengths and weights."""
     rng = np.random.default_rng(seed)
 
     def ids(n):
@@ -107,7 +107,7 @@ def test_document_examples_are_made_when_asked_for(letters):
         examples[6]
 
 
-def test_behind_a_bos_every_token_is_predicted_once_from_those_before_it():
+def test_after_a_bos_every_token_is_predicted_once_from_those_before_it():
     with_bos = SimpleNamespace(bos_id=99)
     examples = document_examples([Document(id="d", tokens=np.arange(2, 25))], with_bos, 10)
     assert [t for e in examples for t in e.trunk[e.first :]] == list(range(2, 25))
@@ -118,7 +118,7 @@ def test_behind_a_bos_every_token_is_predicted_once_from_those_before_it():
 def test_updates_that_are_skipped_in_a_row_stop_the_stage(tiny_config, tiny_params, mesh):
     config = dataclasses.replace(CONFIG, model=tiny_config)
     optimizer = make_optimizer(config.optimizer, 40)
-    broken = jax.tree.map(lambda p: p * np.nan, tiny_params)  # a copy: updates are donated
+    broken = jax.tree.map(lambda p: p * np.nan, tiny_params)  # a copy, because an update donates its state
     training = Supervised(
         name="warm_start", config=config, mesh=mesh, optimizer=optimizer, tail=TAIL, shuffle=False,
         examples=random_examples(40, tiny_config.vocab_size),
@@ -137,7 +137,7 @@ def rollout(prompt, completion, reward, truncated=False):
 def test_rejection_sampling_by_hand():
     rows = [
         rollout([1, 2], [5, 6, 7], 1.0),
-        rollout([1, 2], [5, 6, 7], 1.0),  # the same again
+        rollout([1, 2], [5, 6, 7], 1.0),  # a duplicate
         rollout([1, 2], [8, 9], 1.0),
         rollout([1, 2], [4], 1.0),
         rollout([1, 2], [3], 0.0),
@@ -201,8 +201,8 @@ def test_bad_supervised_lines_are_refused_with_file_and_line(tmp_path, letters, 
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_batches_go_on_from_any_of_them(pack):
-    """The position that comes with a batch is where the next process begins."""
+def test_batches_resume_from_any_of_them(pack):
+    """A resumed process starts at the position that is returned with a batch."""
     examples = random_examples(17, 50)
     config = dataclasses.replace(CONFIG, supervised=dataclasses.replace(CONFIG.supervised, pack=pack))
     straight = list(itertools.islice(batches(examples, config, TAIL, shuffle=True), 6))

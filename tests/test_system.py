@@ -1,4 +1,4 @@
-"""Whole runs, small: the corpus, every stage by its script, resuming, the report."""
+"""Small whole runs: the corpus, every stage through its script, resuming, the report."""
 
 import dataclasses
 import hashlib
@@ -48,7 +48,7 @@ def read(path):
 
 
 def test_thoughts_and_results_are_right(corpus):
-    """Every thought is recomputed from its own text; every label points at the result."""
+    """Recompute every thought from its text, and check that every label points at the result."""
     rng = random.Random(1)
     for _ in range(300):
         puzzle = synthetic.make_puzzle(rng, max_steps=4)
@@ -102,7 +102,7 @@ def tiny_run(corpus, directory, **changes):
 
 
 def evaluated_at_the_ends(config):
-    """Each evaluation samples other lengths, for which programs are compiled."""
+    """Evaluate at the first and last step only: each evaluation samples new lengths and compiles programs for them."""
     return dataclasses.replace(config, eval=dataclasses.replace(config.eval, every_steps=4))
 
 
@@ -134,7 +134,7 @@ def test_a_run_leaves_everything_behind(finished):
     rows = pyarrow.parquet.read_table(finished / "completions" / "step_000003.parquet").to_pylist()
     assert len(rows) == 8 * 4
     for row in rows:
-        # Tokens of this corpus are words: a prediction that reaches into the next one must take all of it.
+        # Tokens of this corpus are words: a correct prediction ends at the end of a word.
         ends = [len("".join(pieces)) for pieces in prefixes(synthetic._PIECES.findall(row["truth"]))]
         right = row["prediction"] is not None and row["truth"].startswith(row["prediction"])
         assert row["reward"] == float(right and len(row["prediction"]) in ends)
@@ -144,7 +144,7 @@ def test_a_run_leaves_everything_behind(finished):
 
 def test_results_carry_n_and_errors(finished):
     results = json.loads((finished / "results.json").read_text())
-    # The curve is of the same positions at every step, the tables of more.
+    # The curve uses the same positions at every step; the tables use more.
     assert {c["all"]["sampled_prefix"]["n"] for c in results["curve"]} == {10}
     assert results["after"]["all"]["sampled_prefix"]["n"] == 12
     for figures in (results["before"], results["after"], results["control"]):
@@ -186,7 +186,7 @@ def test_compute_is_counted_in_tokens_actually_run(finished):
 
 
 def run_hashes(run, state):
-    """Digests of parameters, optimizer state, and of every logged number but none of the clock."""
+    """Return a digest of the parameters and optimizer state, the logged metrics, and a digest of the completions."""
     arrays = hashlib.sha256()
     for leaf in jax.tree.leaves((state.step, state.params, state.opt_state)):
         arrays.update(np.asarray(leaf).tobytes())
@@ -196,6 +196,7 @@ def run_hashes(run, state):
         tokens.update(repr(pyarrow.parquet.read_table(path).to_pydict()).encode())
     return arrays.hexdigest(), json.dumps(lines, sort_keys=True), tokens.hexdigest()
 
+    """Run all stages but the control, up to `stop_at_step` if given; return the run and its last state."""
 
 def rpt_only(config, stop_at_step=None):
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, control=False))
@@ -205,7 +206,7 @@ def rpt_only(config, stop_at_step=None):
 
 @pytest.mark.parametrize("dynamic_from", [-1, 1])
 def test_stopping_anywhere_and_resuming_equals_an_uninterrupted_run(corpus, tmp_path, dynamic_from):
-    """By hash of parameters, optimizer, completions and metrics; with dynamic sampling the data cursor runs ahead."""
+    """Compare parameters, optimizer, completions and metrics; with dynamic sampling the data cursor runs ahead."""
 
     def config(name):
         base = evaluated_at_the_ends(tiny_run(corpus, tmp_path / name))
@@ -221,7 +222,7 @@ def test_stopping_anywhere_and_resuming_equals_an_uninterrupted_run(corpus, tmp_
 
 @pytest.mark.slow
 def test_adapters_bands_and_mixtures_resume_exactly(corpus, tmp_path):
-    """The state has adapters only; pass rates and the mixture's cursor come back with the checkpoint."""
+    """The state has adapters only; the checkpoint restores pass rates and the mixture's cursor."""
 
     def config(name):
         base = evaluated_at_the_ends(tiny_run(corpus, tmp_path / name, lora=LoraConfig(rank=2)))
@@ -248,8 +249,8 @@ def test_a_run_directory_keeps_its_config(corpus, finished):
     prepare(config)
 
 
-def test_a_run_of_the_first_format_opens_and_says_what_moved(corpus, finished, tmp_path, capsys):
-    """Its settings are read from where they stood; what it resolved at its first start is used again."""
+def test_a_run_of_the_first_format_opens_and_reports_moved_settings(corpus, finished, tmp_path, capsys):
+    """Settings are read from their former names; values resolved at the first start are reused."""
     shutil.copytree(finished, tmp_path / "old")
     kept = read_config(finished, say=False)
     (tmp_path / "old" / "config.json").write_text(json.dumps(as_format_1(kept)))
@@ -258,7 +259,7 @@ def test_a_run_of_the_first_format_opens_and_says_what_moved(corpus, finished, t
     assert "made by an earlier version" in said and "loss.microbatch_trunks is mesh.microbatch_trunks=4" in said
     assert run.config.rollout.stop_ids == (run.tokenizer.eos_id,) == kept.rollout.stop_ids
     assert read_config(tmp_path / "old", say=False) == run.config
-    # What a checkpoint of that format held of the data's cursor is where the loop looks for it.
+    # The data cursor of a checkpoint of that format is restored under the key that the loop reads.
     with Checkpoints(tmp_path / "stage", keep=3) as checkpoints:
         state, _ = fresh_state(run.config, run.mesh, run.start_params(), "rpt")
         for step, old in ((1, {"tasks": {"next": 3, "passed_over": 0}}), (2, {"position": 7})):
@@ -268,7 +269,7 @@ def test_a_run_of_the_first_format_opens_and_says_what_moved(corpus, finished, t
 
 
 def test_resolved_values_are_kept_with_the_run(corpus, finished, tmp_path):
-    """Stop ids that were given once hold for every resume, and others are refused."""
+    """Stop ids given at the first start apply to every resume; others are refused."""
     config = tiny_run(corpus, tmp_path / "run")
     given = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, stop_ids=(0, 3)))
     prepare(given)
@@ -309,7 +310,7 @@ def test_supervised_batches_by_hand(corpus, tmp_path):
     path = tmp_path / "warm.jsonl"
     path.write_text('{"text": " Ana 1", "completion": " 2"}\n{"text": " Ben 3 4", "text_weight": 0.5}\n')
     batch = make_batch(read_examples(str(path), tokenizer, template, config), config, template.tail)
-    # Weights: context 0.2 on one predicted token, the completion's digit and stop token 1 each, plain 0.5 on two.
+    # Weights: 0.2 on one predicted context token, 1 on the completion's digit and stop token, 0.5 on two plain tokens.
     total = 0.2 * 1 + 2 * 1 + 0.5 * 2
     np.testing.assert_allclose(
         batch.trunk_weights[:, :4], np.array([[0, 0.2, 0, 0], [0, 0.5, 0.5, 0]]) / total, rtol=1e-6

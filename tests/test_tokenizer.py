@@ -40,7 +40,7 @@ def test_token_bytes_join_to_the_normalised_text(real_tokenizer, text):
 
 @pytest.mark.parametrize("real_tokenizer", ["qwen3"], indirect=True)
 def test_qwen_facts(real_tokenizer):
-    """Known figures of this vocabulary: NFC text, 151,669 ids, a longest token of 128 bytes, think marks with bytes."""
+    """Known facts of this vocabulary: NFC text, 151,669 ids, a longest token of 128 bytes, think marks with bytes."""
     table, lengths = real_tokenizer.byte_table()
     assert table.shape == (151_669, 128) and lengths.max() == 128
     assert real_tokenizer.decode(real_tokenizer.encode("e\u0301")) == unicodedata.normalize("NFC", "e\u0301")
@@ -128,10 +128,10 @@ def test_sentencepiece_without_fallback_refuses_only_what_it_cannot_spell(tmp_pa
 
 
 def write_tiktoken(path, tokenizer):
-    """The vocabulary of a byte-level tokenizer as a tiktoken file; returns its number of tokens."""
+    """Write the vocabulary of a byte-level tokenizer as a tiktoken file; return its number of tokens."""
     added = tokenizer._backend.added_tokens_decoder
     ids = [i for i in range(tokenizer.vocab_size) if i not in added]
-    first = ids[0]  # a trained tokenizer has its special token first; ranks begin at 0
+    first = ids[0]  # a trained tokenizer starts with its special token; ranks start at 0
     lines = (f"{base64.b64encode(tokenizer.token_bytes(i)).decode()} {i - first}\n" for i in ids)
     path.write_text("".join(lines))
     return len(ids)
@@ -214,7 +214,7 @@ def test_fingerprints_see_how_text_is_split_and_normalised(tmp_path):
     assert len(prints) == 3
 
 
-def test_the_config_beside_a_bare_vocabulary_counts(tmp_path):
+def test_the_config_next_to_a_bare_vocabulary_is_read(tmp_path):
     trained = train_byte_level([PROSE], 400)
     size = write_tiktoken(tmp_path / "a.tiktoken", trained)
     entries = {str(size + i): {"content": c} for i, c in enumerate(("<|end_of_text|>", "<|eot_id|>"))}
@@ -255,7 +255,7 @@ def test_damaged_tokenizers_are_refused_by_name(name, tmp_path):
 
 
 def test_vocabularies_that_lose_bytes_are_refused(tmp_path):
-    # Ids with gaps are fine, lost spaces are not.
+    # Gaps between ids are fine, lost spaces are not.
     letters = {c: i + 4 for i, c in enumerate(sorted(set("It's 3.14{x}\n\tnaïve数学😀")))}
     vocab = {"[UNK]": 0, "<eos>": 1} | letters | {f"##{c}": i + 50 for c, i in letters.items()}
     backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))

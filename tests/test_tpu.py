@@ -1,4 +1,4 @@
-"""Plans: the programs of a step compile for TPU slices, on a machine without one. Skips where libtpu is missing."""
+"""Plans: the programs of a step compile for TPU slices, on a machine without TPUs. Skipped if libtpu is missing."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ from rpt_jax.planning.estimate import estimate_memory
 from rpt_jax.planning.plan import make_plan
 from rpt_jax.planning.topologies import describe_topology, fit_mesh, larger_topologies
 
-pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed: pip install -e '.[tpu]'")
+pytest.importorskip("libtpu", reason="libtpu (the TPU compiler) is not installed: pip install -e '.[tpu]'")
 
 CONFIG = Config(
     data=DataConfig(trunk_length=128),
@@ -45,11 +45,11 @@ def test_a_step_compiles_for_a_slice_and_is_accounted_for(lora):
     assert found.fits and [p.name for p in found.programs] == [
         "gather weights", "prefill", "decode", "gradients", "optimizer",
     ]  # fmt: skip
-    # By hand: q, o 256 x 512; k, v 256 x 256; three 256 x 512 of the MLP; norms; embedding and head.
+    # By hand: q, o 256 x 512; k, v 256 x 256; the MLP's three 256 x 512; norms; embedding and head.
     layer = 2 * 256 * 512 + 2 * 256 * 256 + 3 * 256 * 512 + 2 * 256 + 2 * 128
     parameters = 2 * layer + 2 * 2048 * 256 + 256
     assert found.parameters == parameters
-    # All but the norms are split over the four chips, in float32.
+    # All parameters but the norms are split over the four chips, in float32.
     norms = 2 * (2 * 256 + 2 * 128) + 256
     held = (parameters - norms) + 4 * norms
     if not lora.rank:
@@ -66,7 +66,7 @@ def test_a_step_compiles_for_a_slice_and_is_accounted_for(lora):
     assert "FITS" in text and "a step takes at least" in text
 
 
-def test_what_does_not_fit_says_what_would():
+def test_the_nearest_settings_that_fit_are_suggested():
     long = dataclasses.replace(
         CONFIG,
         model=dataclasses.replace(CONFIG.model, num_layers=16, max_positions=2**20),
@@ -79,7 +79,7 @@ def test_what_does_not_fit_says_what_would():
     assert changes and topology.startswith("v5e:")
 
 
-def test_evaluations_must_fit_into_what_was_planned():
+def test_evaluations_must_fit_into_the_plan():
     larger = dataclasses.replace(CONFIG, eval=EvalConfig(batch_trunks=8, num_samples=2))
     with pytest.raises(ConfigError, match="--eval.batch-trunks 4"):
         make_plan(larger, "v5e:2x2", num_tail=8)
@@ -92,7 +92,7 @@ def test_evaluations_must_fit_into_what_was_planned():
     ("topology", "message"),
     [("v9:2x2", "must be one of v4, v5e, v5p, v6e"), ("v5e:7x9x3", "cannot be described")],
 )
-def test_topologies_that_there_are_not(topology, message):
+def test_unknown_topologies_are_refused(topology, message):
     with pytest.raises(ConfigError, match=message):
         describe_topology(topology)
 
@@ -105,7 +105,7 @@ def test_meshes_follow_topologies():
         fit_mesh(dataclasses.replace(CONFIG, mesh=MeshConfig(data=3, tensor=2)), 16)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=4), devices)
     assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
-    # Neighbours along tensor are neighbours of the torus.
+    # Neighbours along the tensor axis are neighbours in the torus.
     for row in mesh.devices.reshape(-1, 4):
         coordinates = np.array([d.coords for d in row])
         assert (np.abs(np.diff(coordinates, axis=0)).sum(1) == 1).all()

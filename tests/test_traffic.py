@@ -1,4 +1,4 @@
-"""Traffic of compiled programs against counts by hand; compiled for eight virtual devices."""
+"""Traffic of programs compiled for eight virtual devices, against hand counts."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from rpt_jax.planning.traffic import read_traffic
 
 
 def traffic_of(function, mesh, *shapes_and_specs, trips=1.0):
-    """{(kind, axes): (count, bytes)} of a program whose result is whole everywhere."""
+    """Return {(kind, axes): (count, bytes)} of a program whose result is replicated on all devices."""
     arguments = [
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
         for shape, spec in shapes_and_specs
@@ -28,7 +28,7 @@ def mesh():
 
 
 def test_a_sum_over_shards_is_an_all_reduce(mesh):
-    """[64, 32] @ [32, 16], contracted over fsdp: 64 x 16 numbers are reduced among four: 2 * 3/4 of 4,096 bytes."""
+    """[64, 32] @ [32, 16], contracted over fsdp: 64 x 16 floats reduced over four devices, 2 * 3/4 of 4,096 bytes."""
     found = traffic_of(jnp.dot, mesh, ((64, 32), (None, "fsdp")), ((32, 16), ("fsdp", None)))
     assert found == {("all-reduce", "fsdp"): (1, 2 * 3 / 4 * 64 * 16 * 4)}
 
@@ -38,7 +38,7 @@ def test_gathering_counts_what_a_device_lacks_in_its_own_group(mesh):
     assert found == {("all-gather", "tensor"): (1, 1 / 2 * 64 * 32 * 4)}
     found = traffic_of(lambda x: x * 2, mesh, ((64, 32), (("fsdp", "tensor"), None)))
     assert found == {("all-gather", "fsdp+tensor"): (1, 7 / 8 * 64 * 32 * 4)}
-    # What is whole already moves nothing.
+    # A replicated array moves nothing.
     assert traffic_of(lambda x: x * 2, mesh, ((64, 32), ())) == {}
 
 
@@ -52,7 +52,7 @@ def test_loops_count_as_often_as_they_run(mesh):
     np.testing.assert_allclose(five["all-reduce", "fsdp"], 5 * np.array(once["all-reduce", "fsdp"]))
 
 
-def test_loops_that_their_data_end_count_as_the_caller_says(mesh):
+def test_loops_whose_length_depends_on_data_count_as_given(mesh):
     def until_large(x, w):
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w @ w.T, x)
 
@@ -62,12 +62,12 @@ def test_loops_that_their_data_end_count_as_the_caller_says(mesh):
     def twice_until_large(x, w):
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: until_large(x, w) + 1, x)
 
-    # The inner loop once for each run of the outer one: there is one unknown number.
+    # The inner loop runs once per iteration of the outer one: unknown_trips applies only once.
     assert traffic_of(twice_until_large, mesh, *shapes, trips=7)["all-reduce", "fsdp"][0] == 7
 
 
-# As the TPU's compiler writes it: one all-gather of 64 bytes per device, started, overlapped with the work of a loop,
-# and ended; and a loop, unrolled twice, whose counter goes from 0 to 8 by twos.
+# In the TPU compiler's form: one all-gather of 64 bytes per device, started, overlapped with a loop, and ended. The
+# loop is unrolled twice: its counter goes from 0 to 8 in steps of 2.
 SPREAD = """
 %begin (p.1: f32[16]) -> f32[64] {
   %p.1 = f32[16]{0} parameter(0)

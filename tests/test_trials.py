@@ -1,4 +1,4 @@
-"""Long trials: `make trials`. Each leaves its counts in runs/trials/<name>.json; docs/reliability.md tells of them."""
+"""Long trials: `make trials`. Each writes its counts to runs/trials/<name>.json; docs/reliability.md lists them."""
 
 import dataclasses
 import hashlib
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def figures(request):
-    """A dict that is written when the trial has ended well."""
+    """A dict that is written to a file if the trial passes."""
     found, failed = {}, request.session.testsfailed
     yield found
     if request.session.testsfailed > failed:
@@ -56,7 +56,7 @@ def figures(request):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A corpus, and a directory where all processes keep their compiled programs."""
+    """A directory with a corpus, and with the compilation cache of all processes."""
     home = tmp_path_factory.mktemp("home")
     write_corpus(home / "corpus")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "programs")
@@ -66,7 +66,7 @@ def home(tmp_path_factory):
 
 
 def result_of(run: Path) -> tuple[str, str, str]:
-    """Digests of the last checkpoint's arrays, of the logged numbers, and of the completions."""
+    """Return a digest of the last checkpoint's arrays, the logged metrics, and a digest of the completions."""
     (last,) = (p for p in (run / "checkpoints" / "rpt").iterdir() if p.name == "4")
     from orbax.checkpoint import v1 as ocp
 
@@ -83,7 +83,7 @@ def result_of(run: Path) -> tuple[str, str, str]:
 
 @pytest.fixture(scope="module")
 def straight(home):
-    """A run that nothing disturbs, twice: the second time with all programs at hand, to know how long that takes."""
+    """Run twice undisturbed; return the result, and the seconds of the second run, which has all programs cached."""
     for name in ("first", "straight"):
         begin = time.monotonic()
         process = start(flags(home / "corpus", home / name, "--checkpoint.every-steps", "1"), home / f"{name}.log")
@@ -93,7 +93,7 @@ def straight(home):
 
 
 def test_thinking_learns_on_the_worked_corpus(tmp_path, figures):
-    """A shortened quickstart: the accuracy of sampled thoughts on hard determined positions rises by half or more."""
+    """A shortened quickstart: the accuracy of sampled thoughts on hard determined positions rises by over half."""
     run = tmp_path / "run"
     quickstart.main(
         ["--run.directory", str(run), "--run.num-steps", "40", "--run.no-control", "--eval.final-num-positions", "200"]
@@ -105,8 +105,8 @@ def test_thinking_learns_on_the_worked_corpus(tmp_path, figures):
 
 
 def test_straight_against_every_stop(corpus, tmp_path, figures, monkeypatch):  # noqa: F811
-    """Two updates a batch; the few tasks are gone through more than once. Every step is stopped at, and once the
-    process ends between the two updates of a batch."""
+    """Two updates per batch; tasks are few enough to repeat. One run is stopped after each step, and one ends between
+    the two updates of a batch."""
 
     def config(name):
         base = tiny_run(corpus, tmp_path / name, loss=LossConfig(num_minibatches=2))
@@ -145,7 +145,7 @@ def test_straight_against_every_stop(corpus, tmp_path, figures, monkeypatch):  #
 
 
 def test_kills_at_random_times(home, straight, figures):
-    """kill -9 until 50 have struck a run at work; each run ends as the undisturbed one did."""
+    """Send kill -9 to running processes at 50 random times; every run has the result of the undisturbed one."""
     expected, seconds = straight
     rng, kills, during_save, runs, starts = random.Random(0), 0, 0, 0, 0
     while kills < 50:
@@ -168,11 +168,11 @@ def test_kills_at_random_times(home, straight, figures):
                 assert status == 0, (home / "killed.log").read_text()[-3000:]
                 break
         assert result_of(run) == expected
-    figures |= {"kills": kills, "of them during a save": during_save, "runs": runs, "starts": starts, "differing": 0}
+    figures |= {"kills": kills, "kills during a save": during_save, "runs": runs, "starts": starts, "differing": 0}
 
 
 def test_kills_during_a_save(home, straight, figures):
-    """kill -9 the moment a checkpoint is seen half written, ten times; what is half written is never picked up."""
+    """Send kill -9 ten times, as soon as a half-written checkpoint appears; such a checkpoint is never restored."""
     expected, _ = straight
     kills, runs = 0, 0
     while kills < 10:
@@ -199,7 +199,7 @@ def test_kills_during_a_save(home, straight, figures):
 
 
 def test_sigterm_from_outside(home, straight, figures):
-    """At ten times from where the run is under way: the resumable status in bounded time, and the same end."""
+    """SIGTERM at ten points of a run: it exits with the resumable status in bounded time, and resumes exactly."""
     expected, seconds = straight
     waits, resumable = [], 0
     for number in range(10):
@@ -214,7 +214,7 @@ def test_sigterm_from_outside(home, straight, figures):
             process.send_signal(signal.SIGTERM)
             status = process.wait(120)
             waits.append(time.monotonic() - begin)
-            # Once the stages are over a signal has its usual effect, for there is nothing to save.
+            # After the last stage a signal has its default effect, because there is nothing to save.
             assert status in (RESUMABLE, -signal.SIGTERM), (home / "terminated.log").read_text()[-3000:]
             resumable += status == RESUMABLE
         assert finish([start(arguments, home / "terminated.log")], 400) == [0]
@@ -229,7 +229,7 @@ def small_state(number: int) -> TrainState:
 
 
 def test_every_byte_of_a_checkpoint(tmp_path, figures):
-    """One bit of each byte of each file, in turn: every one is found."""
+    """Flip one bit of each byte of each file in turn; every flip is detected."""
     with Checkpoints(tmp_path / "rpt", keep=2) as checkpoints:
         checkpoints.save(1, small_state(1), {"step": 1})
     path = tmp_path / "rpt" / "1"
@@ -249,7 +249,7 @@ def test_every_byte_of_a_checkpoint(tmp_path, figures):
 
 
 def test_a_small_disk_runs_full(tmp_path, figures):
-    """A file system of 2 MiB: the save that finds no room says so, the ones before it are restored."""
+    """A file system of 2 MiB: the save that runs out of space reports it, and the previous one is restored."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True).returncode:
@@ -278,7 +278,7 @@ MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))
 
 
 def test_one_seed_on_five_meshes(figures):
-    """Noise is the same everywhere; tokens but for near ties; one update's parameters within a tolerance."""
+    """Noise is the same on every mesh; tokens agree except near-ties, and one update's gradients within a tolerance."""
     config = DecoderConfig(
         vocab_size=64, num_layers=3, width=64, mlp_width=96, num_heads=8, num_kv_heads=4, head_size=8
     )
@@ -292,7 +292,7 @@ def test_one_seed_on_five_meshes(figures):
         shardings = jax.tree.map(lambda p: p.sharding, decoder.abstract_params(config, mesh))
         placed, batch = jax.device_put(params, shardings), shard_batch(mesh, tasks)
         rollouts = generate(config, placed, batch.prompts, rollout_key(0, 0), **options)
-        # The same rollouts everywhere, so that updates can be compared.
+        # The same rollouts on every mesh, so that updates can be compared.
         same = rollouts if axes == MESHES[0] else shard_batch(mesh, results[MESHES[0]]["rollouts"])
         results[axes] = {"rollouts": jax.tree.map(np.asarray, rollouts)}
         rewards = (np.asarray(same.tokens)[..., 0] % 2).reshape(8, 2, 8).astype(np.float32)
@@ -319,7 +319,7 @@ def test_one_seed_on_five_meshes(figures):
         update_gap = max(np.abs(a - b).max() for a, b in leaves) / largest
         figures["x".join(map(str, axes))] = {
             "rows": int(rows.size), "rows with the same tokens": int(rows.sum()),
-            "largest difference of log-probabilities": float(gap), "of gradients, of the largest": float(update_gap),
+            "largest difference of log-probabilities": float(gap), "relative gap of gradients": float(update_gap),
         }  # fmt: skip
         assert rows.mean() > 0.95 and gap < 1e-4 and update_gap < 1e-5
 
@@ -332,7 +332,7 @@ ON_MESH = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
 def test_two_hosts_are_one_and_either_resumes_for_the_other(home, figures):
-    """Whole runs: two processes of four devices, one of eight; stopped on two and ended on one, and the reverse."""
+    """Whole runs: two processes of four devices, one of eight, stopped on two and finished on one, and the reverse."""
 
     def two(name, *extra):
         logs = [home / f"{name}-{i}.log" for i in (0, 1)]
@@ -344,7 +344,7 @@ def test_two_hosts_are_one_and_either_resumes_for_the_other(home, figures):
         )
 
     assert one("one") == [0] and two("two") == [0, 0]
-    # A run of two steps is one of four that was stopped: num_steps is free where the rate is constant.
+    # A run of two steps equals a stopped run of four: with a constant learning rate, num_steps may change on resume.
     assert two("two-one", "--run.num-steps", "2") == [0, 0] and one("two-one") == [0]
     assert one("one-two", "--run.num-steps", "2") == [0] and two("one-two") == [0, 0]
     base = [r for r in numbers(home / "one") if r["stage"] == "rpt"]
@@ -357,7 +357,7 @@ def test_two_hosts_are_one_and_either_resumes_for_the_other(home, figures):
             for metric in ("reward", "completion_tokens", "loss", "grad_norm", "tokens_updated"):
                 np.testing.assert_allclose(r[metric], b[metric], rtol=1e-4, atol=1e-6, err_msg=f"{name} {metric}")
         assert max(gaps) == 0.0, name
-        # The data cursor: the very same tasks in the very same places.
+        # The data cursor: the same tasks in the same places.
         for step in range(1, 5):
             a, b = (
                 pyarrow.parquet.read_table(home / n / "completions" / f"step_{step:06d}.parquet")["position_id"]
@@ -368,7 +368,7 @@ def test_two_hosts_are_one_and_either_resumes_for_the_other(home, figures):
 
 @pytest.mark.parametrize("how", ["stalls", "dies"])
 def test_one_host_of_two_is_lost(home, figures, how):
-    """The other ends within the deadline, with a status that is not success."""
+    """The other process exits with an error status, within four deadlines."""
     logs = [home / f"{how}-{i}.log" for i in (0, 1)]
     deadline = 30
     limits = ("--distributed.heartbeat-seconds", "15", "--distributed.deadline-seconds", str(deadline))
@@ -396,7 +396,7 @@ def test_one_host_of_two_is_lost(home, figures, how):
 
 @pytest.mark.parametrize("where", ["rewards", "logits", "loss"])
 def test_numbers_that_are_not_finite(corpus, tmp_path, monkeypatch, figures, where):  # noqa: F811
-    """From the third step on: updates are skipped and counted, the run stops, and its checkpoint is the last good."""
+    """From the third step on, updates are skipped and counted and leave the state as it is; then the run stops."""
     base = tiny_run(corpus, tmp_path / "run")
     config = dataclasses.replace(
         base,
@@ -430,4 +430,4 @@ def test_numbers_that_are_not_finite(corpus, tmp_path, monkeypatch, figures, whe
     records = [r for r in read_records(tmp_path / "run") if r["stage"] == "rpt"]
     assert [r["skipped"] for r in records][:2] == [0, 0] and records[-1]["skipped"] == 3
     assert all(state == calls[2] for state in calls[3:])
-    figures |= {"steps": len(records), "skipped": 3, "parameters changed by them": 0}
+    figures |= {"steps": len(records), "skipped": 3, "parameters changed": 0}

@@ -51,7 +51,7 @@ class Source(Protocol):
         ...
 
     def columns(self, task_id: int) -> dict[str, Any]:
-        """Return what a host reward may know of a task."""
+        """Return the fields of a task that a host reward may use."""
         ...
 
 
@@ -60,9 +60,9 @@ class TaskSource:
     """Positions of documents as tasks; a task id is a row of `table`.
 
     Attributes:
-        documents: of the corpus.
-        table: positions.
-        template: of the prompts.
+        documents: the corpus.
+        table: positions in the documents.
+        template: the prompt template.
         token_bytes: bytes of every id.
         trunk_length: L.
         stride: document tokens between the starts of windows.
@@ -81,6 +81,7 @@ class TaskSource:
 
     @property
     def window(self) -> int:
+        """Document tokens that fit in a trunk after the header."""
         return self.trunk_length - len(self.template.header)
 
     def group(self, task_ids, prompts_per_trunk: int) -> Trunks:
@@ -138,7 +139,15 @@ class TaskSource:
 def row_ids(
     trunks: list[list[int]], rows: Sequence[int], num_prompts: int, num_tasks: int, group_size: int
 ) -> np.ndarray:
-    """Return unique row ids, i32 [rows, M, G], also for a trunk that occurs twice (where two epochs meet)."""
+    """Return row ids, i32 [rows, M, G], unique even if a trunk occurs twice in a batch that spans two epochs.
+
+    Args:
+        trunks: task ids of each trunk of the global batch.
+        rows: trunks to return ids for.
+        num_prompts: M.
+        num_tasks: number of tasks in the source.
+        group_size: G.
+    """
     occurrences, occurrence = Counter(), np.zeros(len(trunks), np.int32)
     for u, ids in enumerate(trunks):
         occurrence[u] = occurrences[tuple(ids)]
@@ -174,6 +183,7 @@ class PassRates:
         self._seen: dict[int, tuple[float, int]] = {}
 
     def add(self, references: References, rewards_UMG: np.ndarray) -> None:
+        """Add the rewards f32 [U, M, G] of a batch to the means; padding is ignored."""
         for i, rewards in zip(references.task_ids.ravel(), rewards_UMG.reshape(-1, rewards_UMG.shape[-1])):
             if i >= 0:
                 total, count = self._seen.get(int(i), (0.0, 0))
@@ -185,9 +195,11 @@ class PassRates:
         return any(s is None or self._low <= s[0] / s[1] <= self._high for s in seen)
 
     def get_state(self) -> list:
+        """Return [task id, sum of rewards, number of rewards] of every task seen, for a checkpoint."""
         return [[i, total, count] for i, (total, count) in self._seen.items()]
 
     def set_state(self, state: list) -> None:
+        """Restore a state that `get_state` returned."""
         self._seen = {int(i): (float(total), int(count)) for i, total, count in state}
 
 
@@ -195,14 +207,14 @@ class TrainIterator:
     """Endless TaskBatches over the given tasks, reshuffled each epoch.
 
     Args:
-        source: of the tasks.
-        task_ids: to use.
-        num_trunks: U, of the global batch.
+        source: builds the batches.
+        task_ids: tasks to iterate over.
+        num_trunks: U, trunks in the global batch.
         prompts_per_trunk: M.
         group_size: G.
-        seed: of the order.
-        corpora: i64 [trunks], part of the mixture of each trunk.
-        weights: of the parts, which are drawn by weight and reshuffled in separate epochs.
+        seed: seed of the shuffle.
+        corpora: i64 [trunks], mixture part of each trunk; unused if there is one part.
+        weights: sampling weight of each part; each part is reshuffled in its own epochs.
         band: (low, high); trunks whose tasks all have pass rates outside are skipped and counted.
         rows: trunks of the global batch to build (`mesh.local_trunks`); None: all.
     """
@@ -254,16 +266,18 @@ class TrainIterator:
         return self._make(picked)
 
     def observe(self, references: References, rewards_UMG) -> None:
-        """Record the rewards of tasks; waits for them only if there is a band."""
+        """Record the tasks' rewards f32 [U, M, G] if there is a band; without one, do not wait for them."""
         if self._rates is not None:
             self._rates.add(*to_host((references, rewards_UMG)))
 
     def get_state(self) -> dict:
+        """Return the cursor, and the pass rates if there is a band, for a checkpoint."""
         following, passed_over = self.position
         state = {"next": following, "passed_over": passed_over}
         return state if self._rates is None else state | {"rates": self._rates.get_state()}
 
     def set_state(self, state: dict) -> None:
+        """Restore a state that `get_state` returned."""
         self.position = (state["next"], state["passed_over"])
         if self._rates is not None:
             self._rates.set_state(state["rates"])

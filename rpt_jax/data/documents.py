@@ -35,7 +35,7 @@ class Document:
     tokens: np.ndarray
     """i32 [length], without special tokens."""
     labels: tuple[tuple[int, str], ...] = ()
-    """(token index of a position, name)."""
+    """(token index, name) of each labelled position."""
     corpus: int = 0
     """Part of the mixture that it belongs to."""
 
@@ -72,12 +72,12 @@ class Documents(Sequence[Document]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """i64 [number of documents], number of tokens."""
+        """i64 [number of documents], number of tokens of each."""
         return self._table["length"].to_numpy()[self.numbers]
 
     @property
     def corpora(self) -> np.ndarray:
-        """i32 [number of documents], part of the mixture."""
+        """i32 [number of documents], mixture part of each."""
         return self._table["corpus"].to_numpy()[self.numbers]
 
     def take(self, numbers: np.ndarray) -> "Documents":
@@ -90,7 +90,7 @@ def open_documents(corpora: list[Corpus], tokenizer: Tokenizer, cache: Path, pro
 
     Args:
         corpora: parts of the mixture.
-        tokenizer: of the policy.
+        tokenizer: the policy's tokenizer.
         cache: directory of stores; a store is named by its files (path, size, time), templates and tokenizer.
         progress: wraps the iterable of texts.
     Raises:
@@ -124,7 +124,7 @@ def write_store(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, directo
 
 def _write_files(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, partial: Path) -> None:
     digest, columns = hashlib.sha256(), {"id": [], "length": [], "corpus": [], "labels": []}
-    is_open = False  # the last document continues
+    is_open = False  # True while the last document continues
     with (partial / "tokens.i32").open("wb") as file:
         for corpus, text, ids in _encode(texts, tokenizer):
             if not is_open:
@@ -194,7 +194,7 @@ def _checked(text: Text, ids: list[int], tokenizer: Tokenizer) -> list[int]:
     if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
         raise DataError(
             f"document {text.id} contains {ids.count(tokenizer.unk_id)} piece(s) outside the tokenizer's vocabulary; "
-            "their bytes would be lost. Use a tokenizer with byte fallback, or none, so that one is trained."
+            "their bytes would be lost. Use a tokenizer with byte fallback, or leave --data.tokenizer empty."
         )
     if piece := tokenizer.unspeakable(text.text):
         raise DataError(
@@ -242,8 +242,8 @@ def split_heldout(
         numbers = np.flatnonzero(documents.corpora == corpus)
         if len(numbers) == 1:
             raise DataError(
-                f"part {corpus + 1} of data.mixture is one document, {documents[int(numbers[0])].id}; nothing of it "
-                "would be left to train on. Set --data.heldout-path."
+                f"part {corpus + 1} of data.mixture is one document, {documents[int(numbers[0])].id}; holding "
+                "it out would leave nothing to train on. Set --data.heldout-path."
             )
         cut = min(len(numbers) - 1, max(1, round(len(numbers) * (1 - fraction))))
         train.append(numbers[:cut])
@@ -252,7 +252,7 @@ def split_heldout(
 
 
 def _split_lines(only: Document, fraction: float, tokenizer: Tokenizer) -> tuple[list[Document], list[Document]]:
-    """Cut after the token that ends a line closest to the wanted place."""
+    """Cut after the line-ending token closest to 1 - fraction of the tokens."""
     ends_line = np.array([tokenizer.token_bytes(i).endswith(b"\n") for i in range(tokenizer.vocab_size)])
     cuts = np.flatnonzero(ends_line[only.tokens[:-1]]) + 1
     if not len(cuts):

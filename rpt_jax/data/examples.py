@@ -27,6 +27,7 @@ class Example:
     """Completion tokens, including the end token; loss weight 1. None: plain text."""
 
     def num_tokens(self, tail_length: int) -> int:
+        """Return the number of trunk tokens, plus tail and completion tokens if there is a completion."""
         return len(self.trunk) + (tail_length + len(self.completion) if self.completion is not None else 0)
 
 
@@ -143,6 +144,7 @@ class DocumentExamples(Sequence):
     size: int
     """Document tokens per example."""
     weight: float
+    """Loss weight of the document tokens."""
     ends: np.ndarray
     """i64 [documents], cumulative number of examples."""
 
@@ -179,16 +181,17 @@ def draft_examples(
 ) -> list[Example]:
     """Make cold-start examples for a corpus without worked thoughts.
 
-    At a random position the completion is a draft, the true next tokens, then the first of them in the box, all in the
-    corpus's tokens. It teaches the format and to look ahead; useful thoughts are left to RPT. Targets that a box cannot
-    hold (braces, half characters) are skipped. They are supervised.draft_fraction of all sequences.
+    At a random position, the completion is a draft (the true next tokens), then the first of these tokens in the box.
+    Both use the corpus's tokens. Drafts teach the format and looking ahead; useful thoughts are left to RPT. Targets
+    that a box cannot hold (braces, half characters) are skipped. Before skipping, supervised.draft_fraction of all
+    sequences are drafts.
 
     Args:
-        documents: of the corpus.
-        tokenizer: of the policy.
-        template: of the prompts.
-        config: of the run.
-        num_plain: number of plain sequences that they are mixed with.
+        documents: the corpus.
+        tokenizer: the policy's tokenizer.
+        template: the prompt template.
+        config: the run's config.
+        num_plain: number of plain sequences to mix the drafts with.
     """
     share = config.supervised.draft_fraction
     if not share:

@@ -58,23 +58,32 @@ class PositionTable:
         return len(self.index)
 
     def take(self, rows) -> "PositionTable":
+        """Return the given rows: indices, a slice or a mask."""
         return replace(self, **{name: column[rows] for name, column in vars(self).items()})
 
     @staticmethod
     def concatenate(tables: list["PositionTable"]) -> "PositionTable":
+        """Return the rows of all tables, in order."""
         names = [f.name for f in fields(PositionTable)]
         return PositionTable(**{name: np.concatenate([getattr(t, name) for t in tables]) for name in names})
 
 
 def window_start(index, *, window: int, stride: int):
     """Return the start of the window that gives position `index` the most context: the smallest multiple of the stride
-    whose window of `window` tokens reaches the position. An int or an array."""
+    whose window of `window` tokens ends at or after the position. `index` is an int or an array."""
     return np.maximum(0, -((window - index) // stride)) * stride
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """How documents are cut into windows, for the policy and the proxy, in document tokens."""
+    """How documents are cut into windows, for the policy and the proxy.
+
+    Attributes:
+        window: document tokens per window.
+        stride: document tokens between the starts of windows.
+        continuation_tokens: A, horizon of a continuation.
+        min_context_tokens: fewest document tokens before a position.
+    """
 
     window: int
     stride: int
@@ -109,10 +118,10 @@ def add_scores(
     """Run the proxy over every window that contains a position of the table.
 
     Args:
-        table: positions.
-        documents: that the table indexes.
+        table: positions to score.
+        documents: the documents that the table indexes.
         proxy: the scoring model.
-        windows: of the documents.
+        windows: how the documents are cut.
         progress: wraps the iterable of batches.
     Returns:
         The table with entropies and direct predictions.
@@ -157,12 +166,12 @@ class ScoredCorpus:
     """Positions of a corpus in parts; with a proxy, each part is scored once and kept on disk.
 
     Attributes:
-        documents: of the corpus.
-        lengths: i64 [documents], number of tokens.
-        facts: of the tokenizer's ids.
-        windows: of the documents.
-        proxy: None leaves entropies unknown and writes nothing.
-        directory: of the parts; its name must identify everything that they depend on (`parts_key`).
+        documents: the corpus.
+        lengths: i64 [documents], number of tokens of each.
+        facts: properties of the tokenizer's ids.
+        windows: how the documents are cut.
+        proxy: the scoring model; None leaves entropies unknown and writes nothing.
+        directory: directory of the parts; its name must identify everything that they depend on (`parts_key`).
         progress: (description, iterable) -> iterable.
     """
 
@@ -176,6 +185,7 @@ class ScoredCorpus:
 
     @property
     def num_parts(self) -> int:
+        """Number of parts, scored or not."""
         return len(self._ranges())
 
     def __iter__(self) -> Iterator[PositionTable]:
@@ -225,8 +235,10 @@ def parts_key(corpus: str, tokenizer: str, proxy: str, windows: Windows, setting
     """Return the name of the directory of scored parts, a hash of everything that they depend on.
 
     Args:
-        corpus, tokenizer, proxy: fingerprints.
-        windows: of the documents.
+        corpus: fingerprint of the documents.
+        tokenizer: fingerprint of the tokenizer.
+        proxy: fingerprint of the proxy.
+        windows: how the documents are cut.
         settings: JSON-able settings of candidates and scores.
     """
     what = json.dumps([_VERSION, corpus, tokenizer, proxy, vars(windows), settings, _PART_TOKENS], sort_keys=True)
@@ -246,7 +258,7 @@ def _read_part(path: Path) -> PositionTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Selected positions, and the entropy in nats that they exceed; NaN if the selector uses none."""
+    """Selected positions, and the entropy threshold in nats; NaN if the selector uses none."""
 
     table: PositionTable
     threshold: float
@@ -312,21 +324,21 @@ def top_fraction_threshold(corpus: ScoredCorpus, fraction: float) -> float:
     low, high = edges[number], np.append(edges, np.inf)[number + 1]
     inside = np.sort(np.concatenate([t.entropy[(t.entropy >= low) & (t.entropy < high)] for t in corpus]))[::-1]
     rest = wanted - (int(above[number + 1]) if number + 1 < len(above) else 0)
-    # Just below the value, so that "above the threshold" keeps it.
+    # Just below the value, so that `entropy > threshold` keeps it.
     return float(np.nextafter(inside[rest - 1], np.float32(-np.inf)))
 
 
 def select_positions(
     table: PositionTable, settings: PositionsConfig, *, threshold: float, stride: int, seed
 ) -> np.ndarray:
-    """Select rows of the table to train on, ascending.
+    """Return the rows of the table to train on, i64, ascending.
 
     Args:
         table: positions of a part.
-        settings: of the selection.
-        threshold: entropy that selected positions exceed, nats.
+        settings: how to select.
+        threshold: entropy that positions must exceed, nats, except for the unfiltered fraction.
         stride: number of document tokens that share the limit on positions.
-        seed: of random draws.
+        seed: seed of the random draws.
     """
     rng = np.random.default_rng(seed)
     is_scored = settings.selector not in UNSCORED_SELECTORS

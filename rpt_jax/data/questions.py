@@ -76,10 +76,11 @@ class QuestionSource:
     """Prompts of questions as tasks; a task id is an index into `questions`.
 
     Attributes:
-        questions: as read.
+        questions: questions with their records.
         prompts: token ids of each question's trunk.
         tail: token ids at the end of every prompt, <think> last.
-        direct_prompts, direct_tail: the same without the request to reason; an option's letter follows.
+        direct_prompts: the prompts without the request to reason.
+        direct_tail: token ids at the end of every direct prompt; an option's letter follows.
         answer_tokens: ids of each question's first accepted answer, encoded alone.
         trunk_length: L, the longest prompt rounded up to a multiple of 16.
     """
@@ -171,7 +172,7 @@ def make_question_source(
         return np.concatenate([template.header, _prompt(question, tokenizer, kind, data)]).astype(np.int32)
 
     prompts = [encode(q, config) for q in questions]
-    # No thought here, but some chat templates open one.
+    # The direct prompt has no thought, but some chat templates open one.
     after = tokenizer.chat_parts()[1] if data.chat else "\n"
     direct_tail = (
         after.rstrip().removesuffix(THINK_OPEN) if after.rstrip().endswith(THINK_OPEN) else after

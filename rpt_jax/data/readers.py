@@ -116,7 +116,10 @@ def read_records(path: str) -> Iterator[tuple[str, int, dict]]:
 
 
 def file_stamps(path: str) -> list[tuple[str, int, int]]:
-    """Return (path, size in bytes, modification time in ns) of every file of `path`; for a dataset, its name."""
+    """Return (path, size in bytes, modification time in ns) of every file of `path`.
+
+    For a dataset: (path, 0, 0), and its files if it is a local directory.
+    """
     if path.startswith(_HUGGING_FACE):
         local = Path(path.removeprefix(_HUGGING_FACE).split(":")[0])
         files = sorted(local.rglob("*")) if local.is_dir() else []
@@ -259,11 +262,11 @@ def _read_array_record(path: Path) -> Iterator[dict]:
 
 
 def _read_dataset(path: str) -> Iterator[dict]:
-    """Rows of a Hugging Face dataset, streamed; no code of the dataset runs."""
+    """Yield the rows of a Hugging Face dataset, without running its code."""
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"{path!r} needs the `datasets` package. pip install datasets, or use files.") from error
+        raise DataError(f"{path!r} needs the `datasets` package. Run pip install datasets, or use files.") from error
     name, config, split = ([*path.removeprefix(_HUGGING_FACE).split(":"), "", ""])[:3]
     if config and not split:
         config, split = "", config
@@ -309,9 +312,13 @@ def parse_json_line(line: str, path: Path, number: int) -> dict:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} line {number} is not JSON ({error}); each line must be one object.") from error
+        raise DataError(
+            f"{path} line {number} is not JSON ({error}); each line must be one JSON object. Correct the line."
+        ) from error
     if not isinstance(record, dict):
-        raise DataError(f"{path} line {number} is a {type(record).__name__}; each line must be one JSON object.")
+        raise DataError(
+            f"{path} line {number} is a {type(record).__name__}; each line must be one JSON object. Correct the line."
+        )
     return record
 
 

@@ -1,10 +1,10 @@
-"""A corpus of worked puzzles on which thinking helps by construction, for experiments of minutes on a CPU.
+"""A corpus of worked puzzles on which thinking helps by construction, for experiments that take minutes on a CPU.
 
 A document is an opening sentence, a puzzle over digits mod 10, its result, and a closing sentence. The text before it
 determines only the result; names, verbs and operands are free. One forward pass of a small model cannot chain the
 steps, but a written thought can.
 
-It consists of train.jsonl and heldout.jsonl (documents; the position of the result is labelled `determined/k` for k
+The files are train.jsonl and heldout.jsonl (documents; the position of the result is labelled `determined/k` for k
 steps), warm_start.jsonl (exercise sheets, plain documents and worked thoughts in training order, short puzzles first),
 and the closed vocabulary as a tokenizer directory.
 """
@@ -155,7 +155,7 @@ def make_tokenizer() -> Tokenizer:
 def write_corpus(
     directory: Path, *, seed: int, num_train: int, num_heldout: int, short_sequences: int, long_sequences: int
 ) -> None:
-    """Write the files of the module docstring into `directory`.
+    """Write the files listed in the module docstring into `directory`.
 
     No training document or worked thought shares its puzzle (the text up to the result) with a held-out document.
     """

@@ -55,7 +55,7 @@ class Template:
 
     @property
     def fingerprint(self) -> str:
-        """Short sha256 of both."""
+        """First 16 hex digits of the sha256 of both."""
         return hashlib.sha256(repr((self.header.tolist(), self.tail.tolist())).encode()).hexdigest()[:16]
 
 
@@ -63,8 +63,8 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
     """Tokenise the configured template.
 
     Raises:
-        ConfigError: the header leaves no room for text, or less than the window stride, or the tokenizer cannot spell
-            the response marks.
+        ConfigError: the header leaves no tokens for text, or fewer than the window stride; or the tokenizer cannot
+            spell the response marks.
         DataError: data.chat without a usable chat template.
     """
     header, tail = _TEMPLATES[config.template]
@@ -118,9 +118,9 @@ def check_marks(tokenizer: Tokenizer) -> None:
 
 
 def continuation(document: Document, index: int, token_bytes: list[bytes], num_tokens: int) -> tuple[bytes, list[int]]:
-    """Return the true bytes from token `index` on, of up to `num_tokens` tokens, and their boundary lengths.
+    """Return the true bytes of up to `num_tokens` tokens from `index` on, and the lengths in bytes at which tokens end.
 
-    Boundaries are those of the corpus's tokens; a zero-byte token adds none (arXiv:2506.08007 eq. 3).
+    The tokens are the corpus's; a zero-byte token adds no length (arXiv:2506.08007 eq. 3).
     """
     pieces = [token_bytes[t] for t in document.tokens[index : index + num_tokens]]
     ends = np.cumsum([len(p) for p in pieces])
@@ -144,7 +144,7 @@ def token_facts(token_bytes: list[bytes], *, boxed_mode: str = "balanced") -> To
 
     Args:
         token_bytes: bytes of every id.
-        boxed_mode: of the reward; unless it is balanced, a box can hold any token.
+        boxed_mode: the reward's mode; unless it is balanced, a box can hold any token.
     """
 
     def closes_first(token: bytes) -> bool:
@@ -166,8 +166,8 @@ def token_facts(token_bytes: list[bytes], *, boxed_mode: str = "balanced") -> To
 def candidate_mask(tokens: np.ndarray, facts: TokenFacts, *, min_context_tokens: int, num_tokens: int) -> np.ndarray:
     """Return the positions that can be tasks, bool [length].
 
-    Excluded: too little context; a context that ends inside a UTF-8 character; targets all of whose boundaries within
-    `num_tokens` are inside one; targets without bytes (special tokens); targets that no box can hold.
+    Excluded: too little context; a context that ends inside a UTF-8 character; targets of which none of the first
+    `num_tokens` tokens ends between characters; targets without bytes (special tokens); targets that no box can hold.
     """
     length, numbers = len(tokens), np.arange(len(tokens))
     has_bytes = facts.lengths[tokens] > 0

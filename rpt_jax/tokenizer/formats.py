@@ -1,6 +1,6 @@
 """SentencePiece and tiktoken vocabularies, rebuilt as `tokenizers` pipelines.
 
-The library's converters assume the settings of one model; these follow the file.
+The library's converters assume the settings of one model; these pipelines follow the file.
 """
 
 import base64
@@ -100,7 +100,7 @@ def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]
 def read_tiktoken(path: Path) -> tokenizers.Tokenizer:
     """Read a tiktoken file as byte-level BPE: each line is a base64 token and its rank, which is its id.
 
-    Special tokens come from added_tokens_decoder in tokenizer_config.json; without that file, <|endoftext|> follows the
+    Special tokens come from added_tokens_decoder in tokenizer_config.json. If there are none, <|endoftext|> follows the
     vocabulary.
 
     Raises:

@@ -21,8 +21,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     with merges.txt. Nothing in the directory is executed.
 
     Raises:
-        DataError: the directory is missing, holds none of these, does not parse, or the exact bytes of its tokens are
-            not known.
+        DataError: the directory is missing, contains none of these or does not parse; the tokenizer has no end token;
+            or the bytes of its tokens do not join to the text.
     """
     directory = Path(path)
     has = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
@@ -172,7 +172,7 @@ _EOS_CANDIDATES = ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_en
 
 
 def _fast(backend: tokenizers.Tokenizer, special: dict[str, str] | None = None) -> transformers.PreTrainedTokenizerFast:
-    """Wrap a bare tokenizer. Its end token is that of `special`, or the first conventional one that it has."""
+    """Wrap a bare tokenizer. Its end token is that of `special`, else a conventional one, control tokens first."""
     special = dict(special or {})
     if "eos_token" not in special:
         control = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
@@ -203,7 +203,7 @@ def train_byte_level(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def word_level(entries: list[str]) -> Tokenizer:
-    """Make a closed vocabulary whose entries are text: words with their leading space, digits, marks.
+    """Make a closed vocabulary whose entries are plain text: words with their leading space, digits, marks.
 
     Other text encodes to `<unk>`.
     """

@@ -168,7 +168,8 @@ class Tokenizer:
             if self._join(behind[:count]) == b" \n":
                 return behind[count:]
         raise DataError(
-            f"tokenizer {self._where} cannot spell {text!r} without a leading space, which prompts need. Use another."
+            f"tokenizer {self._where} cannot spell {text!r} without a leading space; prompts must not add a space. "
+            "Use another tokenizer."
         )
 
     def _join(self, ids: Iterable[int]) -> bytes:
@@ -308,7 +309,7 @@ class Tokenizer:
 
     @cached_property
     def encoding_fingerprint(self) -> str:
-        """sha256 of everything that maps text to ids: vocabulary, merges, normalisation, splitting."""
+        """sha256 of all that maps text to ids (vocabulary, merges, normalisation, splitting) and of the ids' bytes."""
         parts = {name: self._description.get(name) for name in ("model", "normalizer", "pre_tokenizer")}
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for token in self._bytes:
