@@ -1,4 +1,4 @@
-"""Command lines of all experiment scripts: a preset and flags make a Config."""
+"""The command line of the experiment scripts: a preset plus flags gives a Config."""
 
 import json
 import os
@@ -25,11 +25,16 @@ from rpt_jax.train.run_directory import read_config
 
 
 def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple[Config, bool]:
-    """Parse a command line (default < preset < flag) to (config, whether --dry-run was given).
+    """Parse a command line. Flags override the preset, which overrides the defaults.
 
+    Args:
+        argv: arguments, without the program's name.
+        default_preset: preset to use without --preset; None: --preset is required.
+    Returns:
+        (config, whether --dry-run was given).
     Raises:
         ConfigError: unknown preset or flag, no preset, or invalid settings.
-        SystemExit: --help, or an invalid value of a flag, which tyro reports.
+        SystemExit: --help, or a flag value that tyro rejects and reports.
     """
     flags, preset, dry_run = list(argv), default_preset, False
     if "--dry-run" in flags:
@@ -55,9 +60,9 @@ def _with_flags(config: Config, flags: list[str]) -> Config:
     config, unknown = tyro.cli(Config, default=config, args=flags, return_unknown_args=True, prog="experiment")
     if unknown:
         names = {argument.split("=")[0] for argument in unknown}
-        moved = [f" {_flag(m.old)} is {_flag(m.new)} now." for m in MOVES if _flag(m.old) in names]
+        moved = [f" {_flag(m.old)} is now {_flag(m.new)}." for m in MOVES if _flag(m.old) in names]
         raise ConfigError(
-            f"unknown argument(s) {' '.join(unknown)}; flags are --section.field VALUE. See --help-all for all of them."
+            f"unknown argument(s) {' '.join(unknown)}; flags must be --section.field VALUE. --help-all lists all."
             + "".join(moved)
         )
     return config
@@ -68,8 +73,11 @@ def _flag(path: str) -> str:
 
 
 def print_help(flags: list[str], config: Config) -> None:
-    """Print the script's docstring and the common settings, in the order of a run; with --help-all every setting.
+    """Print the script's docstring and the common settings; with --help-all, print all settings.
 
+    Args:
+        flags: the command line; --help-all in it selects all settings.
+        config: its values are printed as defaults.
     Raises:
         SystemExit: always.
     """
@@ -82,7 +90,7 @@ def print_help(flags: list[str], config: Config) -> None:
         if f.metadata.get("shown") and path.count(".") == 1:
             print(f"{_flag(path)} {json.dumps(value)}")
             print(textwrap.fill(texts[path], 110, initial_indent="    ", subsequent_indent="    "))
-    print("\n--help-all: every setting")
+    print("\n--help-all: print all settings")
     sys.exit(0)
 
 
@@ -97,10 +105,10 @@ def load_run(directory: Path, flags: list[str]) -> Config:
     """Load the config of an existing run, whose corpus and tokenizer must still be in place.
 
     Args:
-        directory: of the run.
-        flags: settings to change, such as the mesh and those of evaluations (see `RunDirectory`).
+        directory: the run directory.
+        flags: settings to change, such as the mesh and evaluation settings (see `RunDirectory`).
     Raises:
-        CheckpointError: there is no run.
+        CheckpointError: the directory holds no run.
         ConfigError: unknown flag, or invalid settings.
     """
     path = directory / "config.json"
@@ -111,36 +119,37 @@ def load_run(directory: Path, flags: list[str]) -> Config:
 
 
 def describe(config: Config) -> str:
-    """Describe the resolved run: config, batch arithmetic, mesh."""
+    """Return the resolved run as text: config, batch size, mesh."""
     r, mesh = config.rollout, config.mesh
     prompts = r.num_trunks * r.prompts_per_trunk
     updates = config.loss.num_minibatches
     return (
         f"{config.to_json()}\n"
         f"batch: {r.num_trunks} trunks x {r.prompts_per_trunk} positions x {r.group_size} rollouts = "
-        f"{prompts * r.group_size} rollouts of at most {r.max_completion_tokens} tokens, {updates} update(s) a batch\n"
+        f"{prompts * r.group_size} rollouts of up to {r.max_completion_tokens} tokens, {updates} update(s) per batch\n"
         f"mesh: data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor} = {mesh.num_devices} device(s), "
-        f"{r.num_trunks // mesh.trunk_shards} trunks on each data shard"
+        f"{r.num_trunks // mesh.trunk_shards} trunks per shard (data x fsdp)"
     )
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run `main(arguments)`.
+    """Run `main` with the command-line arguments and turn exceptions into exit statuses.
 
-    rpt_jax's errors exit with their message and status 2, others with a traceback and status 1. A run that was stopped
-    by a signal has saved and exits with `RESUMABLE`, so that a scheduler may start the same command again.
+    rpt_jax's errors print their message and exit with status 2. Other exceptions print a traceback and exit with
+    status 1. A run stopped by a signal is saved and exits with `RESUMABLE`, so that a scheduler can run the same
+    command again.
     """
     try:
         main(sys.argv[1:])
     except Interrupted as stop:
         console.print(
-            f"{stop}; the run is saved. Run the same command again to resume, with --run.resume latest if it named a "
-            f"step (exit status {RESUMABLE})"
+            f"{stop}; the run is saved. Run the same command again to resume; if --run.resume named a step, set it to "
+            f"latest (exit status {RESUMABLE})"
         )
         sys.exit(RESUMABLE)
     except Exception as error:
         if isinstance(error, (ConfigError, DataError, CheckpointError, RewardError)):
-            console.quiet = False  # processes that write no files are quiet, except about errors
+            console.quiet = False  # processes that write no files print only errors
             console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
             status = 2
         else:
@@ -148,5 +157,5 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             status = 1
         sys.stderr.flush()
         if jax.distributed.is_initialized() and jax.process_count() > 1:
-            os._exit(status)  # an orderly exit would deadlock: the other processes wait for this one
+            os._exit(status)  # a clean exit would deadlock: the other processes wait for this one
         sys.exit(status)

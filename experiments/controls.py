@@ -1,9 +1,9 @@
-"""Controls for a finished run: supervised training from its warm start with the same compute, over learning rates.
+"""Train controls for a finished run: supervised training from its warm start, with the FLOPs that RL spent.
 
 python -m experiments.controls --run runs/quickstart [--learning-rates 3e-4 1e-3 3e-3]
 
-documents: next-token training on the training documents. cold_start: more training on the warm start's sequences.
-Writes controls.json into the run directory and prints a table.
+Each control runs once per learning rate. documents: next-token training on the training documents. cold_start: more
+training on the warm start's sequences. The script writes controls.json to the run directory and prints a table.
 """
 
 import argparse
@@ -23,6 +23,7 @@ METRICS = ("direct_prefix", "sampled_prefix", "greedy_prefix")
 
 
 def main(argv: list[str]) -> None:
+    """Train and evaluate every control at every learning rate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="directory of a finished run")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
@@ -33,13 +34,13 @@ def main(argv: list[str]) -> None:
     documents = run.domain.control_examples(run)
     if documents is None:
         raise ConfigError(
-            f"--run {args.run} is a run on {run.domain.name}; controls need documents. Choose such a run."
+            f"--run {args.run} is a run on {run.domain.name}; controls require documents. Choose a run on documents."
         )
     params = warm_start(run)
     evaluations = Evaluations(run=run, source=run.domain.heldout(run, params), start=params)
     sources = {"documents": documents}
     if run.warm_examples:
-        # A warm-start file is in training order: the warm start ended with its second half.
+        # A warm-start file is in training order, so its second half is what the warm start ended with.
         half = len(run.warm_examples) // 2 if config.supervised.path else 0
         sources["cold_start"] = [run.warm_examples[i] for i in range(half, len(run.warm_examples))]
     split, rows = headline_split(results), []

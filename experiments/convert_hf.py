@@ -1,9 +1,9 @@
 """Export a run's newest policy as a Hugging Face model directory, including its tokenizer.
 
 python -m experiments.convert_hf --run runs/tiny_text --out exported [--dtype bfloat16]
-python -m experiments.convert_hf --run runs/tiny_text --out adapters --adapters      # PEFT layout, a LoRA run only
+python -m experiments.convert_hf --run runs/tiny_text --out adapters --adapters      # PEFT layout; LoRA runs only
 
-On another machine, add the settings that differ: --mesh.fsdp 1 --mesh.tensor 1 --model.activation-dtype float32.
+On another machine, add the settings that differ there: --mesh.fsdp 1 --mesh.tensor 1 --model.activation-dtype float32.
 """
 
 import argparse
@@ -19,24 +19,25 @@ from rpt_jax.train.stages.warm_start import warm_start
 
 
 def main(argv: list[str]) -> None:
+    """Export the newest policy, or only its adapters."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run directory with an RL checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="a new directory")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as trained; float32 for merged adapters"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored; float32 for merged weights"
     )
-    parser.add_argument("--adapters", action="store_true", help="export only the adapters of the RL stage, not merged")
+    parser.add_argument("--adapters", action="store_true", help="export only the RL stage's adapters, unmerged")
     args, flags = parser.parse_known_args(argv)
     run = prepare(load_run(args.run, flags), read_only=True)
     config = run.config
     if args.adapters and not config.lora.rank:
         raise ConfigError(
-            f"--adapters of {args.run}, which trained every parameter; it needs a LoRA run. Remove --adapters."
+            f"--adapters with --run {args.run}, which trained all parameters; it needs a LoRA run. Remove --adapters."
         )
     if args.adapters and config.supervised.num_steps:
         raise ConfigError(
-            f"--adapters of {args.run}, whose base weights are a warm-started policy that is not a checkpoint. "
-            "Remove --adapters to export the merged policy."
+            f"--adapters with --run {args.run}, whose adapters sit on a warm-started policy; their base must be the "
+            "weights of a checkpoint directory. Remove --adapters to export the merged policy."
         )
     state, frozen, step = newest_state(run, warm_start(run))
     if args.adapters:

@@ -1,8 +1,8 @@
-"""Evaluate a run's newest RPT checkpoint on its held-out documents and print every split.
+"""Evaluate a run's newest RL checkpoint on its held-out documents or questions, and print every split.
 
 python -m experiments.evaluate --run runs/quickstart [--eval.num-samples 16] [--mesh.fsdp 1]
 
-It does not write to the run, which may still be training.
+The script writes nothing to the run, which may still be training.
 """
 
 import argparse
@@ -27,8 +27,9 @@ METRICS = (
 
 
 def main(argv: list[str]) -> None:
+    """Evaluate the newest checkpoint and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="run directory with an RPT checkpoint")
+    parser.add_argument("--run", type=Path, required=True, help="run directory with an RL checkpoint")
     args, flags = parser.parse_known_args(argv)
     run = prepare(load_run(args.run, flags), read_only=True)
     start = warm_start(run)

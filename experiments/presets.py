@@ -1,4 +1,4 @@
-"""Named starting points. A preset is a full config; the command line overrides single fields of it."""
+"""Named starting points. A preset is a full config; the command line overrides individual fields."""
 
 from dataclasses import replace
 
@@ -24,21 +24,21 @@ TINY_WORKED = Config(
     data=DataConfig(template="minimal", trunk_length=64, window_stride=32),
     positions=PositionsConfig(
         entropy_threshold=2.0,
-        # The first free digit is at token 15 at the latest. Nothing determines it, so it is not a task.
+        # Exclude the first free digit, at token 15 or earlier: nothing determines it.
         min_context_tokens=17,
         unfiltered_fraction=0.3,
     ),
     model=DecoderConfig(num_layers=4, width=128, mlp_width=384, num_heads=4, num_kv_heads=4, head_size=32),
     supervised=SupervisedConfig(num_steps=380, batch_size=40),
     rollout=RolloutConfig(num_trunks=48, prompts_per_trunk=1, group_size=8, max_completion_tokens=32, temperature=1.0),
-    # Six trunks at a time: then the activations of a pass fit into the cache of a small CPU.
+    # Six trunks per pass, so that its activations fit into the cache of a small CPU.
     mesh=MeshConfig(microbatch_trunks=6),
     optimizer=OptimizerConfig(learning_rate=4e-4, max_grad_norm=1.0, weight_decay=0.0),
     checkpoint=CheckpointConfig(every_steps=40),
     eval=EvalConfig(every_steps=20, num_positions=100, difficulty_thresholds=(0.5, 1.0, 2.0)),
 )
 
-# Any text on the same machine: a trained tokenizer, and a cold start from drafts of the text.
+# Any text on the same machine: a tokenizer trained on the text, and a warm start on drafts of it.
 TINY_TEXT = Config(
     run=RunConfig(num_steps=60),
     data=DataConfig(template="minimal", trunk_length=128, window_stride=64),
@@ -52,10 +52,10 @@ TINY_TEXT = Config(
     eval=EvalConfig(every_steps=10, num_positions=100, final_num_positions=300, batch_trunks=32),
 )
 
-# Small learning rate, for supervised training of a pretrained model.
+# A small learning rate for supervised training of a pretrained model.
 _FINE_TUNING = OptimizerConfig(learning_rate=1e-5, max_grad_norm=1.0, warmup_steps=10)
 
-# Text for the policy in --policy.path, on one accelerator: prompts in the chat template's turns, no warm start.
+# Any text with the policy in --policy.path, on one accelerator: prompts as chat-template turns, no warm start.
 TEXT = Config(
     run=RunConfig(num_steps=200),
     data=DataConfig(chat=True, trunk_length=1024, window_stride=512),
@@ -89,10 +89,11 @@ QUESTIONS = Config(
 
 
 def _rpt(model: DecoderConfig, mesh: MeshConfig, **rollout) -> Config:
-    """Make the paper's run (arXiv:2506.08007 §3.3): 256 positions x 8 rollouts per step, contexts of 4,096 tokens,
-    completions of 8,192, 1,000 steps, dynamic sampling from step 500. Here four positions share a document.
+    """Return the paper's run (arXiv:2506.08007 §3.3): 256 positions x 8 rollouts per step, contexts of 4,096 tokens,
+    completions of 8,192, 1,000 steps, dynamic sampling from step 500. Here positions share documents, by default four
+    per document.
 
-    Set --policy.path, --proxy.path and --data.path. The model section is the shape that plans use.
+    Set --policy.path, --proxy.path and --data.path. Plans take the model's shape from the model section.
     """
     rollout = (
         dict(num_trunks=64, prompts_per_trunk=4, group_size=8, max_completion_tokens=8192, temperature=0.8) | rollout
@@ -106,12 +107,12 @@ def _rpt(model: DecoderConfig, mesh: MeshConfig, **rollout) -> Config:
         rollout=RolloutConfig(**rollout, dynamic_sampling_from_step=500),
         mesh=replace(mesh, microbatch_trunks=mesh.trunk_shards),
         checkpoint=CheckpointConfig(every_steps=20),
-        # The rollouts of an evaluation then need no more memory than those of a step.
+        # So that an evaluation's rollouts need no more memory than a step's.
         eval=EvalConfig(every_steps=100, num_samples=4, batch_trunks=rollout["num_trunks"]),
     )
 
 
-# The paper's policy: DeepSeek-R1-Distill-Qwen-14B, on 64 chips of TPU v5p.
+# The paper's policy, DeepSeek-R1-Distill-Qwen-14B, on 64 TPU v5p chips.
 RPT_QWEN2_5_14B = _rpt(
     DecoderConfig(
         family="qwen2", vocab_size=152064, num_layers=48, width=5120, mlp_width=13824, num_heads=40, num_kv_heads=8,
@@ -121,7 +122,7 @@ RPT_QWEN2_5_14B = _rpt(
     slots_per_trunk=16,
 )  # fmt: skip
 
-# Qwen3-1.7B, on 16 chips of TPU v6e.
+# Qwen3-1.7B on 16 TPU v6e chips.
 RPT_QWEN3_1_7B = _rpt(
     DecoderConfig(
         family="qwen3", vocab_size=151936, num_layers=28, width=2048, mlp_width=6144, num_heads=16, num_kv_heads=8,
@@ -133,7 +134,7 @@ RPT_QWEN3_1_7B = _rpt(
     slots_per_trunk=1,
 )  # fmt: skip
 
-# Llama-3.1-8B, on 32 chips of TPU v5p.
+# Llama-3.1-8B on 32 TPU v5p chips.
 RPT_LLAMA3_8B = _rpt(
     DecoderConfig(
         family="llama", vocab_size=128256, num_layers=32, width=4096, mlp_width=14336, num_heads=32, num_kv_heads=8,

@@ -1,4 +1,4 @@
-"""The main job in minutes on two CPU cores: make the worked-puzzle corpus, then train, control, evaluate and report.
+"""The whole pipeline in minutes on two CPU cores: make the puzzle corpus, train, run the control, evaluate, report.
 
 python -m experiments.quickstart [--run.seed N] [--run.directory DIR] [--section.field VALUE ...]
 """
@@ -13,12 +13,12 @@ from rpt_jax.data.synthetic import write_corpus
 from rpt_jax.parallel import distributed
 
 NUM_TRAIN, NUM_HELDOUT = 12_000, 800
-# Number of warm-start updates on puzzles of one or two steps.
+# Warm-start updates on puzzles of one or two steps; longer puzzles follow.
 NUM_SHORT_STEPS = 200
 
 
 def with_corpus(config: Config) -> Config:
-    """Point the config to the corpus files that `write_corpus` writes into the run directory."""
+    """Return the config with the paths of the files that `write_corpus` writes into the run directory."""
     corpus = Path(config.run.directory) / "corpus"
     data = replace(
         config.data,
@@ -31,6 +31,7 @@ def with_corpus(config: Config) -> Config:
 
 
 def main(argv: list[str]) -> None:
+    """Make the corpus if it is missing, then run all stages."""
     config, dry_run = parse_config(argv, default_preset="tiny_worked")
     if not config.data.path:
         config = with_corpus(config)
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_corpus(config: Config) -> None:
-    """Write the run's corpus; the tokenizer comes last and marks it complete."""
+    """Write the run's corpus. The tokenizer is written last, so its presence means that the corpus is complete."""
     size, short = config.supervised.batch_size, min(NUM_SHORT_STEPS, config.supervised.num_steps)
     write_corpus(
         Path(config.run.directory) / "corpus",

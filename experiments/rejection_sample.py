@@ -1,10 +1,10 @@
-"""Sample rollouts of a preset's policy and write the rewarded ones to a file for a cold start.
+"""Sample rollouts from a preset's policy and write the rewarded ones to a file for a cold start.
 
 python -m experiments.rejection_sample --preset tiny_text --data.path my.txt --policy.path DIR --out cold_start.jsonl
     [--batches 10] [--per-prompt 2] [--min-reward 1]
 
-The policy is the run's newest RL checkpoint, or its warm start. Use the file as --supervised.path. The script prints
-how many rollouts were kept and why the others were not.
+The policy is the run's newest RL checkpoint, or its warm start if there is none. Use the file as --supervised.path. The
+script prints how many rollouts were kept, and how many were dropped for each reason.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from rpt_jax.train.stages.warm_start import warm_start
 
 
 def main(argv: list[str]) -> None:
+    """Sample the rollouts, write the accepted ones and print the counts."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--out", type=Path, required=not {"-h", "--help"} & set(argv))
     parser.add_argument("--batches", type=int, default=10)
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
     policies = trainer.policies(state)
     rollout = config.rollout
     shape = dict(num_trunks=rollout.num_trunks, prompts_per_trunk=rollout.prompts_per_trunk)
-    # Another seed, so that the prompts are not those that training starts with.
+    # A different seed, so that these are not the prompts that training starts with.
     iterator = TrainIterator(
         tasks.source,
         tasks.ids,
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     with progress_bar("rollouts", args.batches) as progress:
         for number in range(args.batches):
             batch = shard_batch(run.mesh, next(iterator))
-            # Training counts steps from 0, so it would share these keys only after 2^30 steps.
+            # Training counts steps from 0, so it would reach these sampling keys only after 2^30 steps.
             experience = trainer.roll_out(policies, 2**30 + number, batch, 0)
             columns = completion_columns(experience, run.tokenizer, tasks.source.columns)
             rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -66,8 +67,8 @@ def main(argv: list[str]) -> None:
     print(json.dumps(counts))
     if not kept:
         raise DataError(
-            f"none of {len(rows)} rollouts earned {args.min_reward} and ended; a cold start needs some. Sample more "
-            "(--batches), from a better policy, or lower --min-reward."
+            f"none of {len(rows)} rollouts ended with a reward of at least {args.min_reward}; a cold start requires "
+            "some. Sample more (--batches), use a better policy, or lower --min-reward."
         )
     write_examples(args.out, kept, tokenizer=run.tokenizer.fingerprint, template=run.template.fingerprint)
     run.directory.close()

@@ -1,8 +1,8 @@
-"""Run the quickstart over several seeds and print a Markdown table of all of them.
+"""Run the quickstart with several seeds and print a Markdown table of the results.
 
 python -m experiments.seeds [--seeds 0 1 2] [--directory runs/seeds]
 
-Finished seeds are not run again. The seed determines the corpus, the parameters and the sampling noise.
+Finished seeds are not rerun. The seed determines the corpus, the initial parameters and the sampling noise.
 """
 
 import argparse
@@ -26,7 +26,11 @@ COLUMNS = (
 
 
 def table(runs: list[dict]) -> str:
-    """Format a Markdown table: a row per split; each cell has every seed's value and the largest standard error."""
+    """Return a Markdown table with one row per split. A cell lists every seed's value and the largest standard error.
+
+    Args:
+        runs: results.json of each seed.
+    """
     lines = [
         "| split | n | " + " | ".join(title for title, *_ in COLUMNS) + " |",
         "|---|---|" + "---|" * len(COLUMNS),
@@ -43,6 +47,7 @@ def table(runs: list[dict]) -> str:
 
 
 def main(argv: list[str]) -> None:
+    """Run the seeds that are not finished, then write and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--directory", type=Path, default=Path("runs/seeds"))
@@ -57,7 +62,7 @@ def main(argv: list[str]) -> None:
     (args.directory / "table.md").write_text(text + "\n")
     print(text)
     gains = [r["after"]["hard determined"]["sampled_prefix"]["value"] for r in runs]
-    print(f"\nhard determined, sampled, after: mean {np.mean(gains):.3f}, spread over seeds {np.ptp(gains):.3f}")
+    print(f"\nhard determined, sampled, after: mean {np.mean(gains):.3f}, range over seeds {np.ptp(gains):.3f}")
 
 
 if __name__ == "__main__":

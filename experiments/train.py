@@ -1,4 +1,4 @@
-"""Train a preset: corpus or questions, policy, warm start, tasks, RL, control, evaluation, report.
+"""Train a preset on a corpus or on questions: warm start, RL, control, evaluation, report.
 
 python -m experiments.train --preset tiny_text --data.path my.txt
 python -m experiments.train --preset tiny_text --data.path 'papers/*.jsonl' --policy.path DIR --data.chat
@@ -15,10 +15,10 @@ from rpt_jax.train.progress import console
 
 
 def run(config: Config) -> None:
-    """Run all stages, each from its checkpoint if there is one, and write the report.
+    """Run all stages, resuming each from its checkpoint if there is one, and write the report.
 
     Raises:
-        Interrupted: on a stop signal; the run is saved.
+        Interrupted: a stop signal arrived; the run is saved.
     """
     distributed.start(config.distributed)
     console.quiet = not distributed.is_main()
@@ -30,6 +30,7 @@ def run(config: Config) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Run all stages of the preset; with --dry-run, only print the resolved run."""
     config, dry_run = parse_config(argv)
     if dry_run:
         print(describe(config))

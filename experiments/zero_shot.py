@@ -1,9 +1,9 @@
-"""Evaluate a Hugging Face model on questions by category: thinking, and direct for multiple choice.
+"""Evaluate a Hugging Face model on questions, by category: with thinking, and directly for multiple choice.
 
 python -m experiments.zero_shot --policy.path DIR --questions.path mmlu_pro_test.jsonl [--eval.num-positions 200]
     [--data.chat] [--eval.num-samples 8] [--rollout.max-completion-tokens 4096] [--json figures.json]
 
-It draws --eval.num-positions questions, and as many of each category (arXiv:2506.08007 Table 3).
+It draws up to --eval.num-positions questions overall, and up to that many per category (arXiv:2506.08007 Table 3).
 """
 
 import argparse
@@ -22,12 +22,15 @@ from rpt_jax.train.run import load_policy
 
 
 def main(argv: list[str]) -> None:
+    """Evaluate the model, print the table and write the JSON."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--json", type=Path)
     args, rest = parser.parse_known_args(argv)
     config, dry_run = parse_config(rest, default_preset="questions")
     if not (config.policy.path and config.questions.path):
-        raise ConfigError("zero_shot needs a model and questions. Set --policy.path and --questions.path.")
+        raise ConfigError(
+            "the model or the questions are missing; zero_shot requires both. Set --policy.path and --questions.path."
+        )
     is_default = config.reward == PRESETS["questions"].reward
     if is_default and all(q.choices for q in read_questions(config.questions.path)):
         config = replace(config, reward=replace(config.reward, terms=("choice",)))
@@ -51,7 +54,11 @@ def main(argv: list[str]) -> None:
 
 
 def table(figures: dict) -> str:
-    """Format one line per category, with value ± standard error per metric."""
+    """Return a text table with one line per category: the number of questions, and value ± standard error per metric.
+
+    Args:
+        figures: {category: {metric: {"value", "standard_error", "n"}}}.
+    """
     metrics = list(dict.fromkeys(m for cells in figures.values() for m in cells))
     width = max(len(name) for name in figures) + 2
     lines = [" " * width + f"{'n':>6}" + "".join(f"{m:>16}" for m in metrics)]

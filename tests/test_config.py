@@ -157,7 +157,7 @@ def test_help_shows_first_what_people_vary(capsys):
 
 
 def test_a_flag_that_moved_says_where_to():
-    with pytest.raises(ConfigError, match="--loss.microbatch-trunks is --mesh.microbatch-trunks now"):
+    with pytest.raises(ConfigError, match="--loss.microbatch-trunks is now --mesh.microbatch-trunks"):
         parse_config(["--preset", "tiny_worked", "--loss.microbatch-trunks", "3"])
 
 

@@ -177,7 +177,7 @@ def test_cold_start_from_rollouts(home, trained, tmp_path, capsys):
     lines = out.read_text().splitlines()
     assert counts["kept"] == len(lines) > 0
     assert counts["rollouts"] == sum(v for k, v in counts.items() if k != "rollouts")
-    with pytest.raises(DataError, match="rollouts earned 2.0"):
+    with pytest.raises(DataError, match="rollouts ended with a reward of at least 2.0"):
         rejection_sample.main([*flags, "--out", str(out), "--batches", "1", "--min-reward", "2"])
     cold = (
         "--supervised.path",

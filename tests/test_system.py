@@ -198,6 +198,7 @@ def run_hashes(run, state):
 
     """Run all stages but the control, up to `stop_at_step` if given; return the run and its last state."""
 
+
 def rpt_only(config, stop_at_step=None):
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, control=False))
     run = run_stages(config, stop_at_step=stop_at_step)

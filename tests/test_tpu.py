@@ -73,7 +73,7 @@ def test_the_nearest_settings_that_fit_are_suggested():
         rollout=dataclasses.replace(CONFIG.rollout, max_completion_tokens=2**17),
     )
     found = make_plan(long, "v5e:2x2", num_tail=8)
-    assert not found.fits and "no room" in plan_script.describe(found, long)
+    assert not found.fits and "too big" in plan_script.describe(found, long)
     changes, topology, nearer = next(plan_script.nearest(long, "v5e:2x2", 8, found.chip.memory))
     assert estimate_memory(nearer, 8) < found.chip.memory < estimate_memory(long, 8)
     assert changes and topology.startswith("v5e:")

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: a small model and its tasks, alternating timing, and saving of results."""
+"""Helpers that the benchmarks share: a small model and its tasks, alternating timing, saving of results."""
 
 import argparse
 import datetime
@@ -21,7 +21,7 @@ from rpt_jax.config import DecoderConfig
 from rpt_jax.sequences import Task, build_tasks
 from rpt_jax.types import TaskBatch
 
-# 10.0 M parameters: 8 layers of width 256, tied embeddings. The peers get the same.
+# 10.0 M parameters: 8 layers of width 256, tied embeddings. The peers use the same shape.
 MODEL_S = DecoderConfig(
     family="qwen3",
     vocab_size=8192,
@@ -37,7 +37,16 @@ MODEL_S = DecoderConfig(
 
 
 def make_tasks(num_trunks: int, cuts, tail: int, group_size: int, vocab_size: int, seed: int = 0) -> TaskBatch:
-    """Make trunks of random ids with a prompt at each of `cuts`. Continuations are empty."""
+    """Return NumPy trunks and tails of random ids, with a prompt at each of `cuts`. Continuations are empty.
+
+    Args:
+        num_trunks: U.
+        cuts: M trunk lengths that prompts see, the same for all trunks; the longest is L.
+        tail: E, tokens of each tail.
+        group_size: G.
+        vocab_size: ids are below vocab_size - 1, because the last id is the stop token.
+        seed: seed of the ids.
+    """
     rng = np.random.default_rng(seed)
     U, M, G, L = num_trunks, len(cuts), group_size, max(cuts)
     trunks = rng.integers(0, vocab_size - 1, (U, L), np.int32)
@@ -52,10 +61,13 @@ def make_tasks(num_trunks: int, cuts, tail: int, group_size: int, vocab_size: in
 
 
 def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, dict]:
-    """Time functions in turn, without the first call of each, which compiles.
+    """Time functions in turn. The first call of each compiles and does not count.
 
-    A function that takes less than 50 ms is called several times per turn, and the mean of the turn counts.
+    A function that takes less than 50 ms is called several times per turn; the sample is the turn's mean.
 
+    Args:
+        functions: {name: function without arguments that returns a tree of arrays}.
+        rounds: number of turns of each function.
     Returns:
         {name: {"median": seconds, "samples": [seconds, ...]}}.
     """
@@ -80,7 +92,7 @@ def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, dict]:
 
 
 def machine() -> dict:
-    """Describe the machine. Ratios between programs depend on its CPU family and vector units (None if not Linux)."""
+    """Describe the machine. Ratios between programs depend on CPU family and vector units (None if not Linux)."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     cpu = re.search(r"model name\s*: (.*)", cpuinfo)
     family = re.search(r"cpu family\s*: (.*)", cpuinfo)
@@ -96,7 +108,12 @@ def machine() -> dict:
 
 
 def parser(doc: str, **defaults) -> argparse.ArgumentParser:
-    """Make a parser with the options of every benchmark, --rounds and --json."""
+    """Return a parser with the shared options, --rounds and --json.
+
+    Args:
+        doc: the script's docstring, for --help.
+        **defaults: name of the JSON file, and optionally rounds.
+    """
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--rounds", type=int, default=defaults.get("rounds", 5), help="alternations")
     result.add_argument("--json", type=Path, default=Path(f"runs/benchmarks/{defaults['name']}.json"))
@@ -107,10 +124,10 @@ def save_results(args: argparse.Namespace, figures: dict, draw: Callable, panels
     """Write figures as JSON with the command and the machine, and as a plot; print the JSON.
 
     Args:
-        args: of `parser`.
-        figures: JSON-able.
-        draw: called with the axes of `panels` panels, side by side.
-        panels: of the plot.
+        args: arguments from `parser`.
+        figures: a JSON-able dict.
+        draw: called with one axes object per panel.
+        panels: number of panels, side by side.
     """
     from rpt_jax.analysis.reports.figures import subplots
 

@@ -2,9 +2,9 @@
 
 python -m experiments.benchmarks.corpus_scale [--gigabytes 1] [--directory DIR]
 
-It writes jsonl files of artificial prose (seeded, with Zipfian word frequencies), runs experiments.filter_positions on
-them in a separate process with a tiny random proxy, and prints its figures as JSON: documents, tokens, positions,
-tokens per second, peak memory. DIR is kept, so a second run shows what the cache saves.
+The script writes jsonl files of artificial prose (seeded, with Zipfian word frequencies) and runs
+experiments.filter_positions on them in a separate process with a tiny random proxy. It prints the figures as JSON:
+documents, tokens, positions, tokens per second, peak memory. DIR is kept, so a second run shows what the cache saves.
 """
 
 import argparse
@@ -20,7 +20,10 @@ _FILE_BYTES = 100_000_000
 
 
 def write_prose(directory: Path, num_bytes: float) -> None:
-    """Write files of documents of 200 to 2,000 words; the thousand most frequent words make up most of the text."""
+    """Write jsonl files of about `num_bytes` in total.
+
+    Documents have up to 2,000 words. The thousand most frequent words make up most of the text.
+    """
     rng = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlucmfwypvbgk"))
     words = np.array(["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(20_000)])
@@ -42,9 +45,10 @@ def write_prose(directory: Path, num_bytes: float) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Write the corpus if it is missing, filter it and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--directory", type=Path, help="directory of corpus and cache; default: a temporary one")
+    parser.add_argument("--directory", type=Path, help="directory for corpus and cache; default: a temporary one")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         directory = args.directory or Path(temporary)

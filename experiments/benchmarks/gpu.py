@@ -1,17 +1,19 @@
-"""Decode against the memory-bandwidth limit of its shape, and the update against matrix peak, on an accelerator.
+"""Compare decode with the memory-bandwidth limit of its shape, and the update with matrix peak, on an accelerator.
 
 python -m experiments.benchmarks.gpu [--rounds 3] [--json FILE] [--dry-run]
 
 The policy is random: 1.5 B parameters (28 layers, width 1536, vocabulary 151,936, tied), bfloat16 activations and
-caches. Peaks are measured in the same run: a copy of 4 GiB, a bfloat16 product of 8192 x 8192 matrices.
+caches. The peaks are measured in the same run: a copy of 4 GiB and a bfloat16 product of 8192 x 8192 matrices.
 
-decode: 4 documents of 2,048 tokens, 8 positions x 8 rollouts each, 512 new tokens; seconds from the first to the last
-    token, without the prefill. Limit: a step reads the weights once, each document's keys and values once, and those of
-    each row. `repeated prompts` is the same engine with one document per row, which each step reads in full.
-update: the same batch. Arithmetic: 6 per parameter and token and 12 per attended pair, layer and head dimension, with
-    each token of a document once; recomputation in the backward pass does not count. `repeated prompts` as above.
+decode: 4 documents of 2,048 tokens, 8 positions x 8 rollouts each, 512 new tokens. Seconds are from the first to the
+    last token, without the prefill. Limit: a step reads the weights once, and the keys and values of each document,
+    each tail and each row once. `repeated prompts` is the same engine with one document per row; a step then reads a
+    whole prompt for each row.
+update: the same batch. Limit: 6 FLOPs per parameter and token, plus 12 per attended pair, layer and unit of the heads'
+    total width. Each token of a document counts once, and recomputation in the backward pass does not count.
+    `repeated prompts` has one document per row, but its limit is the same.
 
---dry-run uses a small model and batch on any machine, to check that the script runs; its shares mean nothing.
+--dry-run uses a small model and batch on any machine, to check that the script runs; its shares are meaningless.
 """
 
 import dataclasses
@@ -52,6 +54,20 @@ MODEL_1_5B = DecoderConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
+    """Sizes of the benchmark.
+
+    Attributes:
+        model: the policy's shape.
+        documents: number of documents.
+        context: tokens of each document.
+        positions: positions per document.
+        tail: tokens of each prompt's tail.
+        new: tokens of each completion.
+        copy_bytes: size of the copy that measures bandwidth.
+        matrix: side of the square matrices that measure the matrix peak.
+        rollouts: rollouts per position.
+    """
+
     model: DecoderConfig
     documents: int
     context: int
@@ -64,9 +80,11 @@ class Shape:
 
     @property
     def rows(self) -> int:
+        """Number of rollouts."""
         return self.documents * self.positions * self.rollouts
 
     def tasks(self) -> TaskBatch:
+        """Return the batch, with cuts evenly spaced over the last eighth of the context."""
         cuts = [self.context - i * self.context // (8 * self.positions) for i in range(self.positions)]
         return make_tasks(self.documents, cuts, self.tail, self.rollouts, self.model.vocab_size)
 
@@ -76,7 +94,7 @@ DRY = Shape(MODEL_S, documents=2, context=128, positions=2, tail=8, new=32, copy
 
 
 def repeated(tasks: TaskBatch) -> TaskBatch:
-    """Give every row its own document, as an engine without trunks does."""
+    """Return the tasks with a separate document for every row (U * M * G trunks), as in an engine without trunks."""
     prompts = tasks.prompts
     U, M, G = prompts.row_ids.shape
 
@@ -91,7 +109,8 @@ def repeated(tasks: TaskBatch) -> TaskBatch:
 
 
 def peaks(shape: Shape, rounds: int) -> dict:
-    """Measure bytes per second of a copy and operations per second of a matrix product in the activation dtype."""
+    """Measure the bytes per second of a copy (read and written) and the FLOPs per second of a product in the activation
+    dtype, each in its fastest call."""
     x = jnp.zeros(shape.copy_bytes // 4, jnp.float32)
     a = jax.random.normal(jax.random.key(0), (shape.matrix, shape.matrix), jnp.dtype(shape.model.activation_dtype))
     copy, product = jax.jit(lambda x: x + 1), jax.jit(lambda a: a @ a)
@@ -103,7 +122,7 @@ def peaks(shape: Shape, rounds: int) -> dict:
 
 
 def decode_bytes(shape: Shape, num_params: int, *, is_repeated: bool) -> float:
-    """Return the bytes that all steps after the first token must read."""
+    """Return the bytes that all decoding steps after the first token must read."""
     c = shape.model
     itemsize = jnp.dtype(c.activation_dtype).itemsize
     token = 2 * c.num_layers * c.num_kv_heads * c.head_size * itemsize
@@ -114,7 +133,7 @@ def decode_bytes(shape: Shape, num_params: int, *, is_repeated: bool) -> float:
 
 
 def update_flops(shape: Shape) -> float:
-    """Return the FLOPs of forward and backward of a batch, with each token of a document once."""
+    """Return the FLOPs of the batch's forward and backward passes, counting each token of a document once."""
     stem = shape.documents * (shape.context + shape.positions * shape.tail)
     tokens = stem + shape.rows * shape.new
     pairs = shape.documents * shape.context**2 / 2 + shape.documents * shape.positions * shape.tail * shape.context
@@ -124,7 +143,7 @@ def update_flops(shape: Shape) -> float:
 
 
 def microbatches(tasks: TaskBatch, rollouts: Rollouts, size: int) -> list[Rows]:
-    """Make microbatches of all rows, `size` trunks each, with alternating advantages 1 and -1."""
+    """Split all rows into microbatches of `size` trunks, with alternating advantages 1 and -1."""
     shape = rollouts.mask.shape
     batch = Rows(
         sequences=completions(tasks.prompts, rollouts.tokens, rollouts.mask),
@@ -142,6 +161,7 @@ def microbatches(tasks: TaskBatch, rollouts: Rollouts, size: int) -> list[Rows]:
 
 
 def measure(shape: Shape, rounds: int) -> dict:
+    """Time decode and update, with trunks and with repeated prompts; return the figures."""
     peak = peaks(shape, rounds)
     mesh, optimizer = make_mesh(MeshConfig()), make_optimizer(OptimizerConfig(), 100)
     params = init_params(shape.model, mesh, jax.random.key(0))
@@ -182,6 +202,7 @@ def measure(shape: Shape, rounds: int) -> dict:
 
 
 def main() -> None:
+    """Run the benchmark and save the figures."""
     command = parser(__doc__, name="gpu", rounds=3)
     command.add_argument("--dry-run", action="store_true")
     args = command.parse_args()

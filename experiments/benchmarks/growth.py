@@ -2,10 +2,11 @@
 
 python -m experiments.benchmarks.growth [--rounds 3] [--json FILE] [--axes positions context ...]
 
-A step is a rollout and an update of full-length completions (no stop token, no idle group). Each axis varies one number
-around 4 documents of 512 tokens, 4 positions x 8 rollouts, tails of 24 and completions of 64 tokens, model S. Measured
-seconds are compared with the token count of trunks and branches, T + PG(s + c) per document, times the parameters per
-token, scaled to the median of the axis; and with the count for repeated prompts, PG(T + s + c).
+A step is a rollout and an update of full-length completions (no stop token, no idle group). Each axis varies one
+quantity around 4 documents of 512 tokens (1 document for the vocabulary and parameters axes), 4 positions x 8 rollouts,
+tails of 24 and completions of 64 tokens, model S. Measured seconds are compared with a count: tokens times parameters.
+Trunks and branches have T + PG(s + c) tokens per document, repeated prompts have PG(T + s + c). One factor per axis
+scales both counts to seconds: the median of seconds / count of trunks and branches.
 """
 
 import dataclasses
@@ -33,6 +34,16 @@ TAIL, NEW = 24, 64
 
 @dataclasses.dataclass(frozen=True)
 class Point:
+    """A point on an axis.
+
+    Attributes:
+        documents: number of documents.
+        context: T, tokens of each document.
+        positions: P, positions per document.
+        rollouts: G, rollouts per position.
+        model: the policy's shape.
+    """
+
     documents: int = 4
     context: int = 512
     positions: int = 4
@@ -41,17 +52,18 @@ class Point:
 
     @property
     def cuts(self) -> list[int]:
-        """Spread cuts evenly over the last quarter of the context."""
+        """Cuts, evenly spaced over the last quarter of the context."""
         return [self.context - i * self.context // (4 * self.positions) for i in range(self.positions)]
 
     def count(self, num_params: int, *, repeated: bool = False) -> float:
-        """Return the sum over tokens of a step's documents of the parameters that each one uses."""
+        """Return the tokens of a step times `num_params`, with trunks and branches or with repeated prompts."""
         rows = self.positions * self.rollouts
         tokens = rows * (self.context + TAIL + NEW) if repeated else self.context + rows * (TAIL + NEW)
         return self.documents * tokens * num_params
 
 
 def scaled(layers: int, width: int) -> DecoderConfig:
+    """Return model S with another depth and width."""
     return dataclasses.replace(
         MODEL_S, num_layers=layers, width=width, mlp_width=4 * width, num_heads=width // 64, num_kv_heads=width // 128
     )
@@ -71,7 +83,7 @@ AXES = {
 
 
 def make_step(point: Point):
-    """Return (a function that runs one step, number of parameters)."""
+    """Return (a function that runs one step, the number of parameters)."""
     U, M, G = point.documents, point.positions, point.rollouts
     config = Config(
         model=point.model,
@@ -111,7 +123,11 @@ def make_step(point: Point):
 
 
 def measure(axis: str, rounds: int) -> list[dict]:
-    """Measure the points of one axis, one step of each in turn."""
+    """Time the points of one axis, one step of each in turn.
+
+    Returns:
+        Per point: its value on the axis, median seconds, samples, both counts, and seconds over the scaled count.
+    """
     steps = {i: make_step(point) for i, (_, point) in enumerate(AXES[axis])}
     for step, _ in steps.values():
         step()
@@ -138,6 +154,7 @@ def measure(axis: str, rounds: int) -> list[dict]:
 
 
 def main() -> None:
+    """Measure the axes, print and save the figures."""
     command = parser(__doc__, name="growth", rounds=3)
     command.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     args = command.parse_args()
@@ -149,13 +166,14 @@ def main() -> None:
 
 
 def draw(results, *panels) -> None:
+    """Plot one panel per axis: measured seconds and both counts."""
     for axes, (axis, rows) in zip(panels, results.items(), strict=True):
         values = [r["value"] for r in rows]
         scale = np.median([r["seconds"] / r["count"] for r in rows])
         axes.plot(values, [r["seconds"] for r in rows], "o-", label="measured")
         axes.plot(values, [scale * r["count"] for r in rows], "--", label="trunk and branches, counted")
         axes.plot(values, [scale * r["repeated_count"] for r in rows], ":", label="repeated prompts, counted")
-        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds a step")
+        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds per step")
         axes.set_xticks(values, [EngFormatter(places=0, sep="")(v) for v in values], minor=False)
         axes.set_yticks([t for t in (1, 2, 5, 10, 20, 50, 100) if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]])
         axes.yaxis.set_major_formatter("{x:g}")

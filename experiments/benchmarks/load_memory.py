@@ -2,9 +2,9 @@
 
 python -m experiments.benchmarks.load_memory [--gigabytes 2] [--directory DIR]
 
-It writes a synthetic bfloat16 checkpoint in one file (kept with --directory), loads it in a separate process and prints
-JSON: size of the checkpoint and of its largest tensor, peak resident memory, and the bound checkpoint + largest tensor
-+ 500 MB.
+The script writes a synthetic bfloat16 checkpoint in one file (kept with --directory) and loads it in a separate
+process. It prints JSON: size of the checkpoint and of its largest tensor, peak resident memory, seconds, and whether
+the peak is within the bound of checkpoint + largest tensor + 500 MB.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from experiments.benchmarks.memory import peak_bytes
 
 
 def write_synthetic(directory: Path, gigabytes: float) -> None:
-    """Write a Qwen3-shaped checkpoint of about this size, each tensor filled with one value."""
+    """Write a Qwen3-shaped checkpoint of about this size, filled with ones."""
     import jax
     import jax.numpy as jnp
 
@@ -38,6 +38,7 @@ def write_synthetic(directory: Path, gigabytes: float) -> None:
 
 
 def load(directory: Path) -> None:
+    """Load the checkpoint and print its peak memory and seconds as JSON."""
     import jax
 
     from rpt_jax.models.hf import load_hf
@@ -50,9 +51,10 @@ def load(directory: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Write the checkpoint if it is missing, load it in a separate process and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
-    parser.add_argument("--directory", type=Path, help="directory of the checkpoint; default: a temporary one")
+    parser.add_argument("--directory", type=Path, help="directory for the checkpoint; default: a temporary one")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.load:

@@ -1,4 +1,4 @@
-"""This package's worker of `experiments.benchmarks.peers`: `roll_out` and `learn` of a Trainer, as in training.
+"""This package's worker for `experiments.benchmarks.peers`: a Trainer's `roll_out` and `learn`, as in training.
 
 Documents are trunks and positions are cuts, so a context runs once for any number of branches.
 """
@@ -35,6 +35,7 @@ MICROBATCH_TRUNKS = 4
 
 
 def make_config(shape: Shape) -> Config:
+    """Return the run's config: one device per core, one update per batch."""
     return Config(
         model=MODEL_S,
         rollout=RolloutConfig(
@@ -51,20 +52,21 @@ def make_config(shape: Shape) -> Config:
 
 
 def make_batch(shape: Shape) -> TaskBatch:
-    """Make trunks of the shape's documents, with the same ids as the peers."""
+    """Return the shape's documents as trunks and its positions as cuts, with the same ids as the peers."""
     tasks = make_tasks(shape.num_documents, shape.cuts, shape.tail_tokens, GROUP_SIZE, VOCABULARY)
     tails = np.broadcast_to(shape.tail(), tasks.prompts.tail_tokens.shape)
     return replace(tasks, prompts=replace(tasks.prompts, trunk_tokens=shape.documents(), tail_tokens=tails))
 
 
 def rewards(evidence: Evidence) -> Earned:
-    """Compute `peers.reward` of every rollout."""
+    """Return `peers.reward` of every rollout, f32 [U, M, G]."""
     means_UR = jnp.mean(evidence.rollouts.tokens.astype(jnp.float32), axis=-1)
     shape = evidence.tasks.prompts.row_ids.shape
     return Earned(rewards=means_UR.reshape(shape) / VOCABULARY, faults=jnp.zeros(shape, bool), metrics={})
 
 
 def main() -> None:
+    """Answer the driver's requests until it is done."""
     shape, turns, _ = as_worker()
     config = make_config(shape)
     config.validate()
@@ -74,7 +76,7 @@ def main() -> None:
     trainer = Trainer(
         config=config,
         mesh=mesh,
-        # Ids from the stop token on are never sampled.
+        # The stop token, the last id, is never sampled.
         tokenizer=SimpleNamespace(bos_id=None, vocab_size=STOP_ID),
         header_length=0,
         reward=Reward(rewards),
@@ -90,7 +92,7 @@ def main() -> None:
         state, metrics = trainer.learn(state, experience)
         jax.block_until_ready(state)
         if any(m["rows_left_out_fraction"] for m in metrics):
-            raise PeerError("rpt_jax skipped rows in the update; for a comparison every row must have an advantage")
+            raise PeerError("rpt_jax skipped rows in the update; every row must have an advantage. Check the rewards.")
         turns.answer()
         step += 1
 

@@ -1,7 +1,7 @@
-"""TRL's worker of `experiments.benchmarks.peers`: a GRPOTrainer whose training loop waits for its turn between steps.
+"""TRL's worker for `experiments.benchmarks.peers`: a GRPOTrainer whose training loop waits for its turn between steps.
 
-Rollouts use transformers' `generate` on the whole batch; an update runs as many rows per pass as is fastest. Gradient
-checkpointing is off, and with one update per batch TRL runs no pass for old log-probabilities.
+Rollouts use transformers' `generate` on the whole batch. An update runs 8 rows per pass, which is fastest. Gradient
+checkpointing is off. With one update per batch, TRL runs no pass for old log-probabilities.
 """
 
 import argparse
@@ -38,9 +38,11 @@ class WaitForTurn(TrainerCallback):
         self._turns = turns
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Wait for the first turn."""
         self._turns.wait()
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Report the step, then wait for the next turn or stop training."""
         self._turns.answer()
         control.should_training_stop = not self._turns.wait()
 
@@ -57,10 +59,12 @@ class TimedTrainer(GRPOTrainer):
 
 
 def rewards(completion_ids, **columns) -> list[float]:
+    """Return `peers.reward` of every completion."""
     return [reward(ids) for ids in completion_ids]
 
 
 def make_model() -> Qwen3ForCausalLM:
+    """Return a randomly initialised model of the shape of `common.MODEL_S`."""
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=VOCABULARY,
@@ -80,7 +84,7 @@ def make_model() -> Qwen3ForCausalLM:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Represent text as decimal ids separated by spaces."""
+    """Return a tokenizer whose text is decimal ids separated by spaces."""
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token=str(STOP_ID)))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     stop = str(STOP_ID)
@@ -88,6 +92,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_arguments(shape: Shape, rows: int, directory: str) -> GRPOConfig:
+    """Return TRL's settings, with `rows` rollouts per pass of the update."""
     return GRPOConfig(
         output_dir=directory,
         use_cpu=True,
@@ -115,8 +120,9 @@ def make_arguments(shape: Shape, rows: int, directory: str) -> GRPOConfig:
 
 
 def main() -> None:
+    """Train until the driver is done."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--one-pass", action="store_true", help="all rows in one pass of the update")
+    parser.add_argument("--one-pass", action="store_true", help="run all rows of an update in one pass")
     shape, turns, args = as_worker(parser)
     rows = shape.num_prompts * GROUP_SIZE if args.one_pass else MICROBATCH_ROWS
     torch.set_num_threads(NUM_CORES)

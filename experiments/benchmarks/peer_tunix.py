@@ -1,8 +1,8 @@
-"""Tunix's worker of `experiments.benchmarks.peers`: a GRPOLearner fed one batch a turn.
+"""Tunix's worker for `experiments.benchmarks.peers`: a GRPOLearner that is fed one batch per turn.
 
-Actor and rollout share one mesh and therefore weights: one device, or several that share each matrix. Rollouts use its
-vanilla engine on the whole batch; an update runs as many prompts per pass as is fastest. With one update per batch and
-no KL term, it runs no other passes.
+Actor and rollout use the same mesh and therefore the same weights. The mesh is one device, or several that share each
+matrix. Rollouts use Tunix's vanilla engine on the whole batch. An update runs two prompts per pass, which is fastest.
+With one update per batch and no KL term, Tunix runs no other passes.
 """
 
 import argparse
@@ -26,25 +26,30 @@ MICROBATCH_PROMPTS = 2
 
 
 class Tokenizer:
-    """Represent text as decimal ids separated by spaces.
+    """Tokenizer whose text is decimal ids separated by spaces.
 
-    Tunix's engine may sample any id and excludes padding and stop tokens from the loss, so both are an id beyond the
-    vocabulary.
+    Padding and stop token are the first id beyond the vocabulary, because Tunix's engine may sample any id within it
+    and excludes both tokens from the loss.
     """
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids that the text lists."""
         return [int(word) for word in text.split()]
 
     def decode(self, ids: list[int]) -> str:
+        """Return the ids as text."""
         return " ".join(map(str, ids))
 
     def bos_id(self) -> None:
+        """Return None: there is no BOS token."""
         return None
 
     def eos_id(self) -> int:
+        """Return the stop token's id."""
         return VOCABULARY
 
     def pad_id(self) -> int:
+        """Return the padding token's id."""
         return VOCABULARY
 
 
@@ -60,11 +65,12 @@ class TimedLearner(GRPOLearner):
 
 
 def rewards(prompts, completions, **columns) -> list[float]:
+    """Return `peers.reward` of every completion."""
     return [reward(Tokenizer().encode(text)) for text in completions]
 
 
 def make_model(mesh: Mesh) -> Qwen3:
-    """Create random weights with Tunix's sharding, because its initial MLPs are zero."""
+    """Return the model with random weights in Tunix's sharding. Tunix itself would initialise MLPs to zero."""
     config = ModelConfig(
         num_layers=8,
         vocab_size=VOCABULARY,
@@ -92,6 +98,7 @@ def make_model(mesh: Mesh) -> Qwen3:
 
 
 def make_cluster(shape: Shape) -> RLCluster:
+    """Return actor and rollout on one mesh of all devices, with the settings of the comparison."""
     mesh = Mesh(np.asarray(jax.devices()).reshape(1, -1), ("fsdp", "tp"))
     longest = max(map(len, shape.prompts()))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.01))
@@ -121,6 +128,7 @@ def make_cluster(shape: Shape) -> RLCluster:
 
 
 def main() -> None:
+    """Train until the driver is done."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tensor", type=int, default=1, help="devices that share each matrix")
     shape, turns, args = as_worker(parser)
@@ -132,7 +140,7 @@ def main() -> None:
     prompts = [" ".join(map(str, ids)) for ids in shape.prompts()]
 
     def batches():
-        # The learner requests the next batch when it is done with the previous one.
+        # The learner requests the next batch when it has finished the previous one.
         while turns.wait():
             yield {"prompts": prompts}
             jax.block_until_ready(nnx.state(cluster.actor_trainer.model))

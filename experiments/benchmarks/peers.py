@@ -1,20 +1,20 @@
-"""Compare a GRPO step of this package, TRL and Tunix, in turn, in one run on two CPU cores.
+"""Compare a GRPO step of this package, TRL and Tunix, alternating in one run on two CPU cores.
 
 python -m experiments.benchmarks.peers --shape rpt|questions [--alternations 3] [--json FILE]
     [--implementations rpt_jax trl trl_one_pass tunix tunix_tensor]
 
 A step is a rollout (prompts in, completions and rewards out) and one AdamW update on it: no KL term, group size 8,
-temperature 1, float32. All implementations get the same token ids, sample the same number of tokens, use the same
-reward, and have the same model: Qwen3's block, 8 layers, width 256, tied embeddings, 10.0 M random parameters.
+temperature 1, float32. All implementations use the same token ids, number of sampled tokens, reward and model: Qwen3
+blocks, 8 layers, width 256, tied embeddings, 10.0 M random parameters.
 
-Every implementation runs in its own process and environment (created on first use in .venv-peers/), which idles while
-others have their turn. Its first step compiles and does not count. Figures are medians. Memory is the highest resident
-set of the process, including libraries and compilation. A speed-up is relative to the fastest peer in that quantity.
-The script writes JSON, a chart and the workers' logs.
+Every implementation runs in a separate process, which idles during the turns of the others. Each peer has a separate
+environment, created on first use in .venv-peers/. The first step compiles and does not count. Figures are medians.
+Memory is the peak resident set of the process, including libraries and compilation. A speed-up is relative to the peer
+that is fastest in that quantity. The script writes JSON, a chart and the workers' logs.
 
 This package runs on two devices of one core each, with half of the trunks on each. tunix runs on one device with two
-threads, which samples fastest, and tunix_tensor on two devices that share each matrix, which updates fastest. trl runs
-8 rows per pass of its update, which is fastest for it; trl_one_pass, on request, runs all rows in one.
+threads, which samples fastest; tunix_tensor runs on two devices that share each matrix, which updates fastest. trl runs
+8 rows per pass of its update, its fastest setting; trl_one_pass, on request, runs all rows in one pass.
 """
 
 import argparse
@@ -38,10 +38,10 @@ NUM_CORES = 2
 GROUP_SIZE = 8
 LEARNING_RATE = 1e-6
 VOCABULARY = 8192
-# The stop token is not in any prompt and never sampled, so every completion has its full length.
+# Stop token of rpt_jax and TRL. It is in no prompt and never sampled, so every completion has full length.
 STOP_ID = VOCABULARY - 1
 QUANTITIES = ("step", "rollout", "update")
-# Environment and module of each implementation, and the options of its worker.
+# For each implementation, the name of its environment and worker module, and the worker's options.
 IMPLEMENTATIONS = {
     "rpt_jax": ("rpt_jax",),
     "trl": ("trl",),
@@ -53,7 +53,7 @@ DEFAULT = ("rpt_jax", "trl", "tunix", "tunix_tensor")
 
 
 class PeerError(RuntimeError):
-    """A worker or its environment failed; the message ends with the tail of its log."""
+    """A worker or the installation of its environment failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,12 @@ class Shape:
     """Prompts of a batch: each document is cut at each of `cuts`, and the same tail follows every cut.
 
     Implementations without trunks get every prompt in full; this package gets each document once, with its cuts.
+
+    Attributes:
+        num_documents: number of documents.
+        cuts: document tokens that each of its prompts contains.
+        tail_tokens: tokens of the tail.
+        new_tokens: tokens of each completion.
     """
 
     num_documents: int
@@ -70,14 +76,16 @@ class Shape:
 
     @property
     def num_prompts(self) -> int:
+        """Number of prompts in a batch."""
         return self.num_documents * len(self.cuts)
 
     @property
     def tokens_sampled(self) -> int:
+        """Number of tokens that a step samples."""
         return self.num_prompts * GROUP_SIZE * self.new_tokens
 
     def documents(self) -> np.ndarray:
-        """Return i32 [documents, longest cut], the same random ids for every implementation."""
+        """Return the documents, i32 [documents, longest cut]: the same random ids for every implementation."""
         return np.random.default_rng(0).integers(0, STOP_ID, (self.num_documents, max(self.cuts)), np.int32)
 
     def tail(self) -> np.ndarray:
@@ -98,22 +106,22 @@ SHAPES = {
 
 
 def reward(tokens) -> float:
-    """Return the mean id of a completion as a share of the vocabulary.
+    """Return the mean token id of a completion, divided by the vocabulary size.
 
-    Rewards in a group all differ, and none equals their mean. So every rollout has an advantage, and an implementation
-    that skips rows without one must run all of them.
+    The rewards of a group all differ and none equals their mean, so every rollout has an advantage. An implementation
+    that skips rows without an advantage thus has to run all of them.
     """
     return float(np.mean(tokens)) / VOCABULARY
 
 
 class Turns:
-    """The worker's end: waits for its turn, times the parts of one step and reports them."""
+    """The worker's side: waits for its turn, times the parts of a step and reports them."""
 
     def __init__(self, answers_fd: int):
         self._answers = os.fdopen(answers_fd, "w")
 
     def wait(self) -> bool:
-        """Block until the driver requests a step, and start the clocks; return False when it is done."""
+        """Block until the driver requests a step, then start the clocks. Return False if no more steps follow."""
         line = sys.stdin.readline()
         if not line or json.loads(line)["command"] != "step":
             return False
@@ -121,10 +129,11 @@ class Turns:
         return True
 
     def rolled_out(self, tokens_sampled: int) -> None:
-        """Mark that completions and rewards are ready; the rest of the step is the update."""
+        """Record that completions and rewards are ready; the rest of the step is the update."""
         self._rollout_end, self._tokens_sampled = time.perf_counter(), tokens_sampled
 
     def answer(self) -> None:
+        """Stop the clocks and report the step to the driver."""
         end = time.perf_counter()
         figures = {
             "rollout_seconds": self._rollout_end - self._start,
@@ -138,7 +147,13 @@ class Turns:
 
 
 def as_worker(parser: argparse.ArgumentParser | None = None) -> tuple[Shape, Turns, argparse.Namespace]:
-    """Parse a worker's command line; the parser may have further options of the worker."""
+    """Parse a worker's command line.
+
+    Args:
+        parser: with further options of the worker; None: there are none.
+    Returns:
+        (shape, turns, all arguments).
+    """
     parser = parser or argparse.ArgumentParser()
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--answers-fd", type=int, required=True)
@@ -147,7 +162,7 @@ def as_worker(parser: argparse.ArgumentParser | None = None) -> tuple[Shape, Tur
 
 
 def environment(name: str) -> Path:
-    """Return the interpreter of an implementation; a peer is installed on first use and when its requirements change.
+    """Return the Python interpreter of an environment; install a peer on first use and when its requirements change.
 
     Raises:
         PeerError: pip failed.
@@ -161,13 +176,13 @@ def environment(name: str) -> Path:
         print(f"{name}: installing {requirements.name} in {directory}", flush=True)
         venv.create(directory, clear=True, symlinks=True, with_pip=True)
         if subprocess.run([python, "-m", "pip", "install", "-q", "-r", requirements]).returncode:
-            raise PeerError(f"{name}: pip could not install {requirements}; see its message above")
+            raise PeerError(f"{name}: pip failed to install {requirements}; see its message above")
         installed.write_text(requirements.read_text())
     return python
 
 
 class Worker:
-    """The driver's end of one implementation's process."""
+    """The driver's side of one implementation's process."""
 
     def __init__(self, name: str, shape: str, log: Path):
         self.name, self._shape, self._log = name, SHAPES[shape], log
@@ -204,16 +219,16 @@ class Worker:
             line = ""
         if not line:
             tail = "\n".join(self._log.read_text().splitlines()[-30:])
-            raise PeerError(f"{self.name} ended with status {self._process.wait()}; the end of {self._log}:\n{tail}")
+            raise PeerError(f"{self.name} exited with status {self._process.wait()}; the end of {self._log}:\n{tail}")
         figures = json.loads(line)
         if figures["tokens_sampled"] != self._shape.tokens_sampled:
             raise PeerError(
-                f"{self.name} sampled {figures['tokens_sampled']} tokens; the shape has {self._shape.tokens_sampled}"
+                f"{self.name} sampled {figures['tokens_sampled']} tokens; the shape needs {self._shape.tokens_sampled}"
             )
         return figures
 
     def stop(self) -> None:
-        """Stop the process; kill it in the middle of a step."""
+        """Ask the process to stop. Kill it if it has not exited after 20 seconds."""
         try:
             self._process.communicate(json.dumps({"command": "stop"}) + "\n", timeout=20)
         except subprocess.TimeoutExpired:
@@ -222,7 +237,11 @@ class Worker:
 
 
 def summarise(samples: dict[str, list[dict]]) -> dict:
-    """Summarise medians and peak memory of each implementation, and speed-ups over the peers."""
+    """Return the medians and peak memory of each implementation, and this package's speed-ups and memory ratios.
+
+    Args:
+        samples: {implementation: figures of each counted step}, from `measure`.
+    """
     figures = {
         name: {key: statistics.median(s[key] for s in steps) for key in steps[0]}
         | {"peak_bytes": max(s["peak_bytes"] for s in steps), "samples": steps}
@@ -241,7 +260,7 @@ def summarise(samples: dict[str, list[dict]]) -> dict:
 
 
 def draw(summary: dict, axes) -> None:
-    """Draw a bar per implementation: the rollout, with the update on top."""
+    """Draw one bar per implementation: the rollout, with the update on top."""
     figures = summary["implementations"]
     rollout, update = ([f[f"{part}_seconds"] for f in figures.values()] for part in ("rollout", "update"))
     axes.bar(list(figures), rollout, label="rollout", color="#4477aa")
@@ -269,7 +288,7 @@ def show(summary: dict) -> None:
 
 
 def measure(names, shape: str, alternations: int, logs: Path) -> dict[str, list[dict]]:
-    """Return the figures of every counted step of each implementation, one step of each in turn."""
+    """Run one step of each implementation in turn; return {implementation: figures of each counted step}."""
     workers, samples = [], {name: [] for name in names}
     try:
         for name in names:
@@ -287,18 +306,19 @@ def measure(names, shape: str, alternations: int, logs: Path) -> dict[str, list[
 
 
 def main(argv: list[str]) -> None:
+    """Run the comparison, save the figures and print a table."""
     # Imported here because the peers' environments import this module too, and TRL's has no JAX.
     from experiments.benchmarks.common import save_results
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--alternations", type=int, default=3, help="counted steps of each implementation")
+    parser.add_argument("--alternations", type=int, default=3, help="counted steps per implementation")
     parser.add_argument("--json", type=Path, help="default: runs/benchmarks/peers_<shape>.json")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=DEFAULT)
     args = parser.parse_args(argv)
     args.json = args.json or Path(f"runs/benchmarks/peers_{args.shape}.json")
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    # Workers inherit this, and XLA sizes its thread pools accordingly.
+    # Workers inherit the affinity, from which XLA sizes its thread pools.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
     load = os.getloadavg()[0]
     samples = measure(args.implementations, args.shape, args.alternations, args.json.with_suffix(""))

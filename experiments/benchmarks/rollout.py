@@ -1,16 +1,17 @@
-"""Rows of geometric length: useful tokens per second of the rollout's schedules, in turn in one run.
+"""Measure useful tokens per second of the rollout schedules on rows of geometric length, alternating in one run.
 
 python -m experiments.benchmarks.rollout [--rounds 3] [--json FILE]
 
-Model S samples completions that end with probability 1/48 at every token, at most 128, from 8 prompts of 128 tokens.
+Model S samples completions from 8 prompts of 128 tokens. A completion ends with probability about 1/48 at every token,
+and after 128 tokens at the latest.
 
-queue: 512 rows, 64 of each prompt. Static: 64 rows at a time until all have ended, eight times; and all 512 at once
-    until all have ended. Compared with 64 slots that queued rows refill, and with all rows at once whose running rows
-    move into fewer slots.
-questions: 64 rows, 8 of each trunk, all at once: static compared with fewer slots.
+queue: 512 rows, 64 per prompt. The two static schedules run 64 rows at a time until all have ended, eight times, or all
+    512 at once until all have ended. The other two run 64 slots that queued rows refill, or all rows at once, with
+    running rows moved into fewer slots.
+questions: 64 rows, 8 per prompt, all at once: static compared with fewer slots.
 
-Every row's tokens are compared with the static schedule's. Rows that differ must differ first at a near-tie: a draw
-within 1e-4 of a boundary of the distribution that a teacher-forced pass gives.
+Every row's tokens are compared with the static schedule's. The figures count the rows that differ, and those of them
+whose first difference is a near-tie: a draw within 1e-4 of a boundary of the teacher-forced cumulative distribution.
 """
 
 import dataclasses
@@ -34,7 +35,15 @@ NEAR = 1e-4
 
 
 def near_ties(params, tasks, key, ours, static) -> dict:
-    """Return the rows whose tokens differ, and whether a near-tie explains each."""
+    """Count all rows, the rows whose tokens differ, and those that a near-tie explains.
+
+    Args:
+        params: the decoder's.
+        tasks: the prompts of both rollouts.
+        key: of the sampling noise.
+        ours: rollouts of the schedule to check.
+        static: rollouts of the static schedule.
+    """
     a, b = np.asarray(ours.tokens), np.asarray(static.tokens)
     differ = np.argwhere((a != b).any(-1))
     explained = 0
@@ -49,7 +58,7 @@ def near_ties(params, tasks, key, ours, static) -> dict:
 
 
 def _probabilities_at(params, tasks, rollouts, u, r, step):
-    """Return the teacher-forced distribution of one token, f64 [V]."""
+    """Return the teacher-forced distribution of token `step` of row `r` of trunk `u`, f64 [MEAN]."""
     one = jax.tree.map(lambda x: np.asarray(x)[u : u + 1], (tasks, rollouts))
     sequences = completions(one[0], jnp.asarray(one[1].tokens), jnp.asarray(one[1].mask))
     sequences = dataclasses.replace(
@@ -69,7 +78,15 @@ def _probabilities_at(params, tasks, rollouts, u, r, step):
 
 
 def run_shape(params, tasks, schedules: dict, static: str, rounds: int) -> dict:
-    """Figures of one shape. A schedule is (options of `generate`, batches to run in turn)."""
+    """Time the schedules of one shape and return the figures.
+
+    Args:
+        params: the decoder's.
+        tasks: prompts of all rows.
+        schedules: {name: (options of `generate`, batches to run back to back)}.
+        static: name of the schedule that the others are compared with.
+        rounds: number of turns of each schedule.
+    """
     key = rollout_key(0, 0)
     sampling = dict(
         max_completion_tokens=LIMIT, temperature=TEMPERATURE, top_p=1.0, top_k=0, stop_ids=(EOS,), vocab_size=MEAN
@@ -113,6 +130,7 @@ def _joined(rollouts: list, batches: list, tasks):
 
 
 def main() -> None:
+    """Run both shapes and save the figures."""
     args = parser(__doc__, name="rollout", rounds=3).parse_args()
     params = init_params(MODEL_S, make_mesh(MeshConfig()), jax.random.key(0))
     static = {"schedule": STATIC}

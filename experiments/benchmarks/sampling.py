@@ -1,9 +1,10 @@
-"""Draw a token with its log-probability, compared with one logsumexp of the same logits, in turn in one run.
+"""Time drawing a token with its log-probability against one logsumexp of the same logits, alternating in one run.
 
 python -m experiments.benchmarks.sampling [--rounds 9] [--json FILE]
 
-64 rows. Logits are normal with deviation 2, so top-p 0.95 keeps thousands of tokens. `categorical` is the Gumbel trick
-of jax.random.categorical and a log-softmax of the token it draws; `sorted top-p` truncates by a full sort.
+There are 64 rows. Logits are normal with standard deviation 2, so top-p 0.95 keeps thousands of tokens. `categorical`
+is jax.random.categorical (the Gumbel trick) and a log-softmax at the drawn token. `sorted top-p` truncates by a full
+sort.
 """
 
 import jax
@@ -16,11 +17,13 @@ ROWS = 64
 
 
 def categorical(logits, keys):
+    """Draw with the Gumbel trick; return (tokens i32 [B], log-probabilities f32 [B, 1]) for logits f32 [B, V]."""
     token = jax.vmap(jax.random.categorical)(keys, logits)
     return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)
 
 
 def sorted_top_p(logits, keys):
+    """Draw like `categorical`, after top-p truncation by a full sort."""
     probabilities = jax.nn.softmax(logits)
     descending = -jnp.sort(-probabilities, axis=-1)
     above = jnp.cumsum(descending, axis=-1) - descending
@@ -29,6 +32,7 @@ def sorted_top_p(logits, keys):
 
 
 def main() -> None:
+    """Time all programs at three vocabularies and save the figures."""
     args = parser(__doc__, name="sampling", rounds=9).parse_args()
     keys = row_keys(jax.random.key(1), jnp.arange(ROWS))
     options = {

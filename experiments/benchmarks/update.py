@@ -1,13 +1,13 @@
-"""Measure the update: against repeated prompts, with idle groups, with short rows; and memory at large vocabularies.
+"""Time the update: against repeated prompts, with idle groups, with short rows. Measure memory at a large vocabulary.
 
 python -m experiments.benchmarks.update [--rounds 3] [--json FILE]
 
 rpt: 4 trunks of 512 tokens with 4 positions x 8 rollouts each, tails of 24 and completions of 64 tokens, model S.
-    `repeated prompts` runs all 128 prompts in full, in microbatches of 16, with a full log-softmax; both have the
-    same gradient norm. `half idle` is the same batch with equal rewards in half of the groups, at random; `short rows`
-    has completions of geometric length (mean 24).
-vocabulary: peak temporary memory of the gradient of 2,048 completion tokens at vocabulary 151,936 and width 256, as the
-    compiler reports it: chunks with their gradient against a full log-softmax.
+    `repeated prompts` runs all 128 rows with their full prompts, in microbatches of 16, with a full log-softmax; both
+    have the same gradient norm. `half idle` is the same batch with equal rewards in a random half of the groups.
+    `short rows` has completions of geometric length (mean 24, cut at 64).
+vocabulary: peak temporary memory of loss and gradient of 2,048 completion tokens at vocabulary 151,936 and width 256,
+    as the compiler reports it: computed in chunks, compared with a full log-softmax.
 """
 
 from functools import partial
@@ -31,6 +31,12 @@ CUTS, TAIL, NEW, GROUP = (464, 480, 496, 512), 24, 64, 8
 
 
 def make_experience(lengths=None, idle_share: float = 0.0) -> Experience:
+    """Return a batch of random completions with alternating rewards 0 and 1.
+
+    Args:
+        lengths: int [U, M * G], completion tokens of each row; None: full length.
+        idle_share: share of the groups whose rewards are all 1.
+    """
     tasks = make_tasks(4, CUTS, TAIL, GROUP, MODEL_S.vocab_size)
     U, M, G = tasks.prompts.row_ids.shape
     rng = np.random.default_rng(1)
@@ -57,7 +63,12 @@ def make_experience(lengths=None, idle_share: float = 0.0) -> Experience:
 
 
 def repeated_prompts(experience: Experience):
-    """Return [num_microbatches, 16, tokens], right-padded, and the loss weight -A / number of tokens of each place."""
+    """Return every row as one full sequence, right-padded, in microbatches of 16.
+
+    Returns:
+        (tokens i32 [num_microbatches, 16, T], loss weights f32, same shape). The weight of a completion token is
+        -advantage / number of completion tokens in the batch; all others are 0.
+    """
     prompts, rollouts = experience.tasks.prompts, experience.rollouts
     U, M, G = prompts.row_ids.shape
     rewards = experience.earned.rewards
@@ -74,7 +85,17 @@ def repeated_prompts(experience: Experience):
 
 @partial(jax.jit, static_argnames="optimizer", donate_argnums=0)
 def repeated_update(state, tokens, weights, optimizer):
-    """Scan over microbatches. The ratio is 1, so the gradient is that of weights times log-probabilities."""
+    """Update on gradients that a scan sums over microbatches.
+
+    The importance ratio is 1, so the gradient is that of weights times log-probabilities.
+
+    Args:
+        state: (params, optimizer state).
+        tokens, weights: from `repeated_prompts`.
+        optimizer: an optax optimizer.
+    Returns:
+        (new state, gradient norm).
+    """
     params, opt_state = state
 
     def loss_fn(params, tokens, weights):
@@ -91,6 +112,7 @@ def repeated_update(state, tokens, weights, optimizer):
 
 
 def time_updates(rounds: int) -> dict:
+    """Time the four updates in turn and check that `rpt` and `repeated prompts` have the same gradient norm."""
     mesh, optimizer = make_mesh(MeshConfig()), make_optimizer(OptimizerConfig(max_grad_norm=0.0), 100)
     params = init_params(MODEL_S, mesh, jax.random.key(0))
     trainer = Trainer(
@@ -136,7 +158,7 @@ def time_updates(rounds: int) -> dict:
 
 
 def vocabulary_memory() -> dict:
-    """Return the peak temporary bytes, as the compiler reports, of loss and gradient at a large vocabulary."""
+    """Return the peak temporary bytes of loss and gradient at a large vocabulary, as the compiler reports them."""
     config = DecoderConfig(vocab_size=151_936, width=256)
     n = 2048
     shapes = (
@@ -161,6 +183,7 @@ def vocabulary_memory() -> dict:
 
 
 def main() -> None:
+    """Run both parts and save the figures."""
     args = parser(__doc__, name="update", rounds=3).parse_args()
     memory = vocabulary_memory()
     updates = time_updates(args.rounds)
