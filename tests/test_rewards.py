@@ -35,8 +35,8 @@ PIECES = [
 ]  # fmt: skip
 
 
-    """Return the bytes u8 [V, longest] and lengths i32 [V] of tokens."""
 def table_of(pieces):
+    """Return the bytes u8 [V, longest] and lengths i32 [V] of tokens."""
     lengths = np.array([len(p) for p in pieces], np.int32)
     table = np.zeros((len(pieces), max(1, lengths.max())), np.uint8)
     for i, piece in enumerate(pieces):
@@ -44,14 +44,14 @@ def table_of(pieces):
     return table, lengths
 
 
-    """Return each prediction as bytes, or None if there is none."""
 def rows_of(predictions):
+    """Return each prediction as bytes, or None if there is none."""
     data, lengths, found = (np.asarray(a) for a in (predictions.bytes, predictions.lengths, predictions.found))
     return [data[b, : lengths[b]].tobytes() if found[b] else None for b in range(len(found))]
 
 
-    """Return the bytes u8 [B, width] of continuations, and bool [B, width], true at the last byte of each token."""
 def pack_truth(continuations, width):
+    """Return the bytes u8 [B, width] of continuations, and bool [B, width], true at the last byte of each token."""
     data = np.random.default_rng(0).integers(0, 256, (len(continuations), width)).astype(np.uint8)  # arbitrary padding
     boundary = np.zeros((len(continuations), width), bool)
     for b, tokens in enumerate(continuations):
@@ -77,8 +77,8 @@ def likely_continuation(rng, text: bytes, answer: bytes | None, pieces) -> list[
     return [answer[a:b] for a, b in zip([0, *cuts], cuts)] + tail
 
 
-    """Sample token ids i32 [count, width] and a mask bool [count, width] of random lengths."""
 def completion_rows(rng, count, width, vocab, weights):
+    """Sample token ids i32 [count, width] and a mask bool [count, width] of random lengths."""
     tokens = rng.choice(vocab, (count, width), p=weights).astype(np.int32)
     return tokens, np.arange(width) < rng.integers(0, width + 1, count)[:, None]
 
@@ -236,8 +236,8 @@ def test_reward_refuses_shapes_that_disagree():
         )
 
 
-    """Return the prediction in `text`, tokenized into single bytes, or None."""
 def extract_text(text: str, mode="balanced", **options):
+    """Return the prediction in `text`, tokenized into single bytes, or None."""
     pieces = [bytes([b]) for b in range(256)]
     tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32)[None]
     return rows_of(extract_predictions(tokens, np.ones(tokens.shape, bool), *table_of(pieces), mode=mode, **options))[0]

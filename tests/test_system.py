@@ -196,10 +196,9 @@ def run_hashes(run, state):
         tokens.update(repr(pyarrow.parquet.read_table(path).to_pydict()).encode())
     return arrays.hexdigest(), json.dumps(lines, sort_keys=True), tokens.hexdigest()
 
-    """Run all stages but the control, up to `stop_at_step` if given; return the run and its last state."""
-
 
 def rpt_only(config, stop_at_step=None):
+    """Run all stages but the control, up to `stop_at_step` if given; return the run and its last state."""
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, control=False))
     run = run_stages(config, stop_at_step=stop_at_step)
     return run, newest_state(run, warm_start(run))[0]
