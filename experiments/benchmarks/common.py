@@ -112,10 +112,11 @@ def parser(doc: str, **defaults) -> argparse.ArgumentParser:
 
     Args:
         doc: the script's docstring, for --help.
-        **defaults: name of the JSON file, and optionally rounds.
+        **defaults: name of the JSON file, and optionally rounds; None for a benchmark without rounds.
     """
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--rounds", type=int, default=defaults.get("rounds", 5), help="alternations")
+    if (rounds := defaults.get("rounds", 5)) is not None:
+        result.add_argument("--rounds", type=int, default=rounds, help="alternations")
     result.add_argument("--json", type=Path, default=Path(f"runs/benchmarks/{defaults['name']}.json"))
     return result
 
