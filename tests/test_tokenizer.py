@@ -13,6 +13,7 @@ from conftest import TOKENIZERS, shared_path
 
 from rpt_jax.errors import DataError
 from rpt_jax.tokenizer import load_tokenizer, train_byte_level
+from rpt_jax.tokenizer.splitters import SPLITTERS
 
 TEXTS = [
     "Hello  world, it's 3.14!",
@@ -137,26 +138,31 @@ def write_tiktoken(path, tokenizer):
     return len(ids)
 
 
+def write_added(directory, entries):
+    """Write added_tokens_decoder from {id: token, or (token, special)}."""
+    pairs = {i: e if isinstance(e, tuple) else (e, True) for i, e in entries.items()}
+    decoder = {str(i): {"content": text, "special": special} for i, (text, special) in pairs.items()}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+
+
 def test_tiktoken_files(tmp_path):
     trained = train_byte_level([PROSE], 400)
-    for name in ("tokenizer.model", "some.tiktoken"):
+    for name in ("tokenizer.model", "llama3.tiktoken"):
         directory = tmp_path / name.partition(".")[0]
         directory.mkdir()
         size = write_tiktoken(directory / name, trained)
-        tokenizer = load_tokenizer(directory)
+        write_added(directory, {size: "<|endoftext|>"})
+        tokenizer = load_tokenizer(directory, "llama3" if name == "tokenizer.model" else "")
         assert tokenizer.vocab_size == size + 1 and tokenizer.eos_id == size
         for text in TEXTS:
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text
         assert len(tokenizer.encode(PROSE)) < len(PROSE) / 2
-    special = {size: ("<|endoftext|>", True), size + 2: ("<think>", False)}
-    entries = {str(i): {"content": text, "special": is_special} for i, (text, is_special) in special.items()}
-    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entries}))
+    write_added(directory, {size: "<|endoftext|>", size + 2: ("<think>", False)})
     tokenizer = load_tokenizer(directory)
     assert tokenizer.vocab_size == size + 3 and tokenizer.encode("<think>") == [size + 2]
     assert tokenizer.token_bytes(size) == b"" and tokenizer.token_bytes(size + 2) == b"<think>"
-    entries["3"] = {"content": "<early>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entries}))
+    write_added(directory, {3: "<early>", size: "<|endoftext|>"})
     with pytest.raises(DataError, match="'<early>' should have id 3"):
         load_tokenizer(directory)
 
@@ -180,6 +186,79 @@ def test_tiktoken_files_of_real_vocabularies_encode_alike(real_tokenizer, tmp_pa
     if name == "qwen3":
         assert tokenizer.vocab_size == real_tokenizer.vocab_size
         assert tokenizer.encode("<|im_end|>", specials=True) == real_tokenizer.encode("<|im_end|>", specials=True)
+
+
+# Tokens of this text, cut by tiktoken's own patterns (r50k_base, cl100k_base, o200k_base), Qwen's and Llama 3's.
+SPLIT = "I'LL pay12345 XMLHttp's a\n\n b/ \n "
+CUTS = {
+    "gpt2": ["I", "'", "LL", " pay", "12345", " XMLHttp", "'s", " a", "\n\n", " b", "/", " \n "],
+    "cl100k": ["I", "'LL", " pay", "123", "45", " XMLHttp", "'s", " a", "\n\n", " b", "/", " \n "],
+    "o200k": ["I'LL", " pay", "123", "45", " XMLHttp's", " a", "\n\n", " b", "/", " \n", " "],
+    "qwen": ["I", "'LL", " pay", "1", "2", "3", "4", "5", " XMLHttp", "'s", " a", "\n\n", " b", "/", " \n", " "],
+    "llama3": ["I", "'LL", " pay", "123", "45", " XMLHttp", "'s", " a", "\n\n", " b", "/", " \n", " "],
+}
+
+
+@pytest.mark.parametrize("family", CUTS)
+def test_each_family_splits_text_its_own_way(family, tmp_path):
+    pattern = tokenizers.Regex(SPLITTERS[family].pattern)
+    assert [t for t, _ in tokenizers.pre_tokenizers.Split(pattern, "isolated").pre_tokenize_str(SPLIT)] == CUTS[family]
+    # One token for every piece of the text: merged only if it is cut this way.
+    pieces = {p.encode() for p in CUTS[family]}
+    entries = [bytes([b]) for b in range(256)] + sorted(pieces - {bytes([b]) for b in range(256)})
+    lines = [f"{base64.b64encode(e).decode()} {i}\n" for i, e in enumerate(entries)]
+    (tmp_path / f"{family}_base.tiktoken").write_text("".join(lines))
+    write_added(tmp_path, {len(entries): "<|endoftext|>"})
+    ids = load_tokenizer(tmp_path).encode(SPLIT)
+    assert [entries[i].decode() for i in ids] == CUTS[family]
+
+
+def test_unknown_splitters_and_special_tokens_are_asked_for(tmp_path):
+    size = write_tiktoken(tmp_path / "my.tiktoken", train_byte_level([PROSE], 400))
+    write_added(tmp_path, {size: "<|endoftext|>"})
+    with pytest.raises(DataError, match=r"my.tiktoken.*--data.tokenizer-pattern"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match="neither one of gpt2, .* nor a regular expression"):
+        load_tokenizer(tmp_path, "(")
+    one_by_one = load_tokenizer(tmp_path, r"\s|\S")
+    assert len(one_by_one.encode("the fox")) == 7 and len(load_tokenizer(tmp_path, "gpt2").encode("the fox")) < 7
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "QWenTokenizer"}))
+    with pytest.raises(DataError, match=f"{size} tokens, and no file tells the special tokens"):
+        load_tokenizer(tmp_path)
+
+
+def test_special_tokens_of_a_whole_family_are_known(tmp_path):
+    """cl100k_base.tiktoken has 100,256 tokens, and its special ones stand at the ids that tiktoken gives them."""
+    entries = [bytes([b]) for b in range(256)]
+    # Entries without merges: no part of one is another.
+    entries += [b"\xff" + i.to_bytes(3, "big") + b"\xfe" * 2 for i in range(100_000)]
+    lines = [f"{base64.b64encode(e).decode()} {i}\n" for i, e in enumerate(entries)]
+    (tmp_path / "cl100k_base.tiktoken").write_text("".join(lines))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == 100257 and tokenizer.encode("<|endofprompt|>", specials=True) == [100276]
+
+
+def test_vocab_json_is_split_as_its_class_says(tmp_path):
+    """GPT-2's files are split its way; a class of another family splits digits; an unknown class is refused."""
+    write_bare(tmp_path / "a")
+    config = {"added_tokens_decoder": {}}
+    counts = {}
+    for kind in (None, "GPT2Tokenizer", "Qwen2Tokenizer"):
+        (tmp_path / "a" / "tokenizer_config.json").write_text(
+            json.dumps(config | ({"tokenizer_class": kind} if kind else {}))
+        )
+        splitter = load_tokenizer(tmp_path / "a")._backend.backend_tokenizer.pre_tokenizer
+        counts[kind] = len(splitter.pre_tokenize_str("a1234"))
+    assert counts == {None: 2, "GPT2Tokenizer": 2, "Qwen2Tokenizer": 5}
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MyTokenizer"}))
+    with pytest.raises(DataError, match="names: MyTokenizer"):
+        load_tokenizer(tmp_path / "a")
+
+
+def test_a_pattern_without_effect_is_refused(tmp_path):
+    train_byte_level([PROSE], 400).save(tmp_path)
+    with pytest.raises(DataError, match="data.tokenizer_pattern='gpt2' has no effect"):
+        load_tokenizer(tmp_path, "gpt2")
 
 
 def test_unigram_control_pieces_in_a_text_are_named(tmp_path):
@@ -224,7 +303,7 @@ def test_the_config_next_to_a_bare_vocabulary_is_read(tmp_path):
         "chat_template": "{{ messages[0].content }}",
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path, "gpt2")
     assert tokenizer.eos_id == size + 1 and tokenizer.chat_parts() == ("", "")
 
 
@@ -240,8 +319,8 @@ BAD_TOKENIZERS = {
     "binary json": ("tokenizer.json", b"\x00\xff", "does not load"),
     "empty SentencePiece": ("tokenizer.model", b"", "tokenizer"),
     "damaged SentencePiece": ("tokenizer.model", b"\n\x0cnonsense" * 30, "does not load"),
-    "tiktoken line": ("a.tiktoken", b"IQ== 0\n???\n", "a.tiktoken line 2"),
-    "tiktoken ranks": ("a.tiktoken", b"IQ== 0\nIg== 5\n", "ranks are not 0 to 1"),
+    "tiktoken line": ("gpt2.tiktoken", b"IQ== 0\n???\n", "gpt2.tiktoken line 2"),
+    "tiktoken ranks": ("gpt2.tiktoken", b"IQ== 0\nIg== 5\n", "ranks are not 0 to 1"),
     "vocab without merges": ("vocab.json", b"{}", "must contain tokenizer.json"),
 }
 

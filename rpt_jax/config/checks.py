@@ -25,6 +25,11 @@ def check_relations(config: Any) -> None:
         raise ConfigError(
             f"data.path={config.data.path!r} and data.mixture are both set; a run reads one of them. Remove one."
         )
+    if config.data.tokenizer_pattern and not (config.data.tokenizer or config.policy.path):
+        raise ConfigError(
+            f"data.tokenizer_pattern={config.data.tokenizer_pattern!r} without data.tokenizer or policy.path; a new "
+            "tokenizer has its own pattern. Leave it out, or name the tokenizer."
+        )
     low, high = config.positions.pass_rate_band
     if not 0 <= low < high <= 1:
         raise ConfigError(

@@ -50,6 +50,9 @@ class DataConfig:
     """Document text from a jsonl or parquet record, e.g. '{problem}\\n\\n{solution}'; backslash-n is a newline."""
     tokenizer: str = setting("", shown=True)
     """Tokenizer directory. Empty: train a byte-level BPE on the training documents."""
+    tokenizer_pattern: str = ""
+    """How text is split before merging, for a tiktoken file or a vocab.json whose family its name does not tell: gpt2,
+    qwen, cl100k, o200k, llama3 or a regular expression."""
     tokenizer_vocab_size: int = setting(1024, at_least=300)
     """Vocabulary size of the trained tokenizer when `tokenizer` is empty."""
     template: Literal["minimal", "v0", "v6"] = "v6"

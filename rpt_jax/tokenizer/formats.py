@@ -12,18 +12,11 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from rpt_jax.errors import DataError
+from rpt_jax.tokenizer.splitters import Splitter
 
 _SPACE = "\u2581"
 _UNIGRAM, _BPE = 1, 2
 _CONTROL, _USER_DEFINED = 3, 4
-
-# A tiktoken file does not state how text is split before merging, so its name decides. Qwen splits digits one by one,
-# GPT-2 (r50k, p50k) keeps them together, all others (cl100k, Llama 3) take up to three.
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN_PATTERN, _PATTERN = (_LETTERS + digits + _REST for digits in (r"\p{N}", r"\p{N}{1,3}"))
-_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_PATTERNS = {"qwen": _QWEN_PATTERN, "gpt2": _GPT2_PATTERN, "r50k": _GPT2_PATTERN, "p50k": _GPT2_PATTERN}
 
 
 def byte_level_alphabet() -> dict[str, int]:
@@ -97,14 +90,13 @@ def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]
     return backend, {name: pieces[i].piece for name, i in ids.items() if 0 <= i < len(pieces)}
 
 
-def read_tiktoken(path: Path) -> tokenizers.Tokenizer:
+def read_tiktoken(path: Path, splitter: Splitter) -> tokenizers.Tokenizer:
     """Read a tiktoken file as byte-level BPE: each line is a base64 token and its rank, which is its id.
 
-    Special tokens come from added_tokens_decoder in tokenizer_config.json. If there are none, <|endoftext|> follows the
-    vocabulary.
+    Special tokens come from added_tokens_decoder in tokenizer_config.json, else from the splitter's family.
 
     Raises:
-        DataError: a line does not parse, or ids have gaps; names file and line.
+        DataError: a line does not parse, ids have gaps, or special tokens are unknown or have other ids.
     """
     letters = {byte: character for character, byte in byte_level_alphabet().items()}
     vocab: dict[str, int] = {}
@@ -124,18 +116,19 @@ def read_tiktoken(path: Path) -> tokenizers.Tokenizer:
     first = len(vocab)
     if sorted(vocab.values()) != list(range(first)):
         raise DataError(f"{path} has {first} tokens whose ranks are not 0 to {first - 1}; replace the damaged file.")
-    special = special or {first: AddedToken("<|endoftext|>", special=True, normalized=False)}
+    if not special and first == splitter.num_tokens:
+        special = {i: AddedToken(t, special=True, normalized=False) for i, t in splitter.special.items()}
+    if not special:
+        raise DataError(
+            f"{path} has {first} tokens, and no file tells the special tokens that follow them. Name them in "
+            'tokenizer_config.json beside it: "added_tokens_decoder": {"' + str(first) + '": {"content": '
+            '"<|endoftext|>"}}.'
+        )
     for number in range(first, max(special) + 1):
         special.setdefault(number, AddedToken(f"<|unused_{number}|>", special=True, normalized=False))
     in_order = sorted(vocab, key=vocab.__getitem__)
     backend = tokenizers.Tokenizer(models.BPE(vocab, _merges(in_order, vocab), ignore_merges=True))
-    pattern = next((p for name, p in _PATTERNS.items() if name in path.name.lower()), _PATTERN)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    splitter.apply(backend)
     backend.decoder = decoders.ByteLevel()
     for number in sorted(special):
         token = special[number]

@@ -11,25 +11,29 @@ import transformers
 
 from rpt_jax.errors import DataError
 from rpt_jax.tokenizer.formats import is_tiktoken, read_sentencepiece, read_tiktoken
+from rpt_jax.tokenizer.splitters import find_splitter
 from rpt_jax.tokenizer.vocabulary import BOX_OPEN, THINK_CLOSE, THINK_OPEN, Tokenizer
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, pattern: str = "") -> Tokenizer:
     """Read a tokenizer directory.
 
     Formats, in this order: tokenizer.json, tokenizer.model (SentencePiece or tiktoken), a .tiktoken file, vocab.json
     with merges.txt. Nothing in the directory is executed.
 
+    Args:
+        path: of the directory.
+        pattern: how text is split before merging, for files that do not tell (`splitters.py`).
     Raises:
         DataError: the directory is missing, contains none of these or does not parse; the tokenizer has no end token;
-            or the bytes of its tokens do not join to the text.
+            the bytes of its tokens do not join to the text; the splitter is unknown, or `pattern` has no effect.
     """
     directory = Path(path)
     has = sorted(p.name for p in directory.iterdir()) if directory.is_dir() else []
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        tokenizer = _read(directory, has)
+        tokenizer = _read(directory, has, pattern)
         if tokenizer is not None:
             tokenizer.check_bytes()
     except DataError:
@@ -46,20 +50,30 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def _read(directory: Path, has: list[str]) -> Tokenizer | None:
+def _read(directory: Path, has: list[str], pattern: str) -> Tokenizer | None:
     where, configured = str(directory), read_configured(directory)
-    tiktoken = [directory / name for name in has if name.endswith(".tiktoken")]
+    ranks = [directory / name for name in has if name.endswith(".tiktoken")]
+    if "tokenizer.model" in has and is_tiktoken(directory / "tokenizer.model"):
+        ranks = [directory / "tokenizer.model"]
+    states_splitter = "tokenizer.json" in has or ("tokenizer.model" in has and not ranks)
+    if pattern and states_splitter:
+        raise DataError(
+            f"data.tokenizer_pattern={pattern!r} has no effect: the files of tokenizer {where} state how text is "
+            "split. Leave it out."
+        )
     if "tokenizer.json" in has:
         # The pipeline of the file itself: classes named in config files may replace its normaliser or splitter.
         backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    elif "tokenizer.model" in has and not is_tiktoken(directory / "tokenizer.model"):
+    elif states_splitter:
         backend, special = read_sentencepiece(directory / "tokenizer.model")
         configured = replace(configured, names=special | configured.names)
-    elif tiktoken or "tokenizer.model" in has:
-        backend = read_tiktoken(tiktoken[0] if "tokenizer.model" not in has else directory / "tokenizer.model")
+    elif ranks:
+        backend = read_tiktoken(ranks[0], find_splitter([ranks[0].name, configured.kind], pattern, where))
     elif {"vocab.json", "merges.txt"} <= set(has):
         files = (str(directory / "vocab.json"), str(directory / "merges.txt"))
         backend = tokenizers.Tokenizer.from_str(tokenizers.ByteLevelBPETokenizer.from_file(*files).to_str())
+        # GPT-2 came in these files, so they are its own where no class is named.
+        find_splitter([configured.kind or "gpt2"], pattern, where).apply(backend)
         _add_tokens(backend, configured.added)
     else:
         return None
@@ -79,6 +93,8 @@ class Configured:
     chat_template: str | None
     adds_bos: bool | None
     """add_bos_token; None: the files do not say."""
+    kind: str
+    """tokenizer_class; "" where none is named."""
 
 
 def read_configured(directory: Path) -> Configured:
@@ -102,6 +118,7 @@ def read_configured(directory: Path) -> Configured:
         added=_added_tokens(directory, config),
         chat_template=_chat_template(directory, config),
         adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
+        kind=str(config.get("tokenizer_class") or ""),
     )
 
 

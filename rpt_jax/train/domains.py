@@ -331,7 +331,11 @@ def _check_proxy(config: Config, tokenizer: Tokenizer) -> None:
     if not path:
         return
     model = read_config(path)
-    if load_tokenizer(path).encoding_fingerprint != tokenizer.encoding_fingerprint:
+    has_own = (Path(path) / "tokenizer.json").exists()
+    if (
+        load_tokenizer(path, "" if has_own else config.data.tokenizer_pattern).encoding_fingerprint
+        != tokenizer.encoding_fingerprint
+    ):
         raise ConfigError(
             f"the tokenizer in proxy.path={path!r} is not the policy's; positions are token indices, so both "
             "models must share a tokenizer. Choose a proxy of the same family."

@@ -49,10 +49,11 @@ def find_tokenizer(config: Config) -> Tokenizer:
 
 def _read_or_train(config: Config) -> Tokenizer:
     if config.data.tokenizer:
-        return load_tokenizer(config.data.tokenizer)
+        return load_tokenizer(config.data.tokenizer, config.data.tokenizer_pattern)
     if config.policy.path:
         is_of_run = is_run(config.policy.path)
-        return load_tokenizer(Path(config.policy.path) / "tokenizer" if is_of_run else config.policy.path)
+        directory = Path(config.policy.path) / "tokenizer" if is_of_run else config.policy.path
+        return load_tokenizer(directory, config.data.tokenizer_pattern)
     own = Path(config.run.directory) / "tokenizer"
     if (own / "tokenizer.json").exists():
         return load_tokenizer(own)
