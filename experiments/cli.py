@@ -15,13 +15,13 @@ from rich.markup import escape
 
 from experiments.presets import PRESETS
 from rpt_jax.config import Config
-from rpt_jax.config.schema import MOVES, help_texts, walk
+from rpt_jax.config.schema import MOVES, from_json, help_texts, take_fields, walk
 from rpt_jax.errors import CheckpointError, ConfigError, DataError, Interrupted, RewardError
 from rpt_jax.parallel.distributed import split_cpu
 from rpt_jax.parallel.interruption import RESUMABLE
 from rpt_jax.rewards.catalog import check_rewards
 from rpt_jax.train.progress import console
-from rpt_jax.train.run_directory import read_config
+from rpt_jax.train.run_directory import read_config, read_json
 
 
 def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple[Config, bool]:
@@ -50,10 +50,15 @@ def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple
         print_help(flags, PRESETS.get(preset, Config()))
     elif preset not in PRESETS:
         raise ConfigError(f"--preset {preset}; it must be one of {', '.join(PRESETS)}. Choose one.")
-    config = _with_flags(PRESETS.get(preset, Config()), flags)
-    if not config.run.directory:
-        config = replace(config, run=replace(config.run, directory=f"runs/{preset}"))
-    return _ready(config), dry_run
+    base = PRESETS.get(preset, Config())
+    config = _with_flags(base, flags)
+    directory = config.run.directory or f"runs/{preset}"
+    saved = Path(directory) / "config.json"
+    if saved.exists():
+        # Fields that the run lacks were added later: their defaults and presets do not change it, only flags do.
+        before, notes = from_json(Config, json.dumps(read_json(saved)))
+        config = _with_flags(take_fields(base, before, notes), flags)
+    return _ready(replace(config, run=replace(config.run, directory=directory))), dry_run
 
 
 def _with_flags(config: Config, flags: list[str]) -> Config:
@@ -136,21 +141,21 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     """Run `main` with the command-line arguments and turn exceptions into exit statuses.
 
     rpt_jax's errors print their message and exit with status 2. Other exceptions print a traceback and exit with
-    status 1. A run stopped by a signal is saved and exits with `RESUMABLE`, so that a scheduler can run the same
-    command again.
+    status 1. A run stopped by a signal says what it has kept and exits with `RESUMABLE`, so that a scheduler can run
+    the same command again.
     """
     try:
         main(sys.argv[1:])
     except Interrupted as stop:
         console.print(
-            f"{stop}; the run is saved. Run the same command again to resume; if --run.resume named a step, set it to "
+            f"{_with_notes(stop)}. Run the same command again to resume; if --run.resume named a step, set it to "
             f"latest (exit status {RESUMABLE})"
         )
         sys.exit(RESUMABLE)
     except Exception as error:
         if isinstance(error, (ConfigError, DataError, CheckpointError, RewardError)):
             console.quiet = False  # processes that write no files print only errors
-            console.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
+            console.print(f"[bold red]{type(error).__name__}[/]: {escape(_with_notes(error))}", highlight=False)
             status = 2
         else:
             traceback.print_exc()
@@ -159,3 +164,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         if jax.distributed.is_initialized() and jax.process_count() > 1:
             os._exit(status)  # a clean exit would deadlock: the other processes wait for this one
         sys.exit(status)
+
+
+def _with_notes(error: Exception) -> str:
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])

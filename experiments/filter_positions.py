@@ -19,6 +19,7 @@ from rpt_jax.analysis.reports import positions as position_report
 from rpt_jax.config import Config
 from rpt_jax.data.positions import UNSCORED_SELECTORS, select_from_corpus
 from rpt_jax.errors import ConfigError
+from rpt_jax.parallel.interruption import watching
 from rpt_jax.train.domains import load_proxy
 from rpt_jax.train.progress import console
 from rpt_jax.train.run import prepare
@@ -30,6 +31,7 @@ def score(config: Config) -> dict:
 
     Raises:
         ConfigError: the selector uses no proxy.
+        Interrupted: a stop signal arrived; the scores so far are kept.
     """
     if config.positions.selector in UNSCORED_SELECTORS:
         raise ConfigError(
@@ -76,7 +78,8 @@ def main(argv: list[str]) -> None:
     if dry_run:
         print(describe(config))
         return
-    print(json.dumps(score(config), indent=2))
+    with watching(config.distributed.deadline_seconds):
+        print(json.dumps(score(config), indent=2))
     console.print(f"plots: [bold]{config.run.directory}/positions.png[/], positions.html")
 
 

@@ -42,14 +42,14 @@ TINY_WORKED = Config(
 TINY_TEXT = Config(
     run=RunConfig(num_steps=60),
     data=DataConfig(template="minimal", trunk_length=128, window_stride=64),
-    positions=PositionsConfig(entropy_threshold=1.5, unfiltered_fraction=0.15, max_documents=400),
+    positions=PositionsConfig(entropy_threshold=1.5, unfiltered_fraction=0.15, max_documents=400, max_tokens=2**20),
     model=DecoderConfig(num_layers=4, width=128, mlp_width=384, num_heads=4, num_kv_heads=4, head_size=32),
     supervised=SupervisedConfig(num_steps=300, batch_size=32, draft_fraction=0.7),
     rollout=RolloutConfig(num_trunks=12, prompts_per_trunk=4, group_size=8, max_completion_tokens=16, temperature=1.0),
     mesh=MeshConfig(microbatch_trunks=2),
     optimizer=OptimizerConfig(learning_rate=4e-4, max_grad_norm=1.0, weight_decay=0.0),
     checkpoint=CheckpointConfig(every_steps=30),
-    eval=EvalConfig(every_steps=10, num_positions=100, final_num_positions=300, batch_trunks=32),
+    eval=EvalConfig(every_steps=10, num_positions=100, final_num_positions=300, max_tokens=2**18, batch_trunks=32),
 )
 
 # A small learning rate for supervised training of a pretrained model.

@@ -18,7 +18,7 @@ def run(config: Config) -> None:
     """Run all stages, resuming each from its checkpoint if there is one, and write the report.
 
     Raises:
-        Interrupted: a stop signal arrived; the run is saved.
+        Interrupted: a stop signal arrived; the last complete step is saved.
     """
     distributed.start(config.distributed)
     console.quiet = not distributed.is_main()

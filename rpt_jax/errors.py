@@ -21,4 +21,4 @@ class RewardError(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """The run received a stop signal and has saved; the same command resumes it."""
+    """The run received a stop signal; its notes say what is kept, and the same command resumes it."""

@@ -117,9 +117,9 @@ def as_format_1(config) -> dict:
 def test_a_config_of_the_first_format_is_read_as_it_was_meant(preset):
     config, notes = schema.from_json(Config, json.dumps(as_format_1(PRESETS[preset])))
     assert config == PRESETS[preset]
-    said = " ".join(notes)
+    said = " ".join(notes.values())
     assert "loss.microbatch_trunks is mesh.microbatch_trunks=" in said and "rollout.stop_ids is missing" in said
-    assert schema.from_json(Config, config.to_json()) == (config, [])
+    assert schema.from_json(Config, config.to_json()) == (config, {})
 
 
 def test_fields_that_a_file_lacks_take_what_held_before_them():
@@ -131,9 +131,21 @@ def test_fields_that_a_file_lacks_take_what_held_before_them():
 
     built, notes = schema.from_json(Section, '{"old": 3}')
     assert built == Section(old=3, new="as ever", other=2.0) and Section().new == "better"
-    assert notes == ["new is missing: as ever", "other is missing: 2.0"]
+    assert notes == {"new": "new is missing: as ever", "other": "other is missing: 2.0"}
     with pytest.raises(ConfigError, match=r"unknown fields \['gone'\]"):
         schema.from_json(Section, '{"old": 3, "gone": 1}')
+
+
+def test_presets_that_are_newer_than_a_run_do_not_change_it(tmp_path):
+    """The run was made before positions.max_tokens existed; tiny_text sets it now."""
+    flags = ["--preset", "tiny_text", "--data.path", "a.txt", "--run.directory", str(tmp_path)]
+    config, _ = parse_config(flags)
+    assert config.positions.max_tokens == 2**20
+    values = json.loads(config.to_json())
+    del values["positions"]["max_tokens"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert parse_config(flags)[0].positions == dataclasses.replace(config.positions, max_tokens=0)
+    assert parse_config([*flags, "--positions.max-tokens", "9"])[0].positions.max_tokens == 9
 
 
 def test_bounds_and_help_stand_at_every_field():

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from rpt_jax.data import readers
 from rpt_jax.data.batches import TrainIterator, make_source
 from rpt_jax.data.documents import Document, open_documents, read_store, split_heldout, write_store
 from rpt_jax.data.positions import (
+    PositionTable,
     Proxy,
     ScoredCorpus,
     Windows,
@@ -28,7 +30,7 @@ from rpt_jax.data.positions import (
 )
 from rpt_jax.data.readers import Corpus, Text, read_records, read_texts, training_corpora
 from rpt_jax.data.templates import Template, token_facts
-from rpt_jax.errors import ConfigError, DataError
+from rpt_jax.errors import ConfigError, DataError, Interrupted
 from rpt_jax.scoring import entropy
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
 
@@ -93,11 +95,16 @@ def test_long_text_is_read_in_pieces_that_join(tmp_path, monkeypatch):
         texts_of(tmp_path / "b.txt")
 
 
-@pytest.mark.parametrize("name", ["qwen3", "mistral_v1"])
-def test_pieces_of_a_document_keep_every_byte(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "minimind", "mistral_v1"])
+@pytest.mark.parametrize(
+    "line", ["line of some text\n", " A line with a space .\n", "  two\n", "\n x\n", "\u2581 odd\n"]
+)
+def test_pieces_of_a_document_keep_every_byte(tmp_path, monkeypatch, name, line):
     tokenizer = load_tokenizer(shared_path("tokenizers", name))
     monkeypatch.setattr(readers, "_BLOCK_BYTES", 64)
-    text = "".join(f"line {i} of some text\n" for i in range(40))
+    text = line * 40
+    if name == "mistral_v1":
+        text = text.replace("\u2581", " ")  # how SentencePiece spells a space
     (tmp_path / "a.txt").write_text(text)
     (document,) = open_documents([Corpus(path=str(tmp_path / "a.txt"), text_template="")], tokenizer, tmp_path)
     assert tokenizer.decode(document.tokens) == (" " if tokenizer.adds_space else "") + text
@@ -226,11 +233,11 @@ def corpus(tmp_path, monkeypatch, tiny_config, tiny_params, mesh):
 
 def test_parts_equal_the_whole_and_are_scored_once(corpus, monkeypatch):
     every = range(len(corpus.documents))
-    table = candidate_positions(corpus.documents, every, corpus.facts, corpus.windows)
+    table = candidate_positions(corpus.documents, every, corpus.facts, corpus.windows, corpus.lengths)
     whole = add_scores(table, corpus.documents, corpus.proxy, corpus.windows)
     assert corpus.num_parts > 3 and not corpus.is_scored
     parts = list(corpus)
-    joined = positions_lib.PositionTable.concatenate(parts)
+    joined = PositionTable.concatenate(parts)
     for name, column in vars(whole).items():
         np.testing.assert_allclose(getattr(joined, name), column, rtol=1e-5, atol=1e-6, err_msg=name)
     assert whole.num_bytes.max() == 3 and whole.num_bytes[-1] == 1  # the last token has nothing behind it
@@ -246,6 +253,54 @@ def test_parts_equal_the_whole_and_are_scored_once(corpus, monkeypatch):
     (corpus.directory / "part-00002.parquet").write_bytes(b"PAR1 damaged")
     with pytest.raises(DataError, match="part-00002.parquet are damaged"):
         list(corpus)
+
+
+def test_an_interrupted_part_goes_on_after_its_last_piece(corpus, monkeypatch):
+    """One document of 600 tokens in pieces of one batch, four windows of six tokens; stopped in the eleventh."""
+    tokens = np.random.default_rng(1).integers(0, corpus.proxy.config.vocab_size, 600).astype(np.int32)
+    corpus = replace(corpus, documents=[Document(id="novel", tokens=tokens)], lengths=np.array([600]))
+    monkeypatch.setattr(positions_lib, "_PART_TOKENS", 1000)
+    whole = next(iter(replace(corpus, directory=corpus.directory / "whole")))
+    monkeypatch.setattr(positions_lib, "_PIECE_TOKENS", 24)
+    statistics, calls = positions_lib.direct_statistics, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 11:
+            raise Interrupted("stopped by SIGTERM")
+        return statistics(*args, **kwargs)
+
+    monkeypatch.setattr(positions_lib, "direct_statistics", interrupted)
+    with pytest.raises(Interrupted) as stop:
+        corpus.part(0)
+    batches = -(-len(np.unique(np.maximum(0, -((12 - whole.index) // 6)))) // 4)
+    assert stop.value.__notes__ == [
+        f"entropies up to piece 10 of {batches} of part 1 of 1 are kept in {corpus.directory}"
+    ]
+    resumed = corpus.part(0)
+    assert len(calls) == 1 + batches and [f.name for f in corpus.directory.glob("*.*")] == ["part-00000.parquet"]
+    for name, column in vars(whole).items():
+        np.testing.assert_array_equal(getattr(resumed, name), column, err_msg=name)
+    np.testing.assert_array_equal(corpus.part(0).entropy, whole.entropy)
+
+
+def test_positions_are_bounded_in_tokens(corpus, tmp_path, tokenizer):
+    """Of documents of 30, 5 and 18 tokens, the first 40: all of two, 5 of the third, whose continuations go on."""
+    lengths = documents_lib.first_tokens(corpus.documents, 40)
+    assert lengths.tolist() == [30, 5, 5, 0, 0, 0, 0]
+    assert documents_lib.first_tokens(corpus.documents, 0).tolist() == [30, 5, 18, 60, 9, 25, 31]
+    table = PositionTable.concatenate(list(replace(corpus, lengths=lengths)))
+    every = PositionTable.concatenate(list(replace(corpus, directory=corpus.directory / "all")))
+    kept = every.take(every.index < lengths[every.document])
+    assert len(table) == 26 + 1 + 1  # at index 4 and later
+    for name, column in vars(kept).items():
+        np.testing.assert_allclose(getattr(table, name), column, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert table.num_bytes[-1] == 3
+    texts = [(n % 2, Text(id=str(n), text="the dog " * (1 + n))) for n in range(4)]
+    write_store(texts, tokenizer, tmp_path / "s")
+    store = read_store(tmp_path / "s")
+    a, b, *_ = store.lengths.tolist()
+    assert documents_lib.first_tokens(store, 2 * (a + 2)).tolist() == [a, min(b, a + 2), 2, max(0, a + 2 - b)]
 
 
 def test_what_parts_depend_on_names_them():
@@ -332,9 +387,7 @@ def test_a_proxy_at_chance_is_named_instead_of_the_threshold():
         columns = {"document": np.int32, "index": np.int32, "num_bytes": np.int32, "direct_token": np.int32}
         zeros = {name: np.zeros(3, kind) for name, kind in columns.items()}
         floats = {"entropy": 0.005, "direct_logprob": logprob}
-        return positions_lib.PositionTable(
-            **zeros, **{name: np.full(3, value, np.float32) for name, value in floats.items()}
-        )
+        return PositionTable(**zeros, **{name: np.full(3, value, np.float32) for name, value in floats.items()})
 
     with pytest.raises(DataError, match=r"proxy is not trained enough: .* -10.37 nats and chance is -10.37"):
         select_from_corpus(Parts([table(-np.log(32_000))]), PositionsConfig(entropy_threshold=1.5), seed=0)
@@ -357,7 +410,7 @@ def test_top_k_by_blocks_equals_sorting(size):
 def source_of(num_documents, length=10):
     documents = [Document(id=str(d), tokens=np.arange(length, dtype=np.int32)) for d in range(num_documents)]
     n = num_documents
-    table = positions_lib.PositionTable(
+    table = PositionTable(
         document=np.arange(n, dtype=np.int32), index=np.full(n, 5, np.int32), num_bytes=np.full(n, 2, np.int32),
         entropy=np.zeros(n, np.float32), direct_token=np.zeros(n, np.int32), direct_logprob=np.zeros(n, np.float32),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from rpt_jax.data.batches import TrainIterator, make_source
 from rpt_jax.data.documents import (
     Document,
     check_lengths,
+    lengths_of,
     read_store,
     split_heldout,
     view_fingerprint,
@@ -310,7 +311,10 @@ def test_positions_of_long_documents_are_scored_in_their_own_window(tiny_config,
     proxy = Proxy(config=tiny_config, params=tiny_params, mesh=mesh, bos_id=2, batch_trunks=3, renormalize=False)
     windows = Windows(window=12, stride=6, continuation_tokens=2, min_context_tokens=4)
     table = add_scores(
-        candidate_positions(documents, range(2), token_facts(pieces), windows), documents, proxy, windows
+        candidate_positions(documents, range(2), token_facts(pieces), windows, lengths_of(documents)),
+        documents,
+        proxy,
+        windows,
     )
     assert len(table) == 26 + 1
     for document, index in ((0, 4), (0, 12), (0, 13), (0, 29), (1, 4)):

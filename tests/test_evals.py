@@ -9,7 +9,7 @@ import pytest
 
 from rpt_jax.config import Config, DataConfig, DecoderConfig, EvalConfig, PositionsConfig, RewardConfig, RolloutConfig
 from rpt_jax.data.batches import make_source
-from rpt_jax.data.documents import Document
+from rpt_jax.data.documents import Document, lengths_of
 from rpt_jax.data.positions import PositionTable, Proxy, Windows, add_scores, candidate_positions
 from rpt_jax.data.templates import make_template, token_facts
 from rpt_jax.evals.next_token import Evaluator, _majority, difficulty_splits, mean_with_error
@@ -90,7 +90,7 @@ def evaluation(letters, mesh):
     token_bytes = [letters.token_bytes(i) for i in range(letters.vocab_size)]
     proxy = Proxy(config=config.model, params=params, mesh=mesh, bos_id=None, batch_trunks=4, renormalize=False)
     windows = Windows(window=24, stride=12, continuation_tokens=4, min_context_tokens=4)
-    table = candidate_positions(documents, range(2), token_facts(token_bytes), windows)
+    table = candidate_positions(documents, range(2), token_facts(token_bytes), windows, lengths_of(documents))
     table = add_scores(table, documents, proxy, windows)
     template = make_template(letters, config.data)
     source = make_source(documents, table, template, token_bytes, trunk_length=24, stride=12, continuation_tokens=4)

@@ -129,7 +129,7 @@ def test_lora_run_trains_adapters_and_exports(home, trained, tmp_path):
     for name in ("attention_norm", "q_norm"):
         np.testing.assert_array_equal(params["layers"][name], start["layers"][name])
     assert not np.array_equal(params["layers"]["q_proj"], start["layers"]["q_proj"])
-    with pytest.raises(ConfigError, match="base weights are a warm-started policy"):
+    with pytest.raises(ConfigError, match="adapters sit on a warm-started policy"):
         convert_hf.main(["--run", str(run), "--out", str(tmp_path / "adapters"), "--adapters"])
     if importlib.util.find_spec("torch"):
         import torch
@@ -290,7 +290,7 @@ def test_other_tokenizers_do_not_pass(home, tmp_path):
         config, params = load_hf(home / "policy")
         save_hf(own, config, params, tokenizer=other)
         train.main(text_flags(home, tmp_path / "b", "--proxy.path", str(own), "--supervised.num-steps", "0"))
-    with pytest.raises(ConfigError, match="nothing to score"):
+    with pytest.raises(ConfigError, match="uses no proxy; scoring requires a selector"):
         filter_positions.main(text_flags(home, tmp_path / "c", "--positions.selector", "random"))
     with pytest.raises(ConfigError, match="needs questions"):
         train.main(text_flags(home, tmp_path / "d", "--reward.terms", "math"))

@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
             "--data.trunk-length": 128,
             "--data.window-stride": 128,
             "--positions.max-documents": 0,
+            "--positions.max-tokens": 0,
             "--positions.selector": "entropy_top_fraction",
             "--positions.max-positions-per-window": 1,
             "--supervised.num-steps": 0,

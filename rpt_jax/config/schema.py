@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from rpt_jax.errors import ConfigError
@@ -148,13 +148,13 @@ def to_json(config: Any) -> str:
     return json.dumps({"format": FORMAT} | dataclasses.asdict(config), indent=2, sort_keys=True)
 
 
-def from_json(cls: type, text: str) -> tuple[Any, list[str]]:
+def from_json(cls: type, text: str) -> tuple[Any, dict[str, str]]:
     """Read what `to_json` of this version or an earlier one wrote.
 
     Moved fields are read from their old place. A missing field takes its default, or its `before` value.
 
     Returns:
-        (config, a sentence for each field that was moved or filled in).
+        (config, {path of a missing field, or the old path of a moved one: a sentence about it}).
     Raises:
         ConfigError: not a JSON object; a later format; unknown or ill-typed fields.
     """
@@ -167,23 +167,26 @@ def from_json(cls: type, text: str) -> tuple[Any, list[str]]:
     version = values.pop("format", 1)
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise ConfigError(f"config has format {version!r:.40}; this version reads 1 to {FORMAT}. Update rpt_jax.")
-    notes = [note for move in MOVES if version < move.since for note in _apply(move, values)]
+    notes: dict[str, str] = {}
+    for move in MOVES:
+        if version < move.since:
+            _apply(move, values, notes)
     config = _build(cls, values, "", notes)
     for path, f, value in walk(config):
         _check_type(path, f, value)
     return config, notes
 
 
-def _apply(move: Move, values: dict) -> Iterator[str]:
+def _apply(move: Move, values: dict, notes: dict[str, str]) -> None:
     (old_section, old), (new_section, new) = move.old.split("."), move.new.split(".")
     if isinstance(values.get(old_section), dict) and old in values[old_section]:
         value = move.convert(values[old_section].pop(old))
         if isinstance(values.setdefault(new_section, {}), dict):
             values[new_section][new] = value
-            yield f"{move.old} is {move.new}={value}"
+            notes[move.old] = f"{move.old} is {move.new}={value}"
 
 
-def _build(cls: type, values: Any, where: str, notes: list[str]) -> Any:
+def _build(cls: type, values: Any, where: str, notes: dict[str, str]) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"config.{where.rstrip('.')} is {type(values).__name__}; it must be an object of fields.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -198,12 +201,23 @@ def _build(cls: type, values: Any, where: str, notes: list[str]) -> Any:
             if "before" in f.metadata:
                 built[name] = f.metadata["before"]
             filled = built.get(name, f.default if f.default is not dataclasses.MISSING else "its defaults")
-            notes.append(f"{where}{name} is missing: {filled}")
+            notes[f"{where}{name}"] = f"{where}{name} is missing: {filled}"
         elif dataclasses.is_dataclass(f.type):
             built[name] = _build(f.type, values[name], f"{where}{name}.", notes)
         else:
             built[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
     return cls(**built)
+
+
+def take_fields(config: Any, other: Any, paths: Iterable[str]) -> Any:
+    """Return `config` with the values that `other` has at those of the paths that exist."""
+    for path in paths:
+        name, _, rest = path.partition(".")
+        if hasattr(config, name):
+            value = getattr(other, name)
+            value = take_fields(getattr(config, name), value, [rest]) if rest else value
+            config = dataclasses.replace(config, **{name: value})
+    return config
 
 
 # --- Help ---------------------------------------------------------------------------------------------------------

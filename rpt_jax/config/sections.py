@@ -104,6 +104,8 @@ class PositionsConfig:
     """Maximum number of training positions per data.window_stride tokens of a document, drawn at random."""
     max_documents: int = setting(0, at_least=0)
     """Use positions of the first N training documents only. 0: of all."""
+    max_tokens: int = setting(0, at_least=0)
+    """Use positions among the first N tokens of these documents only, N / parts of each part of a mixture. 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,6 +388,8 @@ class EvalConfig:
     """Sampled rollouts per position (the k of pass@k and majority@k)."""
     max_documents: int = setting(1000, at_least=1)
     """Evaluate on the first N held-out documents or questions."""
+    max_tokens: int = setting(0, at_least=0)
+    """Evaluate on positions among the first N tokens of these documents only. 0: all."""
     batch_trunks: int = setting(64, at_least=1, free="to readers")
     """Held-out windows per evaluation batch; affects speed, not results."""
     difficulty_thresholds: tuple[float, float, float] = (0.5, 1.0, 1.5)

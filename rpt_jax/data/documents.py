@@ -178,7 +178,7 @@ def _encode(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer) -> Iterator
         if follows and tokenizer.adds_space:
             # A later piece of a document must not get the space of a first word.
             yield from flush()
-            yield corpus, text, _checked(text, tokenizer.encode_continuation(text.text), tokenizer)
+            yield corpus, text, _checked(text, tokenizer.encode_continuation(text.text), tokenizer, continues=True)
             size = 0
         else:
             held.append((corpus, text))
@@ -190,7 +190,7 @@ def _encode(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer) -> Iterator
     yield from flush()
 
 
-def _checked(text: Text, ids: list[int], tokenizer: Tokenizer) -> list[int]:
+def _checked(text: Text, ids: list[int], tokenizer: Tokenizer, *, continues: bool = False) -> list[int]:
     if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
         raise DataError(
             f"document {text.id} contains {ids.count(tokenizer.unk_id)} piece(s) outside the tokenizer's vocabulary; "
@@ -201,7 +201,7 @@ def _checked(text: Text, ids: list[int], tokenizer: Tokenizer) -> list[int]:
             f"document {text.id} contains {piece!r}, which the tokenizer can only read as a control token or a byte. "
             "Remove it from the text, or use another tokenizer."
         )
-    if (spelled := tokenizer.misspelled(text.text, ids)) is not None:
+    if (spelled := tokenizer.misspelled(text.text, ids, continues=continues)) is not None:
         raise DataError(
             f"document {text.id} is encoded to tokens with the bytes {spelled[:200]!r}...; they must join to its text. "
             "Use a byte-level BPE, SentencePiece or tiktoken vocabulary."
@@ -280,6 +280,23 @@ def first(documents: Sequence[Document], number: int) -> Sequence[Document]:
 def lengths_of(documents: Sequence[Document]) -> np.ndarray:
     """Return the number of tokens of each document, i64."""
     return documents.lengths if isinstance(documents, Documents) else np.array([len(d.tokens) for d in documents])
+
+
+def first_tokens(documents: Sequence[Document], number: int) -> np.ndarray:
+    """Return how many first tokens of each document are among the first `number` tokens of all, i64; 0: all are.
+
+    The parts of a mixture share the number equally.
+    """
+    lengths = lengths_of(documents)
+    if not number:
+        return lengths
+    corpora = documents.corpora if isinstance(documents, Documents) else np.zeros(len(documents), int)
+    kept, every = np.zeros_like(lengths), np.unique(corpora)
+    for corpus in every:
+        (rows,) = np.nonzero(corpora == corpus)
+        before = np.cumsum(lengths[rows]) - lengths[rows]
+        kept[rows] = np.clip(number // len(every) - before, 0, lengths[rows])
+    return kept
 
 
 def view_fingerprint(documents: Sequence[Document]) -> str:

@@ -2,16 +2,16 @@
 
 The proxy sees BOS and document tokens only, without a template. The same pass gives the direct prediction (argmax and
 log-probability of the true token), which evaluation compares with thinking. A corpus is scored in parts of a few
-million tokens, each a parquet file that is written once. An interrupted pass resumes, and later runs with the same
-corpus, tokenizer and proxy only read the files.
+million tokens, each a parquet file. The pieces of an unfinished part are files as well, so an interrupted pass resumes
+after its last piece. Later runs with the same corpus, tokenizer and proxy only read the files.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import pyarrow.parquet
 from rpt_jax.config import PositionsConfig
 from rpt_jax.data.documents import Document
 from rpt_jax.data.templates import TokenFacts, candidate_mask
-from rpt_jax.errors import DataError
+from rpt_jax.errors import DataError, Interrupted
 from rpt_jax.parallel.distributed import from_main, is_main, to_host
 from rpt_jax.parallel.interruption import check
 from rpt_jax.parallel.mesh import shard_batch
@@ -30,6 +30,8 @@ from rpt_jax.scoring.entropy import NUM_TOP_TOKENS, Proxy, direct_statistics
 
 _VERSION = 2
 _PART_TOKENS = 2**21
+# About so many document tokens are lost at most when scoring is interrupted.
+_PIECE_TOKENS = 2**16
 # Selectors that need no entropy of the training documents.
 UNSCORED_SELECTORS = ("random", "pass_rate_band")
 
@@ -91,15 +93,26 @@ class Windows:
     min_context_tokens: int
 
 
-def candidate_positions(documents: Sequence[Document], numbers, facts: TokenFacts, windows: Windows) -> PositionTable:
-    """Return all positions of the documents `numbers` that can be tasks, without entropies."""
+def candidate_positions(
+    documents: Sequence[Document], numbers, facts: TokenFacts, windows: Windows, lengths: np.ndarray
+) -> PositionTable:
+    """Return all positions that can be tasks, without entropies.
+
+    Args:
+        documents: all documents.
+        numbers: documents to take positions of.
+        facts: properties of the tokenizer's ids.
+        windows: how the documents are cut.
+        lengths: i64 [documents]; positions are among that many first tokens of each.
+    """
     columns = {"document": [], "index": [], "num_bytes": []}
     for number in numbers:
-        tokens = np.asarray(documents[number].tokens)
+        # A continuation may reach beyond the last position.
+        tokens = np.asarray(documents[number].tokens[: lengths[number] + windows.continuation_tokens])
         mask = candidate_mask(
             tokens, facts, min_context_tokens=windows.min_context_tokens, num_tokens=windows.continuation_tokens
         )
-        (index,) = np.nonzero(mask)
+        (index,) = np.nonzero(mask[: lengths[number]])
         ends = np.append(0, np.cumsum(facts.lengths[tokens]))
         last = np.minimum(index + windows.continuation_tokens, len(tokens))
         columns["document"].append(np.full(len(index), number, np.int32))
@@ -126,10 +139,7 @@ def add_scores(
     Returns:
         The table with entropies and direct predictions.
     """
-    starts = window_start(table.index, window=windows.window, stride=windows.stride)
-    # Rows of one window are adjacent: the table is ordered, and starts increase with the index.
-    is_new = np.append(True, (np.diff(starts) != 0) | (np.diff(table.document) != 0))
-    firsts = np.append(np.flatnonzero(is_new[: len(table)]), len(table))
+    starts, firsts = _windows_of(table, windows)
     bos = [] if proxy.bos_id is None else [proxy.bos_id]
     length, U = len(bos) + windows.window + 1, proxy.batch_trunks
     results = [np.zeros(len(table), kind) for kind in (np.float32, np.int32, np.float32)]
@@ -158,6 +168,14 @@ def add_scores(
     return replace(table, entropy=np.maximum(results[0], 0.0), direct_token=results[1], direct_logprob=results[2])
 
 
+def _windows_of(table: PositionTable, windows: Windows) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the window of each row starts in its document, and the first rows of the windows and the end."""
+    starts = window_start(table.index, window=windows.window, stride=windows.stride)
+    # Rows of one window are adjacent: the table is ordered, and starts increase with the index.
+    is_new = np.append(True, (np.diff(starts) != 0) | (np.diff(table.document) != 0))
+    return starts, np.append(np.flatnonzero(is_new[: len(table)]), len(table))
+
+
 # --- A corpus in parts ----------------------------------------------------------------------------------------------
 
 
@@ -167,7 +185,7 @@ class ScoredCorpus:
 
     Attributes:
         documents: the corpus.
-        lengths: i64 [documents], number of tokens of each.
+        lengths: i64 [documents], number of first tokens of each to take positions from.
         facts: properties of the tokenizer's ids.
         windows: how the documents are cut.
         proxy: the scoring model; None leaves entropies unknown and writes nothing.
@@ -203,18 +221,44 @@ class ScoredCorpus:
         if from_main(path.exists()):
             return _read_part(path)
         begin, end = self._ranges()[number]
-        table = candidate_positions(self.documents, range(begin, end), self.facts, self.windows)
-        if self.proxy is None:
-            return table
-        description = f"entropy, part {number + 1} of {self.num_parts}"
-        table = add_scores(table, self.documents, self.proxy, self.windows, partial(self.progress, description))
-        if not is_main():
-            return table
-        self.directory.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(f".partial-{os.getpid()}")
-        pyarrow.parquet.write_table(pyarrow.table(vars(table)), partial_path, compression="zstd")
-        os.replace(partial_path, path)
+        table = candidate_positions(self.documents, range(begin, end), self.facts, self.windows, self.lengths)
+        return table if self.proxy is None else self._score(table, number)
+
+    def _score(self, table: PositionTable, number: int) -> PositionTable:
+        """Score a part piece by piece, each written when it is done, and join the pieces to one file."""
+        path, U, scored, files = self._path(number), self.proxy.batch_trunks, [], []
+        _, firsts = _windows_of(table, self.windows)
+        piece = U * -(-_PIECE_TOKENS // (self.windows.stride * U))  # windows per piece
+        cuts = [*firsts[:-1:piece], len(table)]
+        batches = iter(self.progress(f"entropy, part {number + 1} of {self.num_parts}", range(0, len(firsts) - 1, U)))
+        for begin, end in itertools.pairwise(cuts):
+            file, rows = path.with_suffix(f".{len(files):05d}.parquet"), table.take(slice(begin, end))
+            if from_main(file.exists()):
+                scored.append(_read_part(file))
+                list(itertools.islice(batches, piece // U))
+            else:
+                done = f"piece {len(files)} of {len(cuts) - 1} of part {number + 1} of {self.num_parts}"
+                scored.append(self._score_piece(rows, batches, done))
+                _write_part(scored[-1], file)
+            files.append(file)
+        list(batches)  # the end of the progress bar
+        check()  # every process has read the pieces
+        table = PositionTable.concatenate([table.take(slice(0)), *scored])
+        _write_part(table, path)
+        if is_main():
+            for file in files:
+                file.unlink(missing_ok=True)
         return table
+
+    def _score_piece(self, rows: PositionTable, batches: Iterator, done: str) -> PositionTable:
+        def advance(items):
+            return (item for item, _ in zip(items, batches, strict=False))
+
+        try:
+            return add_scores(rows, self.documents, self.proxy, self.windows, advance)
+        except Interrupted as stop:
+            stop.add_note(f"entropies up to {done} are kept in {self.directory}")
+            raise
 
     @property
     def is_scored(self) -> bool:
@@ -226,7 +270,7 @@ class ScoredCorpus:
 
     def _ranges(self) -> list[tuple[int, int]]:
         """Return document ranges of about `_PART_TOKENS` tokens."""
-        number = (np.cumsum(self.lengths) - 1) // _PART_TOKENS
+        number = np.maximum(np.cumsum(self.lengths) - 1, 0) // _PART_TOKENS
         firsts = np.flatnonzero(np.append(True, np.diff(number) != 0)[: len(number)])
         return list(zip(firsts.tolist(), [*firsts[1:].tolist(), len(number)], strict=True))
 
@@ -243,6 +287,14 @@ def parts_key(corpus: str, tokenizer: str, proxy: str, windows: Windows, setting
     """
     what = json.dumps([_VERSION, corpus, tokenizer, proxy, vars(windows), settings, _PART_TOKENS], sort_keys=True)
     return f"positions-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+
+
+def _write_part(table: PositionTable, path: Path) -> None:
+    if is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path = path.with_suffix(f".partial-{os.getpid()}")
+        pyarrow.parquet.write_table(pyarrow.table(vars(table)), partial_path, compression="zstd")
+        os.replace(partial_path, path)
 
 
 def _read_part(path: Path) -> PositionTable:

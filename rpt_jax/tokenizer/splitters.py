@@ -116,7 +116,7 @@ def find_splitter(names: list[str], pattern: str, where: str) -> Splitter:
             if key in name.lower():
                 return SPLITTERS[family]
     raise DataError(
-        f"tokenizer {where}: neither the file nor its name tells how text is split before merging, and tokens depend "
-        f"on it (names: {', '.join(filter(None, names))}). Set --data.tokenizer-pattern to one of {', '.join(SPLITTERS)} "
-        "or to a regular expression."
+        f"tokenizer {where}: its files do not tell how text is split before merging, and tokens depend on it (names: "
+        f"{', '.join(filter(None, names))}). Set --data.tokenizer-pattern to one of {', '.join(SPLITTERS)} or to a "
+        "regular expression."
     )

@@ -278,15 +278,29 @@ class Tokenizer:
                 "the text. Use a byte-level BPE, SentencePiece or tiktoken vocabulary."
             )
 
-    def misspelled(self, text: str, ids: list[int]) -> bytes | None:
+    def misspelled(self, text: str, ids: list[int], *, continues: bool = False) -> bytes | None:
         """Return the bytes of `ids` if they differ from the normalised `text`, else None.
 
-        A leading space is ignored.
+        Args:
+            text: that was encoded.
+            ids: its tokens.
+            continues: `encode_continuation` encoded it; else the space that the tokenizer adds is part of it.
         """
-        normalizer = self._backend.backend_tokenizer.normalizer
-        expected = text if normalizer is None else normalizer.normalize_str(text).replace("\u2581", " ")
+        expected = self._normalised(text)
+        if continues and self.adds_space:
+            expected = self._normalised("\n" + text).removeprefix(self._normalised("\n"))
         spelled = self._join(ids)
-        return None if spelled.removeprefix(b" ") == expected.encode().removeprefix(b" ") else spelled
+        return None if spelled == expected.encode() else spelled
+
+    def _normalised(self, text: str) -> str:
+        """Return what the tokens of a text must spell: the text after normalisation, with the spaces that it adds."""
+        backend = self._backend.backend_tokenizer
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        if '"Metaspace"' in json.dumps(self._description.get("pre_tokenizer")):
+            text = "".join(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+        # SentencePiece spells a space and U+2581 alike.
+        return text.replace("\u2581", " ") if _speller(self._description) is _spell_sentencepiece else text
 
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer's files into a directory: those that it was read from, unchanged, if there are any."""

@@ -238,11 +238,12 @@ class Documents:
         training = self.training
         if run.config.positions.max_documents:
             training = documents_lib.first(training, run.config.positions.max_documents)
-        return self._scored(run, training, proxy, identity)
+        return self._scored(run, training, proxy, identity, max_tokens=run.config.positions.max_tokens)
 
     def heldout(self, run, params) -> Source:
         proxy, identity = load_proxy(run, params)
-        parts = list(self._scored(run, self.held_out, proxy, identity, always=True))
+        limit = run.config.eval.max_tokens
+        parts = list(self._scored(run, self.held_out, proxy, identity, max_tokens=limit, always=True))
         return self._source(run, self.held_out, PositionTable.concatenate(parts))
 
     def evaluator(self, run, source, limits: dict[str, int], reward) -> Evaluator:
@@ -263,7 +264,9 @@ class Documents:
             stride=data.window_stride, continuation_tokens=data.continuation_tokens,
         )  # fmt: skip
 
-    def _scored(self, run, documents, proxy: Proxy, identity: str, *, always: bool = False) -> ScoredCorpus:
+    def _scored(
+        self, run, documents, proxy: Proxy, identity: str, *, max_tokens: int, always: bool = False
+    ) -> ScoredCorpus:
         """Return the positions of the documents, scored if the selector needs scores or `always` is set."""
         config, facts = run.config, token_facts(run.token_bytes, boxed_mode=run.config.reward.boxed_mode)
         windows = Windows(
@@ -272,13 +275,14 @@ class Documents:
             continuation_tokens=config.data.continuation_tokens,
             min_context_tokens=config.positions.min_context_tokens,
         )
-        settings = config.positions.renormalize, config.reward.boxed_mode
+        settings = config.positions.renormalize, config.reward.boxed_mode, *([max_tokens] if max_tokens else [])
         name = documents_lib.view_fingerprint(documents)
         key = parts_key(name, run.tokenizer.fingerprint, identity, windows, settings)
         is_scored = always or config.positions.selector not in UNSCORED_SELECTORS
         return ScoredCorpus(
-            documents=documents, lengths=documents_lib.lengths_of(documents), facts=facts, windows=windows,
-            proxy=proxy if is_scored else None, directory=cache_directory(config) / key, progress=tracked,
+            documents=documents, lengths=documents_lib.first_tokens(documents, max_tokens), facts=facts,
+            windows=windows, proxy=proxy if is_scored else None, directory=cache_directory(config) / key,
+            progress=tracked,
         )  # fmt: skip
 
 

@@ -87,8 +87,9 @@ def fit(
                 if is_done or done == stop_at_step or done % save_every_steps == 0:
                     save()
                 check()
-    except (Interrupted, RewardError, DataError):
+    except (Interrupted, RewardError, DataError) as stop:
         save()
+        stop.add_note(f"step {done} of {training.name} is saved")
         raise
     return state, recorder.flush()
 

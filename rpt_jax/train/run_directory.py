@@ -80,7 +80,7 @@ def read_config(directory: Path, *, say: bool = True) -> Config:
     """
     config, notes = from_json(Config, json.dumps(read_json(directory / "config.json")))
     if say and notes and is_main():
-        console.print(f"{directory} was made by an earlier version: {'; '.join(notes)}")
+        console.print(f"{directory} was made by an earlier version: {'; '.join(notes.values())}")
     return config
 
 
