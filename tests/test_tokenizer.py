@@ -448,3 +448,10 @@ def test_chat_templates_in_files_and_named_lists(tmp_path):
     named = [{"name": "tool_use", "template": f"<t>{turn}"}, {"name": "default", "template": f"<d>{turn}"}]
     assert parts(tokenizer_config__json={"chat_template": named}) == ("<d>", "")
     assert parts(tokenizer_config__json={"chat_template": f"<c>{turn}"}, chat_template__jinja=turn) == ("", "")
+
+
+def test_an_export_of_bare_merges_names_its_class(tmp_path):
+    """Else transformers 5 reads it with the splitter of the model's family."""
+    load_tokenizer(shared_path("tokenizers", "gpt2")).save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}

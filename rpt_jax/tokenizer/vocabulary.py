@@ -316,6 +316,10 @@ class Tokenizer:
             if not (source / "tokenizer.json").is_file():
                 # Loaders that lack this vocabulary's format read the pipeline.
                 self._backend.backend_tokenizer.save(str(target / "tokenizer.json"))
+                if not (settings := target / "tokenizer_config.json").exists():
+                    # Without a class, transformers 5 takes that of the model, with its own splitter.
+                    values = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._backend.eos_token}
+                    settings.write_text(json.dumps(values, indent=2))
 
     @cached_property
     def _description(self) -> dict:
