@@ -150,7 +150,7 @@ def as_worker(parser: argparse.ArgumentParser | None = None) -> tuple[Shape, Tur
     """Parse a worker's command line.
 
     Args:
-        parser: with further options of the worker; None: there are none.
+        parser: with further options of the worker; None: the common ones only.
     Returns:
         (shape, turns, all arguments).
     """

@@ -30,7 +30,7 @@ from rpt_jax.scoring.entropy import NUM_TOP_TOKENS, Proxy, direct_statistics
 
 _VERSION = 2
 _PART_TOKENS = 2**21
-# About so many document tokens are lost at most when scoring is interrupted.
+# Document tokens per piece of a part, roughly: at most one piece is lost when scoring is interrupted.
 _PIECE_TOKENS = 2**16
 # Selectors that need no entropy of the training documents.
 UNSCORED_SELECTORS = ("random", "pass_rate_band")
@@ -342,7 +342,7 @@ def select_from_corpus(corpus: ScoredCorpus, settings: PositionsConfig, *, seed:
         )
     selected = PositionTable.concatenate(kept)
     if not len(selected):
-        if threshold < np.log(NUM_TOP_TOKENS):  # no entropy over so many tokens exceeds that
+        if threshold < np.log(NUM_TOP_TOKENS):  # the highest entropy over NUM_TOP_TOKENS tokens
             _check_proxy(corpus, logprob / num_candidates)
         raise DataError(
             f"no position has more than positions.entropy_threshold={threshold} nats "

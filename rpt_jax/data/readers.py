@@ -128,7 +128,7 @@ def file_stamps(path: str) -> list[tuple[str, int, int]]:
 
 
 def matching_files(path: str) -> list[str]:
-    """Return the sorted files of a path or glob; raise DataError if there are none."""
+    """Return the sorted files of a path or glob; raise DataError if no file matches."""
     files = [f for f in sorted(glob.glob(path, recursive=True)) if Path(f).is_file()] if path else []
     if not files:
         raise DataError(

@@ -158,7 +158,7 @@ def _rope_scaling(path: Path, parameters: dict) -> RopeScaling:
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if kind != "llama3" or not all(isinstance(parameters.get(n), int | float) for n in names):
         raise CheckpointError(
-            f"{path}: rotary scaling {parameters}; supported are none and llama3 with {', '.join(names)}. "
+            f"{path}: rotary scaling {parameters}; llama3 is supported, with {', '.join(names)}. "
             "Remove the scaling (if prompts fit the original length) or choose another model."
         )
     factor, low, high, original = (_number(path, parameters, n) for n in names)

@@ -234,7 +234,7 @@ def _normal_unit(words: list[str]) -> tuple[str, ...]:
 class Parts(NamedTuple):
     """The parts of a list."""
 
-    brackets: str  # "()", "[)", "{}"; "" where there are none
+    brackets: str  # "()", "[)", "{}"; "" without brackets
     items: list[str]
 
 

@@ -318,7 +318,7 @@ class Tokenizer:
                 self._backend.backend_tokenizer.save(str(target / "tokenizer.json"))
                 if not (settings := target / "tokenizer_config.json").exists():
                     # Without a class, transformers 5 takes that of the model, with its own splitter.
-                    values = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._backend.eos_token}
+                    values = {"tokenizer_class": "PreTrainedTokenizerFast", **self._backend.special_tokens_map}
                     settings.write_text(json.dumps(values, indent=2))
 
     @cached_property
