@@ -450,8 +450,15 @@ def test_chat_templates_in_files_and_named_lists(tmp_path):
     assert parts(tokenizer_config__json={"chat_template": f"<c>{turn}"}, chat_template__jinja=turn) == ("", "")
 
 
-def test_an_export_of_bare_merges_names_its_class(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("gpt2", {"eos_token": "<|endoftext|>"}),
+        ("mistral_v1", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    ],
+)
+def test_an_export_of_a_bare_vocabulary_names_its_class_and_tokens(tmp_path, name, tokens):
     """Else transformers 5 reads it with the splitter of the model's family."""
-    load_tokenizer(shared_path("tokenizers", "gpt2")).save(tmp_path)
+    load_tokenizer(shared_path("tokenizers", name)).save(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert settings == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    assert settings == {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
