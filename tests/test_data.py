@@ -119,6 +119,8 @@ def test_short_documents_are_counted_and_refused_when_nothing_is_left():
     assert check_lengths(documents, 5, "training") == 2
     with pytest.raises(DataError, match="longest: 9"):
         check_lengths(documents, 9, "training")
+    with pytest.raises(DataError, match="first max_tokens=5 tokens of the held-out documents are too few"):
+        check_lengths(documents, 5, "held-out", 5)
 
 
 def test_fingerprint_sees_every_token():

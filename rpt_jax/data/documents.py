@@ -310,8 +310,17 @@ def view_fingerprint(documents: Sequence[Document]) -> str:
     return digest.hexdigest()
 
 
-def check_lengths(documents: Sequence[Document], min_context_tokens: int, where: str) -> int:
-    """Return the number of documents that are too short for a position; raise DataError if all are."""
+def check_lengths(documents: Sequence[Document], min_context_tokens: int, where: str, max_tokens: int = 0) -> int:
+    """Return the number of documents that are too short for a position.
+
+    Args:
+        documents: to take positions of.
+        min_context_tokens: fewest tokens before a position.
+        where: what the documents are for, in messages.
+        max_tokens: positions are among that many first tokens of the documents; 0: anywhere.
+    Raises:
+        DataError: no document can have a position.
+    """
     lengths = lengths_of(documents)
     too_short = int((lengths <= min_context_tokens).sum())
     if too_short == len(documents):
@@ -319,5 +328,11 @@ def check_lengths(documents: Sequence[Document], min_context_tokens: int, where:
             f"all {too_short} {where} documents have at most positions.min_context_tokens={min_context_tokens} "
             f"tokens (longest: {lengths.max(initial=0)}); a document needs more than that to have a "
             "position. Use longer documents or lower --positions.min-context-tokens."
+        )
+    if first_tokens(documents, max_tokens).max() <= min_context_tokens:
+        raise DataError(
+            f"the first max_tokens={max_tokens} tokens of the {where} documents are too few for a position, which "
+            f"needs positions.min_context_tokens={min_context_tokens} before it in its document. Raise "
+            f"--{'eval' if where == 'held-out' else 'positions'}.max-tokens."
         )
     return too_short

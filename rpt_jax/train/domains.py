@@ -315,8 +315,9 @@ def open_documents(config: Config, tokenizer: Tokenizer) -> Documents:
     else:
         training, heldout = documents_lib.split_heldout(training, config.data.heldout_fraction, tokenizer)
     heldout = documents_lib.first(heldout, config.eval.max_documents)
-    for where, found in (("training", training), ("held-out", heldout)):
-        short = documents_lib.check_lengths(found, config.positions.min_context_tokens, where)
+    limits = config.positions.max_tokens, config.eval.max_tokens
+    for where, found, limit in zip(("training", "held-out"), (training, heldout), limits, strict=True):
+        short = documents_lib.check_lengths(found, config.positions.min_context_tokens, where, limit)
         if short:
             console.print(f"{short} of {len(found)} {where} documents are too short to hold a position")
     return Documents(template=template, training=training, held_out=heldout, weights=tuple(c.weight for c in corpora))
