@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.config import DecoderConfig
+from rpt_jax.models.flash import CUDNN, FusedKernel, Part, bias_of, merged_flash
 from rpt_jax.parallel.mesh import TRUNK_AXES, num_shards
 from rpt_jax.types import record
 
@@ -25,11 +26,11 @@ class Kernels:
 
     keys_transposed: bool
     """Store keys as [.., Q, S] instead of [.., S, Q], so that both products of decoding read contiguously."""
-    flash_attention: bool
-    """Use cuDNN's kernel for trunks in 16-bit activations."""
+    flash: FusedKernel | None
+    """Fused kernel for attention to trunks and stems, where it supports the dtype and head size."""
     max_scores: int
-    """Maximum number of attention scores computed at once on a device. More are computed in blocks, and again in the
-    backward pass."""
+    """Maximum number of attention scores computed at once on a device without a fused kernel. More are computed in
+    blocks, and again in the backward pass."""
     max_logits: int
     """Maximum number of logits computed at once on a device, but at least those of 64 tokens."""
     narrow_left: bool
@@ -38,9 +39,9 @@ class Kernels:
 
 # CPU: measured by experiments/benchmarks/rollout.py and update.py. The others follow the layouts of the kernels.
 KERNELS = {
-    "cpu": Kernels(keys_transposed=True, flash_attention=False, max_scores=2**28, max_logits=2**21, narrow_left=True),
-    "gpu": Kernels(keys_transposed=False, flash_attention=True, max_scores=2**29, max_logits=2**28, narrow_left=False),
-    "tpu": Kernels(keys_transposed=False, flash_attention=False, max_scores=2**29, max_logits=2**28, narrow_left=False),
+    "cpu": Kernels(keys_transposed=True, flash=None, max_scores=2**28, max_logits=2**21, narrow_left=True),
+    "gpu": Kernels(keys_transposed=False, flash=CUDNN, max_scores=2**29, max_logits=2**28, narrow_left=False),
+    "tpu": Kernels(keys_transposed=False, flash=None, max_scores=2**29, max_logits=2**28, narrow_left=False),
 }
 
 
@@ -70,19 +71,27 @@ def stem_mask_of(visibility: Visibility):
     return in_trunk | (columns_UP == visibility.prompts[..., None])
 
 
-def causal_attention(q_ULHQ, k_ULKQ, v_ULKQ, kernels: Kernels, segments_UL=None):
+def flash_of(config: DecoderConfig) -> FusedKernel | None:
+    """Return the fused kernel that the policy's attention takes; None: the plain path."""
+    flash = kernels_of(config).flash
+    return flash if flash is not None and flash.supports(config.activation_dtype, config.head_size) else None
+
+
+def causal_attention(q_ULHQ, k_ULKQ, v_ULKQ, config: DecoderConfig, segments_UL=None):
     """Run causal self-attention with grouped heads. Right-padded trunks need no mask.
 
     Args:
         q_ULHQ: queries.
         k_ULKQ, v_ULKQ: keys and values.
+        config: of the policy.
         segments_UL: i32, tokens attend within their segment only; None: a row is one sequence.
     Returns:
         [U, L, H, Q] in the queries' dtype.
     """
-    U, L, H, Q = q_ULHQ.shape
-    if segments_UL is None and kernels.flash_attention and q_ULHQ.dtype.itemsize == 2 and Q % 8 == 0 and Q <= 128:
-        return jax.nn.dot_product_attention(q_ULHQ, k_ULKQ, v_ULKQ, is_causal=True, implementation="cudnn")
+    U, L, H, _ = q_ULHQ.shape
+    if flash := flash_of(config):
+        mask = None if segments_UL is None else (segments_UL[:, :, None] == segments_UL[:, None, :])[:, None]
+        return flash.causal(q_ULHQ, k_ULKQ, v_ULKQ, mask)
 
     def attend(q, columns):
         mask = columns[:, None] >= jnp.arange(L)
@@ -90,10 +99,10 @@ def causal_attention(q_ULHQ, k_ULKQ, v_ULKQ, kernels: Kernels, segments_UL=None)
             mask = mask & (segments_UL[:, columns, None] == segments_UL[:, None, :])[:, None]
         return jax.nn.dot_product_attention(q, k_ULKQ, v_ULKQ, mask=mask if mask.ndim == 4 else mask[None, None])
 
-    per_query = _on_each_device(U, H) * L
-    if per_query * L <= kernels.max_scores:
+    _, queries = _at_once(1, L, _on_each_device(U, H) * L, kernels_of(config).max_scores)
+    if queries == L:
         return attend(q_ULHQ, jnp.arange(L))
-    blocks, columns = _query_blocks((q_ULHQ,), max(1, kernels.max_scores // per_query))
+    blocks, columns = _query_blocks((q_ULHQ,), queries)
     attended = jax.lax.map(jax.checkpoint(lambda b: attend(b[0][0], jnp.minimum(b[1], L - 1))), (blocks, columns))
     return _whole(attended, L)
 
@@ -101,6 +110,18 @@ def causal_attention(q_ULHQ, k_ULKQ, v_ULKQ, kernels: Kernels, segments_UL=None)
 def _on_each_device(num_trunks: int, num_heads: int) -> int:
     """Return the number of heads of all trunks on one device."""
     return max(1, num_trunks * num_heads // num_shards(*TRUNK_AXES, "tensor"))
+
+
+def _at_once(num_lanes: int, num_queries: int, per_query: int, limit: int) -> tuple[int, int]:
+    """Return how many lanes, and queries of a lane, have at most `limit` scores together, if any have that few.
+
+    Lanes divide num_lanes. Blocks of queries are as equal as possible: fewer places than blocks are padding.
+    """
+    fitting = max(1, limit // per_query)
+    if fitting < num_queries:
+        num_blocks = -(-num_queries // fitting)
+        return 1, -(-num_queries // num_blocks)
+    return max(n for n in range(1, num_lanes + 1) if num_lanes % n == 0 and n * num_queries <= fitting), num_queries
 
 
 def _query_blocks(arrays, size: int):
@@ -121,19 +142,34 @@ def _whole(blocks, num_queries: int):
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :num_queries]
 
 
-def branch_attention(q_URTHQ, stem_kv, own_kv, visibility: Visibility, kernels: Kernels):
+def branch_biases(visibility: Visibility, dtype):
+    """Return what the fused kernel adds to the scores of stem and lanes; see `flash.bias_of`."""
+    stem_mask_URTP = stem_mask_of(visibility)
+    U, R, T, P = stem_mask_URTP.shape
+    columns_T = jnp.arange(T)
+    own_mask_URTS = (columns_T <= columns_T[:, None]) & (columns_T >= visibility.first[..., None])
+    own = bias_of(own_mask_URTS.reshape(U * R, T, T), dtype)
+    stem_mask_URTP = jnp.pad(stem_mask_URTP, [(0, 0), (0, 0), (0, own.shape[2] - T), (0, 0)])
+    return bias_of(stem_mask_URTP.reshape(U, -1, P), dtype), own
+
+
+def branch_attention(q_URTHQ, stem_kv, own_kv, visibility: Visibility, biases, config: DecoderConfig):
     """Attend from lanes of branch tokens to their stem and, within a completion, to earlier tokens.
 
     Args:
         q_URTHQ: queries.
-        stem_kv: keys and values of the stem [U, K, ., .], from `to_cache_layout`.
-        own_kv: keys and values of the lanes [U, R, K, ., .], from `to_cache_layout`.
+        stem_kv: keys and values of the stem [U, P, K, Q].
+        own_kv: keys and values of the lanes [U, R, T, K, Q].
         visibility: what each token sees.
-        kernels: of the platform.
+        biases: from `branch_biases` if the policy's attention is fused (`flash_of`), else None.
+        config: of the policy.
     Returns:
         [U, R, T, H, Q] in the queries' dtype.
     """
-    U, R, T, H, _ = q_URTHQ.shape
+    if biases is not None:
+        return fused_attention(q_URTHQ, stem_kv, own_kv, biases, config)
+    kernels, (U, R, T, H, _) = kernels_of(config), q_URTHQ.shape
+    stem_kv, own_kv = to_cache_layout(*stem_kv, kernels), to_cache_layout(*own_kv, kernels)
     P = visibility.stem_layout.shape[-1]
     columns_T = jnp.arange(T)
 
@@ -143,25 +179,36 @@ def branch_attention(q_URTHQ, stem_kv, own_kv, visibility: Visibility, kernels: 
         return merged_attention(q, stem_kv, seen, own_kv, mask_URTS, kernels)
 
     of_tokens = (q_URTHQ, visibility.cuts, visibility.prompts, visibility.first)
-    per_query = _on_each_device(U, H) * (P + T)
-    if per_query * R * T <= kernels.max_scores:
+    lanes, queries = _at_once(R, T, _on_each_device(U, H) * (P + T), kernels.max_scores)
+    if (lanes, queries) == (R, T):
         q, *rest = of_tokens
         return attend(q, own_kv, *rest, columns_T)
 
-    # One lane at a time, in blocks of as many queries as the limit allows.
-    def one_lane(lane):
-        lane_kv, *tokens = lane
-        lane_kv = jax.tree.map(lambda x: x[:, None], lane_kv)
+    def some_lanes(block):
+        own_kv, *of_tokens = block
 
         @jax.checkpoint
-        def one_block(block):
-            tokens, columns = block
-            return attend(tokens[0][:, None], lane_kv, *(x[:, None] for x in tokens[1:]), columns)[:, 0]
+        def some_queries(block):
+            (q, *rest), columns = block
+            return attend(q, own_kv, *rest, columns)
 
-        return _whole(jax.lax.map(one_block, _query_blocks(tokens, max(1, kernels.max_scores // per_query))), T)
+        if queries == T:
+            return some_queries((of_tokens, columns_T))
+        # One lane, [U, 1, ...].
+        blocks, columns = _query_blocks([x[:, 0] for x in of_tokens], queries)
+        attended = jax.lax.map(some_queries, ([x[:, :, None] for x in blocks], columns))
+        return _whole(attended[:, :, 0], T)[:, None]
 
-    lanes = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (own_kv, *of_tokens))
-    return jnp.moveaxis(jax.lax.map(one_lane, lanes), 0, 1)
+    blocks = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(U, -1, lanes, *x.shape[2:]), 1, 0), (own_kv, *of_tokens))
+    return jnp.moveaxis(jax.lax.map(some_lanes, blocks), 0, 1).reshape(q_URTHQ.shape)
+
+
+def fused_attention(q_URTHQ, stem_kv, own_kv, biases, config: DecoderConfig):
+    """Attend to stems [U, P, K, Q] and lanes [U, R, T, K, Q] with the fused kernel, as `branch_attention`."""
+    (stem_k, stem_v), (stem_bias, own_bias) = stem_kv, biases
+    own_k, own_v = (x.reshape(-1, *x.shape[2:]) for x in own_kv)
+    stem = Part(keys=stem_k, values=stem_v, bias=stem_bias)
+    return merged_flash(flash_of(config), q_URTHQ, stem, Part(keys=own_k, values=own_v, bias=own_bias))
 
 
 def merged_attention(q_URTHQ, stem_kv, stem_mask_URTP, own_kv, own_mask_URTS, kernels: Kernels):

@@ -22,11 +22,15 @@ from rpt_jax.models.attention import (
     Kernels,
     Visibility,
     branch_attention,
+    branch_biases,
     causal_attention,
+    flash_of,
+    fused_attention,
     kernels_of,
     merged_attention,
     to_cache_layout,
 )
+from rpt_jax.models.flash import bias_of
 from rpt_jax.models.vocabulary_head import next_logits, output_head
 from rpt_jax.parallel import mesh as mesh_lib
 from rpt_jax.parallel.mesh import TRUNK_AXES, constrain, num_shards, on_mesh_of, spec_without
@@ -169,15 +173,14 @@ class Block(nn.Module):
 
     def __call__(self, streams, geometry: "Geometry"):
         stem_UPD, branch_URTD = streams
-        kernels = kernels_of(self.config)
-        q, k, v = self.project(stem_UPD, geometry.stem_rope)
-        stem_UPD = self.finish(stem_UPD, _stem_attention(q, k, v, geometry, kernels))
-        stem_kv = _split_by_heads(to_cache_layout(k, v, kernels))
+        q, *stem_kv = self.project(stem_UPD, geometry.stem_rope)
+        stem_UPD = self.finish(stem_UPD, _stem_attention(q, *stem_kv, geometry, self.config))
         if branch_URTD is not None:
-            q, k, v = self.project(branch_URTD, geometry.branch_rope)
-            attended = branch_attention(q, stem_kv, to_cache_layout(k, v, kernels), geometry.visibility, kernels)
+            q, *own_kv = self.project(branch_URTD, geometry.branch_rope)
+            attended = branch_attention(q, stem_kv, own_kv, geometry.visibility, geometry.branch_biases, self.config)
             branch_URTD = self.finish(branch_URTD, attended)
-        return _between_layers((stem_UPD, branch_URTD)), (stem_kv if self.return_stem_kv else None)
+        kept = _split_by_heads(to_cache_layout(*stem_kv, kernels_of(self.config))) if self.return_stem_kv else None
+        return _between_layers((stem_UPD, branch_URTD)), kept
 
 
 def _between_layers(streams):
@@ -185,24 +188,29 @@ def _between_layers(streams):
     return jax.tree.map(lambda x: constrain(x, TRUNK_AXES, *(None,) * (x.ndim - 2), "tensor"), streams)
 
 
-def _stem_attention(q_UPHQ, k_UPKQ, v_UPKQ, geometry: "Geometry", kernels: Kernels):
+def _stem_attention(q_UPHQ, k_UPKQ, v_UPKQ, geometry: "Geometry", config: DecoderConfig):
     """Attend from the trunk to itself, and from a prompt's tail to the trunk up to its cut and to itself."""
     if geometry.tail_mask_UMEE is None:
-        return causal_attention(q_UPHQ, k_UPKQ, v_UPKQ, kernels, geometry.segments)
+        return causal_attention(q_UPHQ, k_UPKQ, v_UPKQ, config, geometry.segments)
     U, M, E, _ = geometry.tail_mask_UMEE.shape
     L = q_UPHQ.shape[1] - M * E
     (q, q_tail), (k, k_tail), (v, v_tail) = (jnp.split(x, [L], axis=1) for x in (q_UPHQ, k_UPKQ, v_UPKQ))
-    trunk_ULHQ = causal_attention(q, k, v, kernels)
+    trunk_ULHQ = causal_attention(q, k, v, config)
     q_tail, k_tail, v_tail = (x.reshape(U, M, E, *x.shape[2:]) for x in (q_tail, k_tail, v_tail))
-    tails_UMEHQ = merged_attention(
-        q_tail,
-        to_cache_layout(k, v, kernels),
-        jnp.broadcast_to((jnp.arange(L) < geometry.cuts[..., None])[:, :, None], (U, M, E, L)),
-        to_cache_layout(k_tail, v_tail, kernels),
-        geometry.tail_mask_UMEE,
-        kernels,
-    )
+    if geometry.tail_biases is not None:
+        tails_UMEHQ = fused_attention(q_tail, (k, v), (k_tail, v_tail), geometry.tail_biases, config)
+    else:
+        kernels = kernels_of(config)
+        trunk_mask_UMEL = _trunk_mask_of_tails(geometry.cuts, L, E)
+        trunk_kv, tail_kv = to_cache_layout(k, v, kernels), to_cache_layout(k_tail, v_tail, kernels)
+        tails_UMEHQ = merged_attention(q_tail, trunk_kv, trunk_mask_UMEL, tail_kv, geometry.tail_mask_UMEE, kernels)
     return jnp.concatenate([trunk_ULHQ, tails_UMEHQ.reshape(U, M * E, *tails_UMEHQ.shape[3:])], axis=1)
+
+
+def _trunk_mask_of_tails(cuts_UM, num_trunk: int, num_tail: int):
+    """Return the trunk columns that each tail token sees, bool [U, M, E, L]."""
+    mask_UM1L = (jnp.arange(num_trunk) < cuts_UM[..., None])[:, :, None]
+    return jnp.broadcast_to(mask_UM1L, (*cuts_UM.shape, num_tail, num_trunk))
 
 
 @record
@@ -215,6 +223,8 @@ class Geometry:
     tail_mask_UMEE: Any  # bool [U, M, E, E], tail tokens that each tail token sees
     branch_rope: Any  # (cosines, sines), each f32 [U, R, T, Q / 2]
     visibility: Any  # attention.Visibility of the branch tokens
+    tail_biases: Any  # what the fused kernel adds to scores of tails, as `branch_biases`; None: the plain path
+    branch_biases: Any  # from `attention.branch_biases`; None: the plain path
 
 
 def geometry_of(config: DecoderConfig, sequences: Sequences) -> Geometry:
@@ -235,7 +245,11 @@ def geometry_of(config: DecoderConfig, sequences: Sequences) -> Geometry:
         columns_E = jnp.arange(E)
         is_real_UME = columns_E >= E - s.tail_lengths[..., None]
         tail_mask = (columns_E <= columns_E[:, None]) & is_real_UME[:, :, None, :]
-    branch_rope = visibility = None
+    branch_rope = visibility = of_tails = of_branches = None
+    if tail_mask is not None and flash_of(config):
+        own = bias_of(tail_mask.reshape(U * M, E, E), config.activation_dtype)
+        seen = jnp.pad(_trunk_mask_of_tails(s.cuts, L, E), [(0, 0), (0, 0), (0, own.shape[2] - E), (0, 0)])
+        of_tails = bias_of(seen.reshape(U, -1, L), config.activation_dtype), own
     if R:
         starts_UM = s.cuts + s.tail_lengths
         branch_rope = rope_angles(config, _of_prompt(starts_UM, s.branch_prompts) + s.branch_index)
@@ -245,6 +259,7 @@ def geometry_of(config: DecoderConfig, sequences: Sequences) -> Geometry:
             first=jnp.arange(s.branch_index.shape[-1]) - s.branch_index,
             stem_layout=stem_layout(L, s.tail_lengths, E),
         )
+        of_branches = branch_biases(visibility, config.activation_dtype) if flash_of(config) else None
     return Geometry(
         stem_rope=rope_angles(config, positions_UP),
         segments=s.trunk_segments,
@@ -252,6 +267,8 @@ def geometry_of(config: DecoderConfig, sequences: Sequences) -> Geometry:
         tail_mask_UMEE=tail_mask,
         branch_rope=branch_rope,
         visibility=visibility,
+        tail_biases=of_tails,
+        branch_biases=of_branches,
     )
 
 
