@@ -10,6 +10,7 @@ import pytest
 
 from rpt_jax.config import MeshConfig
 from rpt_jax.models import decoder
+from rpt_jax.models.attention import KERNELS
 from rpt_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
 from rpt_jax.rollout import engine
 from rpt_jax.rollout.engine import STATIC, Schedule, generate, rollout_key
@@ -239,15 +240,18 @@ def test_a_schedule_changes_nothing_that_is_sampled(tiny_config, tiny_params, mo
     np.testing.assert_allclose(static.sampler_logprobs, other.sampler_logprobs, atol=1e-5)
 
 
+SHARES = KERNELS["cpu"].slot_shares
+
+
 def test_live_rows_move_through_one_chain_of_shapes():
     """4 trunks of 16 slots: 64 slots, then 48, 32, 24, 16, 8 and 4 in groups of 2."""
     chain = [(24, 2), (16, 2), (12, 2), (8, 2), (4, 2), (2, 2)]
-    assert engine.chain_of_shapes(4, 16, 10, 50, True) == chain
+    assert engine.chain_of_shapes(4, 16, 10, 50, True, SHARES) == chain
     # The whole batch caches 4 x (600 + 16 x 50) = 5,600 tokens. 12 groups would cache 8,400, and 8 groups also 5,600.
-    assert engine.chain_of_shapes(4, 16, 600, 50, True) == chain[4:]
+    assert engine.chain_of_shapes(4, 16, 600, 50, True, SHARES) == chain[4:]
     # Without regrouping, only the number of slots per trunk decreases.
-    assert engine.chain_of_shapes(4, 16, 600, 50, False) == [(4, 12), (4, 8), (4, 6), (4, 4), (4, 2), (4, 1)]
-    assert engine.chain_of_shapes(1, 1, 10, 50, True) == []
+    assert engine.chain_of_shapes(4, 16, 600, 50, False, SHARES) == [(4, 12), (4, 8), (4, 6), (4, 4), (4, 2), (4, 1)]
+    assert engine.chain_of_shapes(1, 1, 10, 50, True, SHARES) == []
 
 
 def test_a_trunk_with_many_live_rows_takes_several_groups():

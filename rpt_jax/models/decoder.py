@@ -2,8 +2,7 @@
 
 A stem is a trunk followed by the tails of its prompts. A column is an index along the key axis. `forward` serves the
 update and the scorer: one scan over stacked layers, each running the stem and then the branches against that layer's
-stem keys and values. `prefill` and `extend` serve the sampler, with the same block and parameters: a scan over the
-stems once, then unrolled layers whose caches are updated in place.
+stem keys and values. The sampler runs the same block token by token (`decoding.py`).
 """
 
 from functools import partial
@@ -19,7 +18,6 @@ from rpt_jax.config import DecoderConfig
 from rpt_jax.models.attention import (
     PADDING,
     TRUNK,
-    Kernels,
     Visibility,
     branch_attention,
     branch_biases,
@@ -31,9 +29,9 @@ from rpt_jax.models.attention import (
     to_cache_layout,
 )
 from rpt_jax.models.flash import bias_of
-from rpt_jax.models.vocabulary_head import next_logits, output_head
+from rpt_jax.models.vocabulary_head import next_logits
 from rpt_jax.parallel import mesh as mesh_lib
-from rpt_jax.parallel.mesh import TRUNK_AXES, constrain, num_shards, on_mesh_of, spec_without
+from rpt_jax.parallel.mesh import TRUNK_AXES, constrain
 from rpt_jax.sequences import trunks_alone
 from rpt_jax.types import Sequences, record
 
@@ -94,6 +92,10 @@ def _product_bwd(residuals, cotangent_BO):
 _product.defvjp(lambda x_BI, weight_IO: (_product(x_BI, weight_IO), (x_BI, weight_IO)), _product_bwd)
 
 
+# Projections of one input that decoding may run as one product: name of each -> name of the product.
+JOINED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+
+
 class Block(nn.Module):
     """One decoder layer: `project` and `finish` surround attention, and `__call__` is the scanned form."""
 
@@ -105,10 +107,12 @@ class Block(nn.Module):
         depth_scale = (2 * c.num_layers) ** -0.5
 
         def weight(name, shape, axes, fan_in, scale=1.0):
-            init = nn.initializers.normal(scale * fan_in**-0.5)
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape)
+            return vector(name, shape, axes, nn.initializers.normal(scale * fan_in**-0.5))
 
         def vector(name, shape, axes, init=nn.initializers.ones):
+            part, _, kind = name.rpartition("_")
+            if self.has_variable("params", f"{JOINED.get(part)}_{kind}"):
+                return None
             return self.param(name, nn.with_logical_partitioning(init, axes), shape)
 
         D, F, H, K, Q = c.width, c.mlp_width, c.num_heads, c.num_kv_heads, c.head_size
@@ -135,6 +139,9 @@ class Block(nn.Module):
             self.gate_bias = vector("gate_bias", (F,), ("mlp",), zeros)
             self.up_bias = vector("up_bias", (F,), ("mlp",), zeros)
             self.down_bias = vector("down_bias", (D,), ("width",), zeros)
+        for name in {f"{whole}_{kind}" for whole in JOINED.values() for kind in ("proj", "bias")}:
+            if self.has_variable("params", name):
+                setattr(self, name, self.get_variable("params", name))
 
     def linear(self, name: str, x, num_input_axes: int = 1):
         """Multiply x by the weight `<name>_proj`, with its low-rank adapter and bias if the tree has them."""
@@ -159,17 +166,29 @@ class Block(nn.Module):
         """Return rotated queries [..., T, H, Q], rotated keys and values [..., T, K, Q]."""
         c = self.config
         x_TD = constrain(_rms_norm(x_TD, self.attention_norm, c.norm_eps), TRUNK_AXES)
-        q, k, v = (self.linear(name, x_TD) for name in "qkv")
+        q, k, v = self._queries_keys_values(x_TD)
         if c.qk_norm:
             q, k = _rms_norm(q, self.q_norm, c.norm_eps), _rms_norm(k, self.k_norm, c.norm_eps)
         q, k = _rotate(q, rope), _rotate(k, rope)
         return tuple(constrain(x, TRUNK_AXES, *(None,) * (x.ndim - 3), "tensor") for x in (q, k, v))
 
+    def _queries_keys_values(self, x_TD):
+        c = self.config
+        if not self.has_variable("params", "qkv_proj"):
+            return (self.linear(name, x_TD) for name in "qkv")
+        heads = self.linear("qkv", x_TD).reshape(*x_TD.shape[:-1], -1, c.head_size)
+        return jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=-2)
+
+    def _gate_up(self, x_TD):
+        if not self.has_variable("params", "gate_up_proj"):
+            return self.linear("gate", x_TD), self.linear("up", x_TD)
+        return jnp.split(self.linear("gate_up", x_TD), 2, axis=-1)
+
     def finish(self, x_TD, attended_THQ):
         """Add the output projection and the SwiGLU MLP to the residual stream."""
         x_TD = x_TD + self.linear("o", attended_THQ, 2)
-        y_TD = constrain(_rms_norm(x_TD, self.mlp_norm, self.config.norm_eps), TRUNK_AXES)
-        return x_TD + self.linear("down", nn.silu(self.linear("gate", y_TD)) * self.linear("up", y_TD))
+        gate, up = self._gate_up(constrain(_rms_norm(x_TD, self.mlp_norm, self.config.norm_eps), TRUNK_AXES))
+        return x_TD + self.linear("down", nn.silu(gate) * up)
 
     def __call__(self, streams, geometry: "Geometry"):
         stem_UPD, branch_URTD = streams
@@ -179,8 +198,13 @@ class Block(nn.Module):
             q, *own_kv = self.project(branch_URTD, geometry.branch_rope)
             attended = branch_attention(q, stem_kv, own_kv, geometry.visibility, geometry.branch_biases, self.config)
             branch_URTD = self.finish(branch_URTD, attended)
-        kept = _split_by_heads(to_cache_layout(*stem_kv, kernels_of(self.config))) if self.return_stem_kv else None
+        kept = split_by_heads(to_cache_layout(*stem_kv, kernels_of(self.config))) if self.return_stem_kv else None
         return _between_layers((stem_UPD, branch_URTD)), kept
+
+
+def split_by_heads(kv):
+    """Shard cached keys and values [U, ..., K, ., .] by trunk and head."""
+    return tuple(constrain(x, TRUNK_AXES, *(None,) * (x.ndim - 4), "tensor") for x in kv)
 
 
 def _between_layers(streams):
@@ -385,96 +409,3 @@ def forward(config: DecoderConfig, params, sequences: Sequences):
 def logits(config: DecoderConfig, params, tokens_BT):
     """Return all logits f32 [B, T, V] of plain sequences i32 [B, T]; for small inputs and tests."""
     return next_logits(params, forward(config, params, trunks_alone(tokens_BT))[0])
-
-
-# --- The sampler's path -------------------------------------------------------------------------------------------
-
-
-def decoding_weights(config: DecoderConfig, params) -> dict:
-    """Return the parameters in `extend`'s layout, {"layers": one tree per layer, "rest": others}, activation dtype.
-
-    On a mesh they are gathered over fsdp once, because one token is too little work to gather them again.
-    """
-    with on_mesh_of(params):
-        return lay_out_for_decoding(
-            config, params, specs=tuple(spec_without(p, "fsdp") for p in jax.tree.leaves(params))
-        )
-
-
-@partial(jax.jit, static_argnames=("config", "specs"))
-def lay_out_for_decoding(config: DecoderConfig, params, *, specs: tuple) -> dict:
-    """Unstack the layers, because slicing inside the decode loop would copy weights at every token.
-
-    Args:
-        specs: PartitionSpec of each leaf of `params`, in tree order.
-    """
-
-    def cast(path, p):
-        # Norms are computed in float32.
-        return p if path[-1].key.endswith("norm") else p.astype(config.activation_dtype)
-
-    leaves, tree = jax.tree.flatten(jax.tree_util.tree_map_with_path(cast, params))
-    params = tree.unflatten(constrain(leaf, *spec) for leaf, spec in zip(leaves, specs, strict=True))
-    layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(config.num_layers)]
-    rest = {k: v for k, v in params.items() if k != "layers" and not k.startswith("head_lora")}
-    if "head_lora_a" in params:
-        rest["head"] = output_head(params)  # merged once, not at every token
-    if num_shards("tensor") > 1:
-        # The lookup is split by width, the product by vocabulary: two layouts, even if the matrix is tied.
-        rest |= {"head": output_head(params), "embedding": constrain(rest["embedding"], None, "tensor")}
-    return {"layers": layers, "rest": rest}
-
-
-def prefill(config: DecoderConfig, params, stems: Sequences):
-    """Run each stem once; return hidden states [U, P, D] after the final norm, and (keys, values) per layer."""
-    stem_UPD, _, (k, v) = Decoder(config, return_stem_kv=True).apply({"params": params}, stems)
-    return stem_UPD, [(k[i], v[i]) for i in range(config.num_layers)]
-
-
-def empty_cache(config: DecoderConfig, num_trunks: int, num_branches: int, num_columns: int) -> list:
-    """Return zeroed (keys, values) of branches per layer, in cache layout [U, R, K, ., .]."""
-    zeros = jnp.zeros(
-        (num_trunks, num_branches, num_columns, config.num_kv_heads, config.head_size), config.activation_dtype
-    )
-    return [_split_by_heads(to_cache_layout(zeros, zeros, kernels_of(config))) for _ in range(config.num_layers)]
-
-
-def _split_by_heads(kv):
-    """Shard cached keys and values [U, ..., K, ., .] by trunk and head."""
-    return tuple(constrain(x, TRUNK_AXES, *(None,) * (x.ndim - 4), "tensor") for x in kv)
-
-
-def cache_axes(kernels: Kernels) -> tuple[int, int]:
-    """Return the column axis of cached keys and of cached values."""
-    return (-1 if kernels.keys_transposed else -2), -2
-
-
-def extend(config: DecoderConfig, weights, tokens_URT, positions_URT, stem_kv, stem_mask, cache, column, own_mask):
-    """Feed T more tokens to every branch and write their keys and values at `column`.
-
-    Args:
-        weights: from `decoding_weights`.
-        tokens_URT, positions_URT: i32.
-        stem_kv: from `prefill`.
-        stem_mask: bool [U, R, T, P], stem columns that each token sees.
-        cache: keys and values of the branches, from `empty_cache` or an earlier call.
-        column: i32 scalar, cache column of the first of the T tokens.
-        own_mask: bool [U, R, T, S], columns of its branch that each token sees, including its own.
-    Returns:
-        hidden states of the tokens [U, R, T, D] after the final norm, and the updated caches.
-    """
-    variables, kernels = {"params": weights["rest"]}, kernels_of(config)
-    model, block = Decoder(config), Block(config)
-    x = model.apply(variables, tokens_URT, method=Decoder.embed)
-    rope = rope_angles(config, positions_URT)
-    new_cache = []
-    for layer, layer_stem_kv, own_kv in zip(weights["layers"], stem_kv, cache, strict=True):
-        q, k, v = block.apply({"params": layer}, x, rope, method=Block.project)
-        own_kv = _split_by_heads(
-            jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=old.ndim + axis)
-            for old, new, axis in zip(own_kv, to_cache_layout(k, v, kernels), cache_axes(kernels), strict=True)
-        )
-        attended = merged_attention(q, layer_stem_kv, stem_mask, own_kv, own_mask, kernels)
-        x = constrain(block.apply({"params": layer}, x, attended, method=Block.finish), TRUNK_AXES)
-        new_cache.append(own_kv)
-    return model.apply(variables, x, method=Decoder.normalize), new_cache

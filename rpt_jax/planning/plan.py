@@ -12,7 +12,7 @@ import jax
 
 from rpt_jax.config import Config
 from rpt_jax.errors import ConfigError
-from rpt_jax.models import decoder
+from rpt_jax.models import decoding
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.planning.arithmetic import count_work
 from rpt_jax.planning.programs import Program, abstract_state, bytes_per_chip, compile_programs
@@ -71,7 +71,7 @@ def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str]
     mesh = make_mesh(config.mesh, devices)
     programs = list(compile_programs(config, mesh, num_tail, note))
     state, frozen = abstract_state(config, mesh)
-    caches = jax.eval_shape(partial(decoder.empty_cache, config.model, *_cache_shape(config)))
+    caches = jax.eval_shape(partial(decoding.empty_cache, config.model, *_cache_shape(config)))
     shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["tensor"]
     memory = {
         "parameters": bytes_per_chip((state.params, frozen)),

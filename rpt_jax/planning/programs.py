@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Config
-from rpt_jax.models import decoder, lora
+from rpt_jax.models import decoder, decoding, lora
 from rpt_jax.models.lora import Frozen
 from rpt_jax.parallel.mesh import on_mesh_of, replicated, spec_without, trunk_sharding
 from rpt_jax.planning.traffic import Traffic, read_traffic
@@ -214,13 +214,13 @@ def _rollout_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept
     not_params = kept - bytes_per_chip(params)
     specs = tuple(spec_without(p, "fsdp") for p in jax.tree.leaves(params))
     program, weights = compiler(
-        "gather weights", 1, not_params, decoder.lay_out_for_decoding, config.model, params, specs=specs
+        "gather weights", 1, not_params, decoding.lay_out_for_decoding, config.model, params, specs=specs
     )
     yield program
     resident = not_params + bytes_per_chip(weights)
     program, started = compiler(
         "prefill", 1, resident, engine.start, config.model, settings, params, on_trunks(tasks.prompts), key,
-        slots=slots, window=C,
+        slots=slots, window=decoding.num_columns(config.model, C),
     )  # fmt: skip
     yield program
     stems, flight, written, _ = started

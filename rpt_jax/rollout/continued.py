@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.config import DecoderConfig
-from rpt_jax.models import decoder
+from rpt_jax.models import decoding
 from rpt_jax.models.attention import Visibility, stem_mask_of
 from rpt_jax.rollout.flight import EMPTY, Entry, Flight, Stems, Written, prompt_of, window_of
 from rpt_jax.types import Prompts, record
@@ -123,7 +123,7 @@ def prefill_rows(config: DecoderConfig, weights, stems: Stems, flight: Flight, g
     """Prefill the caches with each row's given tokens except the pending one, in the columns just before the clock.
 
     Args:
-        weights: from `decoder.decoding_weights`.
+        weights: from `decoding.decoding_weights`.
     """
     columns = given.tokens.shape[-1] - 1
     if not columns:
@@ -153,9 +153,8 @@ def prefill_rows(config: DecoderConfig, weights, stems: Stems, flight: Flight, g
             first=None,
             stem_layout=stems.stem_layout,
         )
-        _, cache = decoder.extend(
-            config, weights, tokens, positions, stems.kv, stem_mask_of(visibility), cache, first, own_mask
-        )
+        attend = decoding.attend_plain(config, stem_mask_of(visibility), own_mask, first)
+        _, cache = decoding.extend(config, weights, tokens, positions, stems.kv, cache, attend)
         return cache
 
     cache = jax.lax.fori_loop(0, -(-columns // chunk), feed, flight.cache)

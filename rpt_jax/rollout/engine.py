@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.config import DecoderConfig
-from rpt_jax.models import decoder
-from rpt_jax.models.attention import Visibility, stem_mask_of
+from rpt_jax.models import decoder, decoding
+from rpt_jax.models.attention import PADDING, Visibility, kernels_of, stem_mask_of
+from rpt_jax.models.decode_kernel import Spans
 from rpt_jax.models.vocabulary_head import next_logits
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.interruption import check
@@ -131,17 +132,20 @@ def generate(
     )
     U, M, G = prompts.row_ids.shape
     slots, window = min(slots_per_trunk or M * G, M * G), min(schedule.window, limit)
+    if decoding.has_fused_attention(config):
+        window = decoding.num_columns(config, limit)
     if prompts.prefix_tokens is not None:
         slots = max(slots, int(to_host(max_continued_rows(prompts, stop_ids=settings.stop_ids, limit=limit))))
-        window = min(max(window, prompts.prefix_tokens.shape[-1]), limit)
+        window = max(window, min(prompts.prefix_tokens.shape[-1], limit))
     with on_mesh_of(params):
-        weights = decoder.decoding_weights(config, params)
+        weights = decoding.decoding_weights(config, params)
         stems, flight, written, given = start(config, settings, params, prompts, key, slots=slots, window=window)
         if given is not None:
             flight = prefill_rows(config, weights, stems, flight, given)
         # Trunks of a sharded batch must stay on their device.
         may_regroup = num_shards_of(prompts.trunk_tokens) == 1
-        shapes = chain_of_shapes(U, slots, stems.stem_layout.shape[1], limit, may_regroup) if schedule.compact else []
+        shares = kernels_of(config).slot_shares if schedule.compact else ()
+        shapes = chain_of_shapes(U, slots, stems.stem_layout.shape[1], limit, may_regroup, shares)
         floor = math.prod(shapes[0]) if shapes else 0
         while True:
             flight, written, status = run_segment(config, settings, weights, stems, flight, written, np.int32(floor))
@@ -184,7 +188,9 @@ def start(config: DecoderConfig, settings: SamplingSettings, params, prompts: Pr
     U, M, G = prompts.row_ids.shape
     R, C, E = M * G, settings.max_completion_tokens, prompts.tail_tokens.shape[-1]
     sequences, given = stems_of(prompts), given_rows(prompts, settings.stop_ids, C)
-    hidden_UPD, kv = decoder.prefill(config, params, sequences)
+    hidden_UPD, kv = decoding.prefill(config, params, sequences)
+    L, P = prompts.trunk_tokens.shape[1], kv[0][1].shape[-2]
+    layout_UP = decoder.stem_layout(L, prompts.tail_lengths, E)
     is_real_UR = jnp.repeat(prompts.prompt_mask, G, axis=1)
     queue, num_queued = start_order(is_real_UR, given)
     stems = Stems(
@@ -192,7 +198,8 @@ def start(config: DecoderConfig, settings: SamplingSettings, params, prompts: Pr
         tail_hidden=decoder.prompt_ends(hidden_UPD, sequences),
         cuts=jnp.asarray(prompts.cuts),
         tail_lengths=jnp.asarray(prompts.tail_lengths),
-        stem_layout=decoder.stem_layout(prompts.trunk_tokens.shape[1], prompts.tail_lengths, E),
+        stem_layout=jnp.pad(layout_UP, ((0, 0), (0, P - layout_UP.shape[1])), constant_values=PADDING),
+        tail_ends=jnp.broadcast_to(L + E * (1 + jnp.arange(M, dtype=jnp.int32)), (U, M)),
         keys=row_keys(key, jnp.asarray(prompts.row_ids).reshape(U, R)),
         queue=queue,
         num_queued=num_queued,
@@ -204,7 +211,7 @@ def start(config: DecoderConfig, settings: SamplingSettings, params, prompts: Pr
         row=jnp.full((U, slots), EMPTY, jnp.int32),
         index=jnp.zeros((U, slots), jnp.int32),
         token=jnp.zeros((U, slots), jnp.int32),
-        cache=decoder.empty_cache(config, U, slots, window),
+        cache=decoding.empty_cache(config, U, slots, window),
     )
     flight, entry = _draw_first(config, settings, params, stems, start_waiting_rows(stems, flight), given)
     written = initial_written(U, R, C, is_real_UR, given)
@@ -230,7 +237,7 @@ def run_segment(
     """Feed and draw until all rows are done, the caches are full, or no row is queued and at most `floor` run.
 
     Args:
-        weights: from `decoder.decoding_weights`.
+        weights: from `decoding.decoding_weights`.
         floor: i32 scalar.
     Returns:
         (flight, written, (running rows of each trunk i32 [U], the clock, whether rows are queued)).
@@ -302,22 +309,26 @@ def _rollouts(settings: SamplingSettings, written: Written) -> Rollouts:
 def _feed(config: DecoderConfig, weights, stems: Stems, flight: Flight):
     """Feed the pending tokens and return their hidden states [U, S, D]. A row's first token comes from its stem."""
     W, prompts = window_of(flight), prompt_of(stems, flight)
-    cuts, tail_lengths = (jnp.take_along_axis(x, prompts, axis=1) for x in (stems.cuts, stems.tail_lengths))
+    cuts, tail_lengths, tail_ends = (
+        jnp.take_along_axis(x, prompts, axis=1) for x in (stems.cuts, stems.tail_lengths, stems.tail_ends)
+    )
     column = flight.clock % W
-    # A column holds the token fed `age` steps ago; a row has fed index + 1 tokens, including the pending one.
-    age_W = (column - jnp.arange(W)) % W
-    own_mask = age_W < (flight.index + 1)[:, :, None, None]
-    visibility = Visibility(cuts=cuts[..., None], prompts=prompts[..., None], first=None, stem_layout=stems.stem_layout)
-    hidden_US1D, cache = decoder.extend(
-        config,
-        weights,
-        flight.token[..., None],
-        (cuts + tail_lengths + flight.index)[..., None],
-        stems.kv,
-        stem_mask_of(visibility),
-        flight.cache,
-        column,
-        own_mask,
+    if decoding.has_fused_attention(config):
+        spans = Spans(cut=cuts, first=tail_ends - tail_lengths, last=tail_ends)
+        # An empty slot, or one whose row has no token yet, reads no column.
+        lengths = jnp.where(flight.row < EMPTY, jnp.maximum(flight.index, 0), 0)
+        attend = decoding.attend_fused(config, spans, lengths, column)
+    else:
+        # A column holds the token fed `age` steps ago; a row has fed index + 1 tokens, including the pending one.
+        age_W = (column - jnp.arange(W)) % W
+        own_mask = age_W < (flight.index + 1)[:, :, None, None]
+        visibility = Visibility(
+            cuts=cuts[..., None], prompts=prompts[..., None], first=None, stem_layout=stems.stem_layout
+        )
+        attend = decoding.attend_plain(config, stem_mask_of(visibility), own_mask, column)
+    positions_US1 = (cuts + tail_lengths + flight.index)[..., None]
+    hidden_US1D, cache = decoding.extend(
+        config, weights, flight.token[..., None], positions_US1, stems.kv, flight.cache, attend
     )
     return hidden_US1D[:, :, 0], replace(flight, cache=cache, clock=flight.clock + 1)
 

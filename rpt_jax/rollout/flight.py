@@ -22,6 +22,7 @@ class Stems:
     cuts: Any  # i32 [U, M], trunk tokens that each prompt sees
     tail_lengths: Any  # i32 [U, M], number of real tail tokens
     stem_layout: Any  # i32 [U, P], as Visibility.stem_layout
+    tail_ends: Any  # i32 [U, M], stem column behind the tail of each prompt
     keys: Any  # PRNG keys [U, R], noise of each row
     queue: Any  # i32 [U, R], rows in starting order, those of padded positions last
     num_queued: Any  # i32 [U], number of rows to start

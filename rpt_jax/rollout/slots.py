@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.config import DecoderConfig
-from rpt_jax.models import decoder
-from rpt_jax.models.attention import kernels_of
+from rpt_jax.models import decoding
 from rpt_jax.rollout.flight import EMPTY, Flight, Stems, window_of
 
 
-def chain_of_shapes(num_trunks: int, slots: int, num_stem: int, limit: int, may_regroup: bool) -> list[tuple[int, int]]:
+def chain_of_shapes(
+    num_trunks: int, slots: int, num_stem: int, limit: int, may_regroup: bool, shares: tuple[float, ...]
+) -> list[tuple[int, int]]:
     """Return a decreasing list of (groups, slots per group) that running rows move through.
 
     The chain is short because each shape, and each move between two shapes, is a program to compile. With regrouping, a
@@ -27,10 +28,11 @@ def chain_of_shapes(num_trunks: int, slots: int, num_stem: int, limit: int, may_
         num_stem: cached tokens of a stem.
         limit: maximum cached tokens of a row. Each shape caches fewer tokens than the previous one.
         may_regroup: whether rows of a trunk may be spread over several groups.
+        shares: of all slots, decreasing (`Kernels.slot_shares`).
     """
     group_size = -(-slots // 8)
     shapes = [(num_trunks, slots)]
-    for share in (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16):
+    for share in shares:
         fewer = num_trunks, math.ceil(share * slots)
         if may_regroup:
             fewer = math.ceil(share * num_trunks * slots / group_size), group_size
@@ -48,15 +50,7 @@ def holds(groups: int, slots: int, live_U, may_regroup: bool) -> bool:
 @partial(jax.jit, static_argnames=("config", "window"))
 def widen(config: DecoderConfig, flight: Flight, *, window: int) -> Flight:
     """Append columns up to `window`; allowed only before the ring buffer has wrapped around."""
-    more = window - window_of(flight)
-
-    def pad(x, axis):
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, more)
-        return jnp.pad(x, widths)
-
-    axes = decoder.cache_axes(kernels_of(config))
-    return replace(flight, cache=[tuple(map(pad, kv, axes)) for kv in flight.cache])
+    return replace(flight, cache=decoding.widened(config, flight.cache, window - window_of(flight)))
 
 
 @partial(jax.jit, static_argnames="slots")

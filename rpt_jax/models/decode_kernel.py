@@ -1,0 +1,231 @@
+"""Attention of one decoding step in two GPU kernels (Pallas, Triton): to the stem, then to the row's own tokens.
+
+All rows of a trunk attend to their stem in blocks of queries, and the stem's columns are split over programs that write
+partial sums. The second kernel reads only the columns that a row has, merges both parts, and writes the row's new key
+and value into its cache, which is a ring: the token fed `age` steps ago is `age` columns behind the current one.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import PartitionSpec
+
+from rpt_jax.parallel.mesh import TRUNK_AXES, num_shards
+from rpt_jax.types import record
+
+# Columns that a program reads at once. Stems and caches have a multiple of this many.
+COLUMNS = 64
+# Queries of a program of the first kernel. The second has 16, the fewest of a tensor-core product, of which J are real.
+_QUERIES, _HEADS = 64, 16
+# Programs that fill a GPU about twice: 132 multiprocessors on an H100.
+_PROGRAMS = 264
+_HIDDEN = -1e30
+_LOG2E = 1.4426950408889634
+
+
+@record
+class Spans:
+    """Columns of its stem that each row sees: below `cut`, and from `first` up to `last`, the tail of its prompt."""
+
+    cut: Any  # i32 [U, S]
+    first: Any  # i32 [U, S]
+    last: Any  # i32 [U, S], exclusive
+
+
+def supports(dtype, head_size: int, num_queries_per_key: int) -> bool:
+    """Return whether the kernels run with these: 16-bit activations, head sizes of 16, 32, 64, 128 or 256."""
+    is_power_of_2 = head_size & (head_size - 1) == 0
+    return jnp.dtype(dtype).itemsize == 2 and is_power_of_2 and 16 <= head_size <= 256 and num_queries_per_key <= _HEADS
+
+
+def rounded_up(columns: int) -> int:
+    """Return the number of columns that stems and caches have for the kernels."""
+    return -(-columns // COLUMNS) * COLUMNS
+
+
+def decode_attention(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, column, lengths_US, *, interpret: bool):
+    """Attend from one token per row to its stem, to the row's earlier tokens and to itself.
+
+    Args:
+        q_USHQ: rotated queries.
+        k_USKQ, v_USKQ: keys and values of the same tokens.
+        stem_kv: keys and values of the stems [U, K, P, Q].
+        spans: what each row sees of its stem; at least one column.
+        cache: keys and values of the rows [U, S, K, W, Q]; their buffers are reused.
+        column: i32 scalar, cache column of these tokens.
+        lengths_US: i32, earlier tokens of each row in the cache; at most W - 1.
+        interpret: emulate the kernels, on any platform.
+    Returns:
+        (attended values [U, S, H, Q] in the queries' dtype, the updated cache).
+    """
+    attend = partial(_attend, interpret=interpret)
+    arguments = (q_USHQ, k_USKQ, v_USKQ, stem_kv, spans, cache, jnp.reshape(column, (1,)), lengths_US)
+    if num_shards(*TRUNK_AXES, "tensor") == 1:
+        return attend(*arguments)
+    trunks = TRUNK_AXES if q_USHQ.shape[0] % num_shards(*TRUNK_AXES) == 0 else None
+    heads = "tensor" if k_USKQ.shape[2] % num_shards("tensor") == 0 else None
+    by_row, by_trunk = PartitionSpec(trunks, None, heads), PartitionSpec(trunks, heads)
+    rows = PartitionSpec(trunks)
+    return jax.shard_map(
+        attend,
+        in_specs=(by_row, by_row, by_row, by_trunk, rows, by_row, PartitionSpec(), rows),
+        out_specs=(by_row, by_row),
+        check_vma=False,
+    )(*arguments)
+
+
+def _attend(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, column_1, lengths_US, *, interpret: bool):
+    U, S, H, Q = q_USHQ.shape
+    K, W = cache[0].shape[2:4]
+    J, P = H // K, stem_kv[0].shape[2]
+    # [U, K, X, Q]: the queries of a trunk that share a key, row by row, padded to whole blocks.
+    queries = min(_QUERIES, max(16, pl.next_power_of_2(S * J)))
+    X = -(-((S - 1) * J + _HEADS) // queries) * queries
+    q_UKXQ = jnp.moveaxis(q_USHQ.reshape(U, S, K, J, Q), 2, 1).reshape(U, K, S * J, Q)
+    q_UKXQ = jnp.pad(q_UKXQ, ((0, 0), (0, 0), (0, X - S * J), (0, 0)))
+
+    def of_queries(x_US):
+        return jnp.pad(jnp.repeat(x_US, J, axis=1), ((0, 0), (0, X - S * J)))
+
+    num_tiles, blocks = P // COLUMNS, X // queries
+    splits = max(1, min(num_tiles, _PROGRAMS // (U * K * blocks), 16))
+    query_block = pl.BlockSpec((None, None, queries, Q), lambda g, b, i: (g // K, g % K, b, 0))
+    stem_block = pl.BlockSpec((None, None, P, Q), lambda g, b, i: (g // K, g % K, 0, 0))
+    span_block = pl.BlockSpec((None, queries), lambda g, b, i: (g // K, b))
+    number_block = pl.BlockSpec((None, None, None, queries), lambda g, b, i: (i, g // K, g % K, b))
+    sums, peaks, totals = pl.pallas_call(
+        partial(_stem_kernel, num_tiles=num_tiles, tiles=-(-num_tiles // splits)),
+        grid=(U * K, blocks, splits),
+        in_specs=[query_block, stem_block, stem_block, span_block, span_block, span_block],
+        out_specs=[
+            pl.BlockSpec((None, None, None, queries, Q), lambda g, b, i: (i, g // K, g % K, b, 0)),
+            number_block,
+            number_block,
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((splits, U, K, X, Q), q_USHQ.dtype),
+            *[jax.ShapeDtypeStruct((splits, U, K, X), jnp.float32)] * 2,
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="stem_attention",
+    )(q_UKXQ, *stem_kv, *map(of_queries, (spans.cut, spans.first, spans.last)))
+
+    def whole(*shape):
+        return pl.BlockSpec(shape, lambda u, s, k: (u, *(0,) * (len(shape) - 1)))
+
+    row_block = pl.BlockSpec((None, None, None, Q), lambda u, s, k: (u, s, k, 0))
+    cache_block = pl.BlockSpec((None, None, None, W, Q), lambda u, s, k: (u, s, k, 0, 0))
+    of_stem = pl.BlockSpec((splits, None, None, X, Q), lambda u, s, k: (0, u, k, 0, 0))
+    number_of_stem = pl.BlockSpec((splits, None, None, X), lambda u, s, k: (0, u, k, 0))
+    attended_USKJQ, *cache = pl.pallas_call(
+        partial(_own_kernel, num_heads=J, num_splits=splits),
+        grid=(U, S, K),
+        in_specs=[
+            pl.BlockSpec((None, None, X, Q), lambda u, s, k: (u, k, 0, 0)),
+            row_block,
+            row_block,
+            of_stem,
+            number_of_stem,
+            number_of_stem,
+            pl.BlockSpec((1,), lambda u, s, k: (0,)),
+            whole(None, S),
+            cache_block,
+            cache_block,
+        ],
+        out_specs=[
+            pl.BlockSpec((None, None, None, J, Q), lambda u, s, k: (u, s, k, 0, 0)),
+            cache_block,
+            cache_block,
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((U, S, K, J, Q), q_USHQ.dtype),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache),
+        ],
+        input_output_aliases={8: 1, 9: 2},
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="own_attention",
+    )(q_UKXQ, k_USKQ, v_USKQ, sums, peaks, totals, column_1, lengths_US, *cache)
+    return attended_USKJQ.reshape(U, S, H, Q), tuple(cache)
+
+
+_dot = partial(jnp.dot, preferred_element_type=jnp.float32)
+
+
+def _attend_to_tile(carry, q_XQ, k_SQ, v_SQ, mask_XS):
+    """Add a tile of columns to (weighted sums f32 [X, Q], maxima f32 [X] in base 2, weight sums f32 [X])."""
+    sums_XQ, peak_X, total_X = carry
+    scores_XS = _dot(q_XQ, k_SQ.T) * (_LOG2E * q_XQ.shape[-1] ** -0.5)
+    scores_XS = jnp.where(mask_XS, scores_XS, _HIDDEN)
+    new_peak_X = jnp.maximum(peak_X, scores_XS.max(axis=1))
+    # A row that has seen nothing has the peak of a hidden column, whose weight would be 1.
+    weights_XS = jnp.where(mask_XS, jnp.exp2(scores_XS - new_peak_X[:, None]), 0.0)
+    scale_X = jnp.exp2(peak_X - new_peak_X)
+    sums_XQ = sums_XQ * scale_X[:, None] + _dot(weights_XS.astype(v_SQ.dtype), v_SQ)
+    return sums_XQ, new_peak_X, total_X * scale_X + weights_XS.sum(axis=1)
+
+
+def _stem_kernel(q_ref, k_ref, v_ref, cut_ref, first_ref, last_ref, sums_ref, peak_ref, total_ref, *, num_tiles, tiles):
+    q_XQ, cut_X, first_X, last_X = q_ref[...], cut_ref[...], first_ref[...], last_ref[...]
+    X, Q = q_XQ.shape
+    begin = pl.program_id(2) * tiles
+
+    def attend(number, carry):
+        columns = pl.ds(number * COLUMNS, COLUMNS)
+        column_S = number * COLUMNS + jnp.arange(COLUMNS)
+        in_tail = (column_S >= first_X[:, None]) & (column_S < last_X[:, None])
+        mask_XS = (column_S < cut_X[:, None]) | in_tail
+        return _attend_to_tile(carry, q_XQ, k_ref[columns, :], v_ref[columns, :], mask_XS)
+
+    nothing = jnp.zeros((X, Q), jnp.float32), jnp.full(X, _HIDDEN, jnp.float32), jnp.zeros(X, jnp.float32)
+    end = jnp.minimum(begin + tiles, num_tiles)
+    sums_XQ, peak_ref[...], total_ref[...] = jax.lax.fori_loop(begin, end, attend, nothing)
+    sums_ref[...] = sums_XQ.astype(sums_ref.dtype)
+
+
+def _own_kernel(
+    q_ref, new_k_ref, new_v_ref, sums_ref, peaks_ref, totals_ref, column_ref, lengths_ref, k_in_ref, v_in_ref,
+    out_ref, k_ref, v_ref, *, num_heads, num_splits,
+):  # fmt: skip
+    s, W = pl.program_id(1), k_ref.shape[0]
+    rows = pl.ds(s * num_heads, _HEADS)  # those after the first J belong to the next row, or are padding
+    q_XQ = q_ref[rows, :]
+    new_k_Q, new_v_Q = new_k_ref[...], new_v_ref[...]
+    column, length = column_ref[0], lengths_ref[s]
+
+    # The token itself comes from registers; its column is written at the end.
+    products_XQ = q_XQ.astype(jnp.float32) * new_k_Q.astype(jnp.float32)
+    peak_X = products_XQ.sum(axis=1) * (_LOG2E * q_XQ.shape[-1] ** -0.5)
+    carry = jnp.broadcast_to(new_v_Q.astype(jnp.float32), q_XQ.shape), peak_X, jnp.ones(_HEADS, jnp.float32)
+
+    # Tiles from the one that holds the row's first column, around the ring.
+    first = (column - length + W) % W
+    first_tile, offset = first // COLUMNS, first % COLUMNS
+
+    def attend(number, carry):
+        columns = pl.ds((first_tile + number) % (W // COLUMNS) * COLUMNS, COLUMNS)
+        token_S = number * COLUMNS - offset + jnp.arange(COLUMNS)
+        mask_XS = jnp.broadcast_to((token_S >= 0) & (token_S < length), (_HEADS, COLUMNS))
+        return _attend_to_tile(carry, q_XQ, k_in_ref[columns, :], v_in_ref[columns, :], mask_XS)
+
+    num_tiles = jnp.where(length > 0, (offset + length + COLUMNS - 1) // COLUMNS, 0)
+    sums_XQ, peak_X, total_X = jax.lax.fori_loop(0, num_tiles, attend, carry)
+
+    def merge(split, carry):
+        sums_XQ, peak_X, total_X = carry
+        other_X = peaks_ref[split, rows]
+        new_peak_X = jnp.maximum(peak_X, other_X)
+        scale_X, other_scale_X = jnp.exp2(peak_X - new_peak_X), jnp.exp2(other_X - new_peak_X)
+        sums_XQ = sums_XQ * scale_X[:, None] + sums_ref[split, rows, :] * other_scale_X[:, None]
+        return sums_XQ, new_peak_X, total_X * scale_X + totals_ref[split, rows] * other_scale_X
+
+    sums_XQ, _, total_X = jax.lax.fori_loop(0, num_splits, merge, (sums_XQ, peak_X, total_X))
+    attended_XQ = (sums_XQ / total_X[:, None]).astype(out_ref.dtype)
+    is_head_XQ = jnp.broadcast_to((jnp.arange(_HEADS) < num_heads)[:, None], attended_XQ.shape)
+    plgpu.store(out_ref.at[pl.ds(0, _HEADS), :], attended_XQ, mask=is_head_XQ)
+    k_ref[column, :], v_ref[column, :] = new_k_Q, new_v_Q
