@@ -5,6 +5,7 @@ partial sums. The second kernel reads only the columns that a row has, merges bo
 and value into its cache, which is a ring: the token fed `age` steps ago is `age` columns behind the current one.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,14 +18,37 @@ from jax.sharding import PartitionSpec
 from rpt_jax.parallel.mesh import TRUNK_AXES, num_shards
 from rpt_jax.types import record
 
-# Columns that a program reads at once. Stems and caches have a multiple of this many.
+# Stems and caches have a multiple of this many columns.
 COLUMNS = 64
-# Queries of a program of the first kernel. The second has 16, the fewest of a tensor-core product, of which J are real.
-_QUERIES, _HEADS = 64, 16
-# Programs that fill a GPU about twice: 132 multiprocessors on an H100.
-_PROGRAMS = 264
+# Queries of a tensor-core product of the second kernel, of which J are real.
+_HEADS = 16
 _HIDDEN = -1e30
 _LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Sizes of one kernel, measured on an H100 (docs/benchmarks/gpu.md)."""
+
+    columns: int
+    """Columns of a tile; divides COLUMNS."""
+    num_warps: int
+    """Warps of a program."""
+    num_stages: int
+    """Tiles in flight."""
+    queries: int = _HEADS
+    """Queries of a program."""
+    programs: int = 0
+    """Programs that fill the GPU: a stem is split until there are this many."""
+
+    @property
+    def params(self):
+        """Compiler parameters."""
+        return plgpu.CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+STEM = Tuning(columns=64, num_warps=4, num_stages=2, queries=64, programs=264)
+OWN = Tuning(columns=64, num_warps=4, num_stages=2)
 
 
 @record
@@ -83,22 +107,22 @@ def _attend(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, column_1, leng
     K, W = cache[0].shape[2:4]
     J, P = H // K, stem_kv[0].shape[2]
     # [U, K, X, Q]: the queries of a trunk that share a key, row by row, padded to whole blocks.
-    queries = min(_QUERIES, max(16, pl.next_power_of_2(S * J)))
+    queries = min(STEM.queries, max(_HEADS, pl.next_power_of_2(S * J)))
     X = -(-((S - 1) * J + _HEADS) // queries) * queries
     q_UKXQ = jnp.moveaxis(q_USHQ.reshape(U, S, K, J, Q), 2, 1).reshape(U, K, S * J, Q)
     q_UKXQ = jnp.pad(q_UKXQ, ((0, 0), (0, 0), (0, X - S * J), (0, 0)))
 
     def of_queries(x_US):
-        return jnp.pad(jnp.repeat(x_US, J, axis=1), ((0, 0), (0, X - S * J)))
+        return jnp.pad(jnp.repeat(x_US, J, axis=1), ((0, 0), (0, X - S * J)), mode="edge")
 
-    num_tiles, blocks = P // COLUMNS, X // queries
-    splits = max(1, min(num_tiles, _PROGRAMS // (U * K * blocks), 16))
+    blocks = X // queries
+    splits = max(1, min(P // STEM.columns, STEM.programs // (U * K * blocks), 16))
     query_block = pl.BlockSpec((None, None, queries, Q), lambda g, b, i: (g // K, g % K, b, 0))
     stem_block = pl.BlockSpec((None, None, P, Q), lambda g, b, i: (g // K, g % K, 0, 0))
     span_block = pl.BlockSpec((None, queries), lambda g, b, i: (g // K, b))
     number_block = pl.BlockSpec((None, None, None, queries), lambda g, b, i: (i, g // K, g % K, b))
     sums, peaks, totals = pl.pallas_call(
-        partial(_stem_kernel, num_tiles=num_tiles, tiles=-(-num_tiles // splits)),
+        partial(_stem_kernel, num_splits=splits),
         grid=(U * K, blocks, splits),
         in_specs=[query_block, stem_block, stem_block, span_block, span_block, span_block],
         out_specs=[
@@ -110,7 +134,7 @@ def _attend(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, column_1, leng
             jax.ShapeDtypeStruct((splits, U, K, X, Q), q_USHQ.dtype),
             *[jax.ShapeDtypeStruct((splits, U, K, X), jnp.float32)] * 2,
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=STEM.params,
         interpret=interpret,
         name="stem_attention",
     )(q_UKXQ, *stem_kv, *map(of_queries, (spans.cut, spans.first, spans.last)))
@@ -147,7 +171,7 @@ def _attend(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, column_1, leng
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache),
         ],
         input_output_aliases={8: 1, 9: 2},
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=OWN.params,
         interpret=interpret,
         name="own_attention",
     )(q_UKXQ, k_USKQ, v_USKQ, sums, peaks, totals, column_1, lengths_US, *cache)
@@ -157,34 +181,49 @@ def _attend(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, column_1, leng
 _dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
-def _attend_to_tile(carry, q_XQ, k_SQ, v_SQ, mask_XS):
+def _attend_to_tile(carry, q_XQ, k_SQ, v_SQ, mask_XS=None):
     """Add a tile of columns to (weighted sums f32 [X, Q], maxima f32 [X] in base 2, weight sums f32 [X])."""
     sums_XQ, peak_X, total_X = carry
     scores_XS = _dot(q_XQ, k_SQ.T) * (_LOG2E * q_XQ.shape[-1] ** -0.5)
-    scores_XS = jnp.where(mask_XS, scores_XS, _HIDDEN)
+    if mask_XS is not None:
+        scores_XS = jnp.where(mask_XS, scores_XS, _HIDDEN)
     new_peak_X = jnp.maximum(peak_X, scores_XS.max(axis=1))
-    # A row that has seen nothing has the peak of a hidden column, whose weight would be 1.
-    weights_XS = jnp.where(mask_XS, jnp.exp2(scores_XS - new_peak_X[:, None]), 0.0)
+    weights_XS = jnp.exp2(scores_XS - new_peak_X[:, None])
+    if mask_XS is not None:
+        # A row that has seen nothing has the peak of a hidden column, whose weight would be 1.
+        weights_XS = jnp.where(mask_XS, weights_XS, 0.0)
     scale_X = jnp.exp2(peak_X - new_peak_X)
     sums_XQ = sums_XQ * scale_X[:, None] + _dot(weights_XS.astype(v_SQ.dtype), v_SQ)
     return sums_XQ, new_peak_X, total_X * scale_X + weights_XS.sum(axis=1)
 
 
-def _stem_kernel(q_ref, k_ref, v_ref, cut_ref, first_ref, last_ref, sums_ref, peak_ref, total_ref, *, num_tiles, tiles):
+def _stem_kernel(q_ref, k_ref, v_ref, cut_ref, first_ref, last_ref, sums_ref, peak_ref, total_ref, *, num_splits):
     q_XQ, cut_X, first_X, last_X = q_ref[...], cut_ref[...], first_ref[...], last_ref[...]
-    X, Q = q_XQ.shape
-    begin = pl.program_id(2) * tiles
+    (X, Q), width = q_XQ.shape, STEM.columns
 
-    def attend(number, carry):
-        columns = pl.ds(number * COLUMNS, COLUMNS)
-        column_S = number * COLUMNS + jnp.arange(COLUMNS)
-        in_tail = (column_S >= first_X[:, None]) & (column_S < last_X[:, None])
-        mask_XS = (column_S < cut_X[:, None]) | in_tail
+    def attend(tile, carry, *, is_masked):
+        columns = pl.ds(tile * width, width)
+        mask_XS = None
+        if is_masked:
+            column_S = tile * width + jnp.arange(width)
+            in_tail = (column_S >= first_X[:, None]) & (column_S < last_X[:, None])
+            mask_XS = (column_S < cut_X[:, None]) | in_tail
         return _attend_to_tile(carry, q_XQ, k_ref[columns, :], v_ref[columns, :], mask_XS)
 
-    nothing = jnp.zeros((X, Q), jnp.float32), jnp.full(X, _HIDDEN, jnp.float32), jnp.zeros(X, jnp.float32)
-    end = jnp.minimum(begin + tiles, num_tiles)
-    sums_XQ, peak_ref[...], total_ref[...] = jax.lax.fori_loop(begin, end, attend, nothing)
+    # Tiles that every query sees whole, those that reach the last cut, and those of the tails, without gaps between.
+    whole, trunk = jnp.min(cut_X) // width, (jnp.max(cut_X) + width - 1) // width
+    tail = jnp.maximum(jnp.min(first_X) // width, trunk)
+    num_tiles = trunk + jnp.maximum((jnp.max(last_X) + width - 1) // width - tail, 0)
+    split = pl.program_id(2)
+    begin, end = split * num_tiles // num_splits, (split + 1) * num_tiles // num_splits
+
+    def attend_masked(number, carry):
+        return attend(jnp.where(number < trunk, number, tail + number - trunk), carry, is_masked=True)
+
+    carry = jnp.zeros((X, Q), jnp.float32), jnp.full(X, _HIDDEN, jnp.float32), jnp.zeros(X, jnp.float32)
+    middle = jnp.clip(whole, begin, end)
+    carry = jax.lax.fori_loop(begin, middle, partial(attend, is_masked=False), carry)
+    sums_XQ, peak_ref[...], total_ref[...] = jax.lax.fori_loop(middle, end, attend_masked, carry)
     sums_ref[...] = sums_XQ.astype(sums_ref.dtype)
 
 
@@ -192,7 +231,7 @@ def _own_kernel(
     q_ref, new_k_ref, new_v_ref, sums_ref, peaks_ref, totals_ref, column_ref, lengths_ref, k_in_ref, v_in_ref,
     out_ref, k_ref, v_ref, *, num_heads, num_splits,
 ):  # fmt: skip
-    s, W = pl.program_id(1), k_ref.shape[0]
+    s, W, width = pl.program_id(1), k_ref.shape[0], OWN.columns
     rows = pl.ds(s * num_heads, _HEADS)  # those after the first J belong to the next row, or are padding
     q_XQ = q_ref[rows, :]
     new_k_Q, new_v_Q = new_k_ref[...], new_v_ref[...]
@@ -205,15 +244,15 @@ def _own_kernel(
 
     # Tiles from the one that holds the row's first column, around the ring.
     first = (column - length + W) % W
-    first_tile, offset = first // COLUMNS, first % COLUMNS
+    first_tile, offset = first // width, first % width
 
     def attend(number, carry):
-        columns = pl.ds((first_tile + number) % (W // COLUMNS) * COLUMNS, COLUMNS)
-        token_S = number * COLUMNS - offset + jnp.arange(COLUMNS)
-        mask_XS = jnp.broadcast_to((token_S >= 0) & (token_S < length), (_HEADS, COLUMNS))
+        columns = pl.ds((first_tile + number) % (W // width) * width, width)
+        token_S = number * width - offset + jnp.arange(width)
+        mask_XS = jnp.broadcast_to((token_S >= 0) & (token_S < length), (_HEADS, width))
         return _attend_to_tile(carry, q_XQ, k_in_ref[columns, :], v_in_ref[columns, :], mask_XS)
 
-    num_tiles = jnp.where(length > 0, (offset + length + COLUMNS - 1) // COLUMNS, 0)
+    num_tiles = jnp.where(length > 0, (offset + length + width - 1) // width, 0)
     sums_XQ, peak_X, total_X = jax.lax.fori_loop(0, num_tiles, attend, carry)
 
     def merge(split, carry):

@@ -30,9 +30,9 @@ class FusedKernel:
     """One fused attention: softmax(scale q k' + bias) v with its backward pass.
 
     Attributes:
-        forward: (q [B, T, H, Q], k and v [B, S, K, Q], bias [B, 1, T, S]) -> (output [B, T, H, Q], its log-sum-exp f32
-            [B, H, T]).
-        backward: (q, k, v, bias, log-sum-exp, output, gradient of the output) -> gradients of q, k and v.
+        forward: (q [B, T, H, Q], k and v [B, S, K, Q], bias [B, 1, T, S], is_causal) -> (output [B, T, H, Q], its
+            log-sum-exp f32 [B, H, T]). is_causal: the bias hides later keys, so that the kernel may skip them.
+        backward: (q, k, v, bias, is_causal, log-sum-exp, output, gradient of the output) -> gradients of q, k and v.
         causal: (q, k, v, mask [B, 1, T, T] or None) -> causal attention, differentiable.
         supports: (dtype, head size) -> whether the kernel exists for them.
     """
@@ -65,7 +65,7 @@ def merged_flash(kernel: FusedKernel, q_URTHQ, stem: Part, own: Part):
         kernel: of the platform.
         q_URTHQ: queries; each must see at least one key of each part.
         stem: keys that all queries of u share; B = U, T = R * T.
-        own: keys of (u, r); B = U * R.
+        own: keys of (u, r); B = U * R. Query t sees none after key t.
     Returns:
         [U, R, T, H, Q] in the queries' dtype.
     """
@@ -91,7 +91,8 @@ def _merged_fwd(kernel: FusedKernel, q_URTHQ, stem: Part, own: Part):
     U, R, T, H, _ = shape = q_URTHQ.shape
     outputs, sums = [], []
     for part in (stem, own):
-        output, sums_BHT = kernel.forward(_as_queries_of(part, q_URTHQ), part.keys, part.values, part.bias)
+        q = _as_queries_of(part, q_URTHQ)
+        output, sums_BHT = kernel.forward(q, part.keys, part.values, part.bias, part is own)
         outputs.append(output.reshape(shape))
         sums.append(jnp.moveaxis(sums_BHT.reshape(U, -1, H, sums_BHT.shape[-1]), 2, -1).reshape(U, R, T, H))
     sums_URTH = jnp.logaddexp(*sums)
@@ -107,7 +108,8 @@ def _merged_bwd(kernel: FusedKernel, residuals, gradient_URTHQ):
     for part in (stem, own):
         q, merged, gradient = (_as_queries_of(part, x) for x in (q_URTHQ, merged_URTHQ, gradient_URTHQ))
         sums_BHT = jnp.moveaxis(sums_URTH.reshape(*q.shape[:2], H), 2, 1)
-        of_q, of_k, of_v = kernel.backward(q, part.keys, part.values, part.bias, sums_BHT, merged, gradient)
+        found = kernel.backward(q, part.keys, part.values, part.bias, part is own, sums_BHT, merged, gradient)
+        of_q, of_k, of_v = found
         total = total + of_q.reshape(q_URTHQ.shape)
         of_parts.append(Part(keys=of_k, values=of_v, bias=jnp.zeros_like(part.bias)))
     return total.astype(q_URTHQ.dtype), *of_parts
@@ -134,25 +136,26 @@ def _arguments(q, k, v, bias):
     return q, k, v, bias, *(nothing,) * 6
 
 
-def _options(q) -> dict:
+def _options(q, is_causal: bool) -> dict:
     return dict(
         scale=q.shape[-1] ** -0.5,
         seed=0,
         dropout_rate=0.0,
         variadic_args=(True, False),  # a bias, but no gradient of it
-        mask_type=cudnn.MaskType.NO_MASK,
+        mask_type=cudnn.MaskType.CAUSAL if is_causal else cudnn.MaskType.NO_MASK,
         layout=cudnn.AttentionLayout.BTNH.value,
         sliding_window_length=None,
     )
 
 
-def _cudnn_forward(q, k, v, bias):
-    return cudnn._dot_product_attention_fwd_p_wrapper.bind(*_arguments(q, k, v, bias), **_options(q), is_training=True)
+def _cudnn_forward(q, k, v, bias, is_causal):
+    forward = cudnn._dot_product_attention_fwd_p_wrapper
+    return forward.bind(*_arguments(q, k, v, bias), **_options(q, is_causal), is_training=True)
 
 
-def _cudnn_backward(q, k, v, bias, sums, output, gradient):
+def _cudnn_backward(q, k, v, bias, is_causal, sums, output, gradient):
     arguments = (*_arguments(q, k, v, bias), sums, output, gradient)
-    return cudnn._dot_product_attention_bwd_p_wrapper.bind(*arguments, **_options(q))
+    return cudnn._dot_product_attention_bwd_p_wrapper.bind(*arguments, **_options(q, is_causal))
 
 
 CUDNN = FusedKernel(
@@ -172,14 +175,16 @@ def _scores(q, k, bias):
     return jnp.einsum("btkjq,bskq->bkjts", q, k, preferred_element_type=jnp.float32) * Q**-0.5 + bias[:, :, None]
 
 
-def _emulated_forward(q, k, v, bias):
+def _emulated_forward(q, k, v, bias, is_causal):
+    del is_causal  # the bias says it
     scores_BKJTS = _scores(q, k, bias)
     sums_BKJT = jax.nn.logsumexp(scores_BKJTS, axis=-1)
     output = jnp.einsum("bkjts,bskq->btkjq", jnp.exp(scores_BKJTS - sums_BKJT[..., None]), v)
     return output.reshape(q.shape).astype(q.dtype), sums_BKJT.reshape(q.shape[0], q.shape[2], -1)
 
 
-def _emulated_backward(q, k, v, bias, sums, output, gradient):
+def _emulated_backward(q, k, v, bias, is_causal, sums, output, gradient):
+    del is_causal
     B, T, _, Q = q.shape
     q5, output5, gradient5 = (x.reshape(B, T, k.shape[2], -1, Q) for x in (q, output, gradient))
     sums_BKJT = sums.reshape(B, k.shape[2], -1, T)
