@@ -1,8 +1,9 @@
-"""Attention of one decoding step in two GPU kernels (Pallas, Triton): to the stem, then to the row's own tokens.
+"""Attention of one decoding step in two GPU kernels (Pallas, Triton): to the stem, and to the row's own tokens.
 
-All rows of a trunk attend to their stem in blocks of queries, and the stem's columns are split over programs that write
-partial sums. The second kernel reads only the columns that a row has, merges both parts, and writes the row's new key
-and value into its cache, which is a ring: the token fed `age` steps ago is `age` columns behind the current one.
+All rows of a trunk attend to their stem in blocks of queries, and the stem's columns are split over programs. The
+second kernel reads only the columns that a row has, and writes the row's new key and value into its cache, a ring: the
+token fed `age` steps ago is `age` columns behind the current one. Both write partial sums, which are merged at the end.
+Neither waits for the other, so a GPU can run the arithmetic of one next to the memory traffic of the other.
 """
 
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ class Tuning:
         return plgpu.CompilerParams(num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-STEM = Tuning(columns=64, num_warps=4, num_stages=2, queries=64, programs=264)
-OWN = Tuning(columns=64, num_warps=4, num_stages=2)
+STEM = Tuning(columns=64, num_warps=4, num_stages=3, queries=64, programs=264)
+OWN = Tuning(columns=32, num_warps=2, num_stages=3)
 
 
 @record
@@ -143,39 +144,49 @@ def _attend(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, column_1, leng
         return pl.BlockSpec(shape, lambda u, s, k: (u, *(0,) * (len(shape) - 1)))
 
     row_block = pl.BlockSpec((None, None, None, Q), lambda u, s, k: (u, s, k, 0))
+    head_block = pl.BlockSpec((None, None, None, J), lambda u, s, k: (u, s, k, 0))
     cache_block = pl.BlockSpec((None, None, None, W, Q), lambda u, s, k: (u, s, k, 0, 0))
-    of_stem = pl.BlockSpec((splits, None, None, X, Q), lambda u, s, k: (0, u, k, 0, 0))
-    number_of_stem = pl.BlockSpec((splits, None, None, X), lambda u, s, k: (0, u, k, 0))
-    attended_USKJQ, *cache = pl.pallas_call(
-        partial(_own_kernel, num_heads=J, num_splits=splits),
+    own_sums, own_peaks, own_totals, *cache = pl.pallas_call(
+        partial(_own_kernel, num_heads=J),
         grid=(U, S, K),
         in_specs=[
             pl.BlockSpec((None, None, X, Q), lambda u, s, k: (u, k, 0, 0)),
             row_block,
             row_block,
-            of_stem,
-            number_of_stem,
-            number_of_stem,
             pl.BlockSpec((1,), lambda u, s, k: (0,)),
-            whole(None, S),
+            pl.BlockSpec((None, S), lambda u, s, k: (u, 0)),
             cache_block,
             cache_block,
         ],
         out_specs=[
             pl.BlockSpec((None, None, None, J, Q), lambda u, s, k: (u, s, k, 0, 0)),
+            head_block,
+            head_block,
             cache_block,
             cache_block,
         ],
         out_shape=[
             jax.ShapeDtypeStruct((U, S, K, J, Q), q_USHQ.dtype),
+            *[jax.ShapeDtypeStruct((U, S, K, J), jnp.float32)] * 2,
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache),
         ],
-        input_output_aliases={8: 1, 9: 2},
+        input_output_aliases={5: 3, 6: 4},
         compiler_params=OWN.params,
         interpret=interpret,
         name="own_attention",
-    )(q_UKXQ, k_USKQ, v_USKQ, sums, peaks, totals, column_1, lengths_US, *cache)
-    return attended_USKJQ.reshape(U, S, H, Q), tuple(cache)
+    )(q_UKXQ, k_USKQ, v_USKQ, column_1, lengths_US, *cache)
+
+    def of_rows(x):
+        """Return numbers [splits, U, K, X, ...] by row, [splits, U, S, K, J, ...]."""
+        return jnp.moveaxis(x[:, :, :, : S * J].reshape(splits, U, K, S, J, *x.shape[4:]), 2, 3)
+
+    sums, peaks, totals = (
+        jnp.concatenate([of_rows(of_stem), of_own[None].astype(of_stem.dtype)])
+        for of_stem, of_own in ((sums, own_sums), (peaks, own_peaks), (totals, own_totals))
+    )
+    scales = jnp.exp2(peaks - peaks.max(axis=0))
+    attended = jnp.sum(sums * scales[..., None], axis=0) / jnp.sum(totals * scales, axis=0)[..., None]
+    return attended.astype(q_USHQ.dtype).reshape(U, S, H, Q), tuple(cache)
 
 
 _dot = partial(jnp.dot, preferred_element_type=jnp.float32)
@@ -228,12 +239,11 @@ def _stem_kernel(q_ref, k_ref, v_ref, cut_ref, first_ref, last_ref, sums_ref, pe
 
 
 def _own_kernel(
-    q_ref, new_k_ref, new_v_ref, sums_ref, peaks_ref, totals_ref, column_ref, lengths_ref, k_in_ref, v_in_ref,
-    out_ref, k_ref, v_ref, *, num_heads, num_splits,
+    q_ref, new_k_ref, new_v_ref, column_ref, lengths_ref, k_in_ref, v_in_ref,
+    sums_ref, peak_ref, total_ref, k_ref, v_ref, *, num_heads,
 ):  # fmt: skip
     s, W, width = pl.program_id(1), k_ref.shape[0], OWN.columns
-    rows = pl.ds(s * num_heads, _HEADS)  # those after the first J belong to the next row, or are padding
-    q_XQ = q_ref[rows, :]
+    q_XQ = q_ref[pl.ds(s * num_heads, _HEADS), :]  # queries after the first J belong to the next row, or are padding
     new_k_Q, new_v_Q = new_k_ref[...], new_v_ref[...]
     column, length = column_ref[0], lengths_ref[s]
 
@@ -254,17 +264,9 @@ def _own_kernel(
 
     num_tiles = jnp.where(length > 0, (offset + length + width - 1) // width, 0)
     sums_XQ, peak_X, total_X = jax.lax.fori_loop(0, num_tiles, attend, carry)
-
-    def merge(split, carry):
-        sums_XQ, peak_X, total_X = carry
-        other_X = peaks_ref[split, rows]
-        new_peak_X = jnp.maximum(peak_X, other_X)
-        scale_X, other_scale_X = jnp.exp2(peak_X - new_peak_X), jnp.exp2(other_X - new_peak_X)
-        sums_XQ = sums_XQ * scale_X[:, None] + sums_ref[split, rows, :] * other_scale_X[:, None]
-        return sums_XQ, new_peak_X, total_X * scale_X + totals_ref[split, rows] * other_scale_X
-
-    sums_XQ, _, total_X = jax.lax.fori_loop(0, num_splits, merge, (sums_XQ, peak_X, total_X))
-    attended_XQ = (sums_XQ / total_X[:, None]).astype(out_ref.dtype)
-    is_head_XQ = jnp.broadcast_to((jnp.arange(_HEADS) < num_heads)[:, None], attended_XQ.shape)
-    plgpu.store(out_ref.at[pl.ds(0, _HEADS), :], attended_XQ, mask=is_head_XQ)
+    is_head_X = jnp.arange(_HEADS) < num_heads
+    is_head_XQ = jnp.broadcast_to(is_head_X[:, None], sums_XQ.shape)
+    plgpu.store(sums_ref.at[pl.ds(0, _HEADS), :], sums_XQ.astype(sums_ref.dtype), mask=is_head_XQ)
+    plgpu.store(peak_ref.at[pl.ds(0, _HEADS)], peak_X, mask=is_head_X)
+    plgpu.store(total_ref.at[pl.ds(0, _HEADS)], total_X, mask=is_head_X)
     k_ref[column, :], v_ref[column, :] = new_k_Q, new_v_Q
