@@ -50,8 +50,7 @@ def few_programs():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "chain_of_shapes", lambda *_: [])
-        patch.setattr(packing, "_LANE_STEPS", 1)
-        patch.setattr(packing, "_TRUNK_STEPS", 1)
+        patch.setitem(packing.ROUNDINGS, "many", packing.Rounding(lanes=1, tokens=1, trunks=1))
         yield
 
 

@@ -11,7 +11,7 @@ from test_rollout import EOS, make_tasks
 from rpt_jax.config import MeshConfig
 from rpt_jax.models import decoder
 from rpt_jax.parallel.mesh import make_mesh, shard_batch
-from rpt_jax.rollout.engine import Schedule, generate, rollout_key
+from rpt_jax.rollout.engine import STATIC, Schedule, generate, rollout_key
 from rpt_jax.scoring.logprobs import score
 from rpt_jax.sequences import completions, continued
 
@@ -65,7 +65,7 @@ def agree(found, whole, lengths, *, tolerance=2e-5) -> int:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(slots_per_trunk=2, schedule=Schedule(window=4)), dict(schedule=Schedule(window=2**30, compact=False))],
+    [{}, dict(slots_per_trunk=2, schedule=Schedule(window=4)), dict(schedule=STATIC)],
     ids=["compaction", "few slots and windows", "static"],
 )
 def test_a_row_that_is_cut_after_k_tokens_and_continued_is_the_uncut_row(

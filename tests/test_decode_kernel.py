@@ -12,14 +12,14 @@ from rpt_jax.config import MeshConfig
 from rpt_jax.models import attention, decode_kernel, decoder
 from rpt_jax.models.decode_kernel import Spans, decode_attention
 from rpt_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
-from rpt_jax.rollout.engine import generate, rollout_key
+from rpt_jax.rollout.engine import SCHEDULES, generate, rollout_key
 from rpt_jax.sequences import continued, trunks_alone
 
 
 @pytest.fixture
 def emulated(tiny_config, monkeypatch):
     """The tiny policy on an imaginary GPU whose kernels are emulated."""
-    kernels = dataclasses.replace(attention.KERNELS["gpu"], flash=None, fused_decoding="emulated", slot_shares=(1 / 4,))
+    kernels = dataclasses.replace(attention.KERNELS["gpu"], flash=None, fused_decoding="emulated")
     monkeypatch.setitem(attention.KERNELS, "gpu", kernels)
     return dataclasses.replace(tiny_config, platform="gpu")
 
@@ -70,7 +70,7 @@ def test_kernels_support_what_tensor_cores_do():
 
 
 def sampled(config, params, prompts, **options):
-    options = dict(top_p=1.0, top_k=0, stop_ids=(EOS,)) | SHORT | options
+    options = dict(top_p=1.0, top_k=0, stop_ids=(EOS,), schedule=SCHEDULES["few"]) | SHORT | options
     return jax.tree.map(np.asarray, generate(config, params, prompts, rollout_key(0, 1), **options))
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from rpt_jax.config import MeshConfig
 from rpt_jax.models import decoder
-from rpt_jax.models.attention import KERNELS
 from rpt_jax.parallel.mesh import make_mesh, param_shardings, shard_batch
 from rpt_jax.rollout import engine
 from rpt_jax.rollout.engine import STATIC, Schedule, generate, rollout_key
@@ -218,7 +217,7 @@ def count_calls(monkeypatch, *names):
     [
         dict(schedule=Schedule(window=4)),
         dict(schedule=Schedule(window=4), slots_per_trunk=3),
-        dict(schedule=Schedule(window=32, compact=False), slots_per_trunk=2),
+        dict(schedule=Schedule(window=32, shares=()), slots_per_trunk=2),
     ],
     ids=["fewer slots, wider caches", "refill, then fewer slots", "refill only"],
 )
@@ -231,7 +230,7 @@ def test_a_schedule_changes_nothing_that_is_sampled(tiny_config, tiny_params, mo
     )
     assert counts == {"widen": 0, "regroup": 0}
     other = generate(tiny_config, tiny_params, tasks, key, top_p=1.0, top_k=0, stop_ids=(EOS,), **options, **SHORT)
-    if options["schedule"].compact:
+    if options["schedule"].shares:
         assert counts["widen"] == 3 and counts["regroup"] >= 2
     lengths = np.asarray(static.mask).sum(-1)
     assert lengths.max() == 20 and np.median(lengths[lengths > 0]) < 12
@@ -240,7 +239,7 @@ def test_a_schedule_changes_nothing_that_is_sampled(tiny_config, tiny_params, mo
     np.testing.assert_allclose(static.sampler_logprobs, other.sampler_logprobs, atol=1e-5)
 
 
-SHARES = KERNELS["cpu"].slot_shares
+SHARES = Schedule().shares
 
 
 def test_live_rows_move_through_one_chain_of_shapes():

@@ -28,6 +28,12 @@ class RunConfig:
     """Write one rollout batch's completions (parquet) every N steps. 0: never."""
     tensorboard: bool = setting(True, free="always")
     """Write TensorBoard event files in addition to metrics.jsonl."""
+    shapes: Literal["", "many", "few"] = setting("", free="always")
+    """Sizes that rollouts and updates are rounded up to. many: padding is small, but each size is a program to compile.
+    few: at most two of each. Empty: few on accelerators, many on CPUs. Tokens do not depend on it, except near-ties."""
+    compilation_cache: str = setting("", free="always")
+    """Directory of compiled programs, which later starts reuse. Empty: rpt_jax in the user's cache directory. off: no
+    cache."""
     resume: str = setting("latest", free="always", shown=True)
     """Where an existing run resumes: latest (its newest checkpoint) or the step of a kept checkpoint, which sets later
     checkpoints aside. In a new directory, DIR or DIR@STEP starts from a copy of that run at that step."""

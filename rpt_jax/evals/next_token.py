@@ -7,6 +7,7 @@ sample of its positions. Every figure comes with its number of positions and its
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from rpt_jax.scoring.companions import CURRENT
 from rpt_jax.scoring.entropy import Proxy
 from rpt_jax.scoring.requests import Request
 from rpt_jax.tokenizer import BOX_OPEN, Tokenizer
-from rpt_jax.types import TaskBatch
+from rpt_jax.types import Earned, Evidence, TaskBatch
 
 # log p(x_t | context, thought), with the true token inside the box.
 REASONED = Request(name="reasoned", keep="thought", stub=BOX_OPEN, target="reference", num_targets=1)
@@ -167,9 +168,8 @@ class Evaluator:
         tasks = shard_batch(self.mesh, batch)
         rollouts = sample(self.config, self.tokenizer, policies, tasks, temperature)
         evidence, earned, _ = earn(self.reward, policies, tasks, rollouts)
-        rewards = {"prefix": prefix(evidence).rewards, "first": first_token(evidence).rewards, "reward": earned.rewards}
-        means = to_host({name: r.mean(-1) for name, r in (rewards | earned.metrics).items()})
-        right, predictions, tokens_UR = to_host((rewards["prefix"], evidence.predictions, rollouts.mask.sum(-1)))
+        means, right, tokens_UR = to_host(_rewards(evidence, earned))
+        predictions = to_host(evidence.predictions)
         found, lengths = (a.reshape(U, M, G) for a in (predictions.found, predictions.lengths))
         figures = {f"{style}_{name}": mean for name, mean in means.items()}
         figures |= {
@@ -181,11 +181,25 @@ class Evaluator:
             figures["pass@k"] = right.max(-1)
             figures["majority@k"] = _majority(texts, lengths, found, right)
             scores = self.reward.scorer.score(REASONED, policies[CURRENT], tasks, rollouts, evidence.predictions)
-            logprobs_UMG = scores.values[..., 0].reshape(U, M, G)
-            # log mean_i p(x_t | context, thought_i)
-            figures["reasoned_logprob"] = to_host(jax.nn.logsumexp(logprobs_UMG, axis=-1) - np.log(G))
+            figures["reasoned_logprob"] = to_host(_log_mean(scores.values[..., 0], num_prompts=M))
             figures["forced_close"] = (predictions.think_end_tokens.reshape(U, M, G) == 0).mean(-1)
         return figures
+
+
+@jax.jit
+def _rewards(evidence: Evidence, earned: Earned):
+    """Return ({figure: mean over a prompt's rollouts [U, M]}, prefix rewards [U, M, G], completion tokens [U, R])."""
+    right = prefix(evidence).rewards
+    rewards = {"prefix": right, "first": first_token(evidence).rewards, "reward": earned.rewards} | earned.metrics
+    return {name: r.mean(-1) for name, r in rewards.items()}, right, evidence.rollouts.mask.sum(-1)
+
+
+@partial(jax.jit, static_argnames="num_prompts")
+def _log_mean(logprobs_UR, *, num_prompts: int):
+    """Return log mean_i p(x_t | context, thought_i) of each prompt, f32 [U, M]."""
+    U, R = logprobs_UR.shape
+    G = R // num_prompts
+    return jax.nn.logsumexp(logprobs_UR.reshape(U, num_prompts, G), axis=-1) - np.log(G)
 
 
 def _majority(texts, lengths, found, correct):

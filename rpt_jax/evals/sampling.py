@@ -3,7 +3,8 @@
 from typing import Any
 
 from rpt_jax.config import Config
-from rpt_jax.rollout.engine import generate, rollout_key
+from rpt_jax.parallel.programs import shapes_of
+from rpt_jax.rollout.engine import SCHEDULES, generate, rollout_key
 from rpt_jax.scoring.companions import AVERAGE, CURRENT, START
 from rpt_jax.tokenizer import Tokenizer
 from rpt_jax.types import Rollouts, TaskBatch
@@ -31,5 +32,6 @@ def sample(config: Config, tokenizer: Tokenizer, policies: dict, tasks: TaskBatc
         tasks.prompts,
         rollout_key(config.run.seed, EVALUATION_STEP),
         vocab_size=tokenizer.vocab_size,
+        schedule=SCHEDULES[shapes_of(config)],
         **config.rollout.sampling | {"temperature": temperature},
     )

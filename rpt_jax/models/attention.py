@@ -40,8 +40,6 @@ class Kernels:
     have their full width from the start, because the kernels read only the columns that a row has."""
     join_projections: bool = False
     """Multiply queries, keys and values, and gate and up, in one product each while decoding."""
-    slot_shares: tuple[float, ...] = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)
-    """Shares of the slots that running rows may move to once none is queued; each is a program."""
 
 
 # CPU: measured by experiments/benchmarks/rollout.py and update.py. The others follow the layouts of the kernels.
@@ -55,7 +53,6 @@ KERNELS = {
         narrow_left=False,
         fused_decoding="triton",
         join_projections=True,
-        slot_shares=(1 / 4,),
     ),
     "tpu": Kernels(keys_transposed=False, flash=None, max_scores=2**29, max_logits=2**28, narrow_left=False),
 }

@@ -17,14 +17,15 @@ from jax.sharding import Mesh
 from rpt_jax.config import Config
 from rpt_jax.models import decoder, decoding, lora
 from rpt_jax.models.lora import Frozen
+from rpt_jax.parallel import programs as parallel
 from rpt_jax.parallel.mesh import on_mesh_of, replicated, spec_without, trunk_sharding
 from rpt_jax.planning.traffic import Traffic, read_traffic
 from rpt_jax.rl import update
 from rpt_jax.rl.objective import objective_fn
 from rpt_jax.rl.optimizer import make_optimizer, state_shardings
+from rpt_jax.rl.shapes import microbatch_shape, tasks_shape
 from rpt_jax.rollout import engine
-from rpt_jax.sequences import build_tasks, completions, shapes_of
-from rpt_jax.types import Rows, TaskBatch, TrainState
+from rpt_jax.types import TaskBatch, TrainState
 
 
 def _shapes(tree, sharding):
@@ -32,39 +33,6 @@ def _shapes(tree, sharding):
     if not isinstance(sharding, jax.sharding.Sharding):
         return jax.tree.map(_shapes, tree, sharding)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
-def abstract_tasks(config: Config, num_tail: int) -> TaskBatch:
-    """Return the shapes of a rollout batch; `num_tail` is the number of prompt tokens after the text."""
-    r = config.rollout
-    row_ids = np.zeros((r.num_trunks, r.prompts_per_trunk, r.group_size), np.int32)
-    tasks = build_tasks(
-        [], tail=[0] * num_tail, row_ids=row_ids, trunk_length=config.data.trunk_length, num_bytes=64,
-        num_tokens=config.data.continuation_tokens,
-    )  # fmt: skip
-    return shapes_of(tasks)
-
-
-def abstract_microbatch(config: Config, tasks: TaskBatch) -> Rows:
-    """Return the shapes of the largest microbatch: every row is trained on and has full length."""
-    U = config.mesh.microbatch_trunks or config.rollout.num_trunks // config.loss.num_minibatches
-    R, C = config.rollout.prompts_per_trunk * config.rollout.group_size, config.rollout.max_completion_tokens
-    prompts = jax.tree.map(lambda x: jax.ShapeDtypeStruct((U, *x.shape[1:]), x.dtype), tasks.prompts)
-    f32, mask = jax.ShapeDtypeStruct((U, R, C), np.float32), jax.ShapeDtypeStruct((U, R, C), bool)
-    tokens = jax.ShapeDtypeStruct((U, R, C), np.int32)
-    trunk_weights = jax.ShapeDtypeStruct((U, config.data.trunk_length), np.float32)
-    return Rows(
-        sequences=jax.eval_shape(completions, prompts, tokens, mask),
-        row=tokens,
-        policy_weights=f32,
-        advantages=f32,
-        likelihood_weights=None,
-        trunk_weights=trunk_weights if config.loss.ntp_coef else None,
-        temperature=f32,
-        sampler_logprobs=f32,
-        old_logprobs=f32 if config.loss.num_minibatches > 1 else None,
-        ref_logprobs=f32 if config.loss.kl_coef else None,
-    )
 
 
 def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, Frozen | None]:
@@ -123,11 +91,13 @@ class Compiler:
     Attributes:
         mesh: to compile for.
         params: shapes of the policy's parameters.
+        platform: of its devices, such as gpu.
         note: called with the name of each program before it is compiled.
     """
 
     mesh: Mesh
     params: Any
+    platform: str
     note: Callable[[str], None]
 
     def __call__(self, name: str, runs: float, resident: int, function, *args, trips: float = 1.0, **options):
@@ -148,9 +118,11 @@ class Compiler:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as dump, on_mesh_of(self.params):
             lowered = function.lower(*args, **options)
+            chosen = function.options(self.platform) if isinstance(function, parallel.Program) else {}
             try:
                 # The text comes from a dump, because libtpu's format is newer than jaxlib's reader.
-                program = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
+                dumped = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+                program = lowered.compile(compiler_options=chosen | dumped)
             except jax.errors.JaxRuntimeError as error:
                 if not (needed := re.search(r"(?:temporaries \(|Used )([\d.]+)([KMG])", str(error))):
                     raise
@@ -186,10 +158,10 @@ def compile_programs(
         note: called with the name of each program before it is compiled.
     """
     state, frozen = abstract_state(config, mesh)
-    compiler = Compiler(mesh, _joined(frozen, state.params), note)
+    compiler = Compiler(mesh, _joined(frozen, state.params), config.model.platform, note)
     # The policy that RL started from stays, because the control starts from it and a KL term refers to it.
     kept = bytes_per_chip((state, frozen) if frozen else (state, state.params))
-    tasks = abstract_tasks(config, num_tail)
+    tasks = tasks_shape(config, num_tail)
     for phase in (_rollout_programs(config, compiler, tasks, kept), _update_programs(config, compiler, tasks, kept)):
         for program in phase:
             yield program
@@ -236,7 +208,7 @@ def _rollout_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept
 def _update_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept: int) -> Iterator[Program]:
     state, frozen = abstract_state(config, compiler.mesh)
     gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), state.params)
-    rows = _shapes(abstract_microbatch(config, tasks), trunk_sharding(compiler.mesh))
+    rows = _shapes(microbatch_shape(config, tasks), trunk_sharding(compiler.mesh))
     microbatches = config.rollout.num_trunks / rows.policy_weights.shape[0]
     program, results = compiler(
         "gradients", microbatches, kept - bytes_per_chip((state.params, frozen)),

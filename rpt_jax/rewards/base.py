@@ -68,19 +68,24 @@ def make_reader(config: RewardConfig, tokenizer) -> Callable:
     tables = answer_tables(table, lengths)
 
     def read(rollouts: Rollouts, width: int):
-        U, R, C = rollouts.tokens.shape
-        tokens, mask = (jnp.asarray(a).reshape(U * R, C) for a in (rollouts.tokens, rollouts.mask))
-
         def extract(unescape: bool):
-            found = extract_predictions(
-                tokens, mask, table, lengths, mode=config.boxed_mode, require_think_end=config.require_think_end,
-                unescape_newline=unescape, max_prediction_bytes=width, tables=tables,
+            return _predictions(
+                rollouts, table, lengths, tables, mode=config.boxed_mode, require_think_end=config.require_think_end,
+                unescape_newline=unescape, max_prediction_bytes=width,
             )  # fmt: skip
-            return jax.tree.map(lambda a: a.reshape(U, R, *a.shape[1:]), found)
 
         return extract(False), extract(True) if config.unescape_newline else None
 
     return read
+
+
+@partial(jax.jit, static_argnames=("mode", "require_think_end", "unescape_newline", "max_prediction_bytes"))
+def _predictions(rollouts: Rollouts, table, lengths, tables, **how):
+    """Return the predictions of all completions, [U, R, ...]."""
+    U, R, C = rollouts.tokens.shape
+    tokens, mask = (a.reshape(U * R, C) for a in (rollouts.tokens, rollouts.mask))
+    found = extract_predictions(tokens, mask, table, lengths, tables=tables, **how)
+    return jax.tree.map(lambda a: a.reshape(U, R, *a.shape[1:]), found)
 
 
 # --- Composition --------------------------------------------------------------------------------------------------

@@ -16,8 +16,21 @@ from rpt_jax.parallel.mesh import TRUNK_AXES, constrain, on_mesh_of
 from rpt_jax.sequences import in_lanes, take_tokens
 from rpt_jax.types import Prompts, Rows
 
-# Lanes and their lengths are rounded up to quarters of the largest, trunks to halves, so that few programs compile.
-_LANE_STEPS, _TRUNK_STEPS = 4, 2
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """Sizes are rounded up to one of this many equal steps towards the largest, so that few programs compile."""
+
+    lanes: int
+    """Number of lanes."""
+    tokens: int
+    """Length of a lane."""
+    trunks: int
+    """Number of trunks."""
+
+
+# By `run.shapes`.
+ROUNDINGS = {"many": Rounding(lanes=4, tokens=4, trunks=2), "few": Rounding(lanes=2, tokens=1, trunks=1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +44,14 @@ class Microbatch:
 
 
 def plan_update(
-    prompts: Prompts, rows: Rows, *, num_minibatches: int, microbatch_trunks: int, num_shards: int, has_kl: bool
+    prompts: Prompts,
+    rows: Rows,
+    *,
+    num_minibatches: int,
+    microbatch_trunks: int,
+    num_shards: int,
+    has_kl: bool,
+    rounding: Rounding = ROUNDINGS["many"],
 ) -> tuple[list, dict]:
     """Plan the microbatches of each minibatch. Reads lengths and weights back to the host.
 
@@ -44,22 +64,15 @@ def plan_update(
         microbatch_trunks: maximum trunks of a microbatch; 0: all of a minibatch.
         num_shards: trunk shards of the mesh.
         has_kl: there is a KL term, so every row has a gradient.
+        rounding: of sizes.
     Returns:
         ([[Microbatch, ...] for each minibatch], {"tokens_updated": tokens of stems and rows, "rows_left_out_fraction":
         share of rows without a gradient, "update_padding_fraction": share of lane places without a token}).
     """
     U, _, C = rows.sequences.branch_mask.shape
     takes_part, teaches, has_trunk_loss = _teaching(rows, has_kl=has_kl)
-    lengths, takes_part, teaches, has_trunk_loss, stem_tokens, has_prompt = to_host(
-        (
-            rows.sequences.branch_mask.sum(-1),
-            takes_part,
-            teaches,
-            has_trunk_loss,
-            prompts.trunk_lengths + jnp.sum(prompts.prompt_mask * prompts.tail_lengths, axis=1),
-            jnp.any(prompts.prompt_mask, axis=1),
-        )
-    )
+    takes_part, teaches, has_trunk_loss = to_host((takes_part, teaches, has_trunk_loss))
+    lengths, stem_tokens, has_prompt = to_host(_sizes(prompts, rows))
     number = num_minibatches
     minibatches = [
         plan_microbatches(
@@ -70,6 +83,7 @@ def plan_update(
             width=C,
             microbatch_trunks=microbatch_trunks or U // number,
             num_shards=num_shards,
+            rounding=rounding,
         )
         for first in range(number)
     ]
@@ -80,6 +94,13 @@ def plan_update(
         "rows_left_out_fraction": float(1 - teaches.sum() / max(1, takes_part.sum())),
         "update_padding_fraction": float(1 - num_tokens / num_places),
     }
+
+
+@jax.jit
+def _sizes(prompts: Prompts, rows: Rows):
+    """Return tokens of each row i32 [U, R], tokens of each stem i32 [U], whether a trunk has a prompt bool [U]."""
+    stem_tokens = prompts.trunk_lengths + jnp.sum(prompts.prompt_mask * prompts.tail_lengths, axis=1)
+    return rows.sequences.branch_mask.sum(-1), stem_tokens, jnp.any(prompts.prompt_mask, axis=1)
 
 
 @partial(jax.jit, static_argnames="has_kl")
@@ -98,7 +119,15 @@ def _teaching(rows: Rows, *, has_kl: bool):
 
 
 def plan_microbatches(
-    lengths_UR, keeps_row_UR, keeps_trunk_U, trunks, *, width: int, microbatch_trunks: int, num_shards: int
+    lengths_UR,
+    keeps_row_UR,
+    keeps_trunk_U,
+    trunks,
+    *,
+    width: int,
+    microbatch_trunks: int,
+    num_shards: int,
+    rounding: Rounding = ROUNDINGS["many"],
 ) -> list[Microbatch]:
     """Split a minibatch into microbatches of trunks with similar numbers of lanes; at least one, possibly of padding.
 
@@ -110,20 +139,21 @@ def plan_microbatches(
         width: C of the batch.
         microbatch_trunks: maximum trunks of a microbatch, a multiple of num_shards.
         num_shards: trunk shards of the mesh.
+        rounding: of sizes.
     """
-    lanes = {u: _fill_lanes(lengths_UR[u], keeps_row_UR[u], width) for u in trunks}
+    lanes = {u: _fill_lanes(lengths_UR[u], keeps_row_UR[u], width, rounding) for u in trunks}
     kept = sorted((u for u in trunks if keeps_trunk_U[u] or lanes[u]), key=lambda u: -len(lanes[u]))
     groups = [kept[i : i + microbatch_trunks] for i in range(0, len(kept), microbatch_trunks)] or [[]]
-    return [_lay_out(group, lanes, lengths_UR, width, microbatch_trunks, num_shards) for group in groups]
+    return [_lay_out(group, lanes, lengths_UR, width, microbatch_trunks, num_shards, rounding) for group in groups]
 
 
-def _rounded(number: int, most: int, steps: int) -> int:
+def rounded(number: int, most: int, steps: int) -> int:
     """Round up to one of `steps` equal steps towards `most`, at least one step."""
     step = -(-most // steps)
     return min(most, max(1, -(-number // step)) * step)
 
 
-def _fill_lanes(lengths_R, keeps_R, width: int) -> list[list[int]]:
+def _fill_lanes(lengths_R, keeps_R, width: int, rounding: Rounding) -> list[list[int]]:
     """Assign rows to lanes: the longest first, each to the first lane with room."""
     longest = max(1, int(np.max(lengths_R, where=keeps_R, initial=1)))
     room, lanes = [], []
@@ -133,18 +163,20 @@ def _fill_lanes(lengths_R, keeps_R, width: int) -> list[list[int]]:
         if lane is None:
             lane = len(lanes)
             lanes.append([])
-            room.append(_rounded(longest, width, _LANE_STEPS))
+            room.append(rounded(longest, width, rounding.tokens))
         lanes[lane].append(int(row))
         room[lane] -= length
     return lanes
 
 
-def _lay_out(group, lanes, lengths_UR, width: int, microbatch_trunks: int, num_shards: int) -> Microbatch:
+def _lay_out(
+    group, lanes, lengths_UR, width: int, microbatch_trunks: int, num_shards: int, rounding: Rounding
+) -> Microbatch:
     num_rows = lengths_UR.shape[1]
-    size = _rounded(-(-len(group) // num_shards), microbatch_trunks // num_shards, _TRUNK_STEPS) * num_shards
-    num_lanes = _rounded(max((len(lanes[u]) for u in group), default=1), num_rows, _LANE_STEPS)
+    size = rounded(-(-len(group) // num_shards), microbatch_trunks // num_shards, rounding.trunks) * num_shards
+    num_lanes = rounded(max((len(lanes[u]) for u in group), default=1), num_rows, rounding.lanes)
     longest = max((int(lengths_UR[u, r]) for u in group for lane in lanes[u] for r in lane), default=1)
-    source = np.full((size, num_lanes, _rounded(longest, width, _LANE_STEPS)), -1, np.int32)
+    source = np.full((size, num_lanes, rounded(longest, width, rounding.tokens)), -1, np.int32)
     for n, u in enumerate(group):
         for i, lane in enumerate(lanes[u]):
             column = 0

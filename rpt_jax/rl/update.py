@@ -12,6 +12,7 @@ import optax
 
 from rpt_jax.models.lora import Frozen, join
 from rpt_jax.parallel.mesh import on_mesh_of
+from rpt_jax.parallel.programs import program
 from rpt_jax.types import Rows, TrainState
 
 
@@ -57,7 +58,8 @@ def _zeros_like(params, shardings: tuple):
     return tree.unflatten(map(jax.lax.with_sharding_constraint, leaves, shardings))
 
 
-@partial(jax.jit, static_argnames=("loss_fn", "shardings"), donate_argnames="total")
+# On GPUs, XLA would join the stems' and the branches' products, which copies both.
+@program(static_argnames=("loss_fn", "shardings"), donate_argnames="total", gpu={"xla_gpu_dot_merger_threshold_mb": 0})
 def add_gradients(total, params, frozen, batch: Rows, *, loss_fn, shardings: tuple):
     """Add a microbatch's gradients to `total`.
 

@@ -16,12 +16,13 @@ import numpy as np
 
 from rpt_jax.config import DecoderConfig
 from rpt_jax.models import decoder, decoding
-from rpt_jax.models.attention import PADDING, Visibility, kernels_of, stem_mask_of
+from rpt_jax.models.attention import PADDING, Visibility, stem_mask_of
 from rpt_jax.models.decode_kernel import Spans
 from rpt_jax.models.vocabulary_head import next_logits
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.interruption import check
 from rpt_jax.parallel.mesh import on_mesh_of
+from rpt_jax.parallel.programs import program
 from rpt_jax.rollout.continued import (
     Given,
     given_rows,
@@ -68,13 +69,16 @@ class Schedule:
     """How rows are scheduled. Sampled tokens do not depend on it, except at near-ties."""
 
     window: int = 64
-    """Initial number of cache columns (entries along the key axis); doubled when rows outgrow them."""
-    compact: bool = True
-    """Move running rows into fewer slots once no row is queued."""
+    """Initial number of cache columns (entries along the key axis); doubled when rows outgrow them. The kernels of
+    decoding read only the columns that a row has: with them, caches have full width from the start."""
+    shares: tuple[float, ...] = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)
+    """Shares of all slots that running rows move to once no row is queued. Each is a program."""
 
 
 # Caches of full width from the start; every row keeps its slot until all have ended.
-STATIC = Schedule(window=2**30, compact=False)
+STATIC = Schedule(window=2**30, shares=())
+# By `run.shapes`.
+SCHEDULES = {"many": Schedule(), "few": Schedule(window=2**30, shares=(1 / 4,))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +135,7 @@ def generate(
         vocab_size=vocab_size,
     )
     U, M, G = prompts.row_ids.shape
-    slots, window = min(slots_per_trunk or M * G, M * G), min(schedule.window, limit)
-    if decoding.has_fused_attention(config):
-        window = decoding.num_columns(config, limit)
+    slots, window = min(slots_per_trunk or M * G, M * G), first_window(config, schedule, limit)
     if prompts.prefix_tokens is not None:
         slots = max(slots, int(to_host(max_continued_rows(prompts, stop_ids=settings.stop_ids, limit=limit))))
         window = max(window, min(prompts.prefix_tokens.shape[-1], limit))
@@ -144,8 +146,7 @@ def generate(
             flight = prefill_rows(config, weights, stems, flight, given)
         # Trunks of a sharded batch must stay on their device.
         may_regroup = num_shards_of(prompts.trunk_tokens) == 1
-        shares = kernels_of(config).slot_shares if schedule.compact else ()
-        shapes = chain_of_shapes(U, slots, stems.stem_layout.shape[1], limit, may_regroup, shares)
+        shapes = chain_of_shapes(U, slots, stems.stem_layout.shape[1], limit, may_regroup, schedule.shares)
         floor = math.prod(shapes[0]) if shapes else 0
         while True:
             flight, written, status = run_segment(config, settings, weights, stems, flight, written, np.int32(floor))
@@ -159,6 +160,13 @@ def generate(
                 floor = min(math.prod(shapes[0]), live * 7 // 8) if shapes else 0
             if clock == window < limit:
                 flight = widen(config, flight, window=min(2 * window, limit))
+
+
+def first_window(config: DecoderConfig, schedule: Schedule, limit: int) -> int:
+    """Return the number of cache columns that rows of up to `limit` tokens start with."""
+    if decoding.has_fused_attention(config):
+        return decoding.num_columns(config, limit)
+    return min(schedule.window, limit)
 
 
 def _compacted(stems: Stems, flight: Flight, shapes: list, live_U, may_regroup: bool) -> tuple[Stems, Flight]:
@@ -230,7 +238,16 @@ def _draw_first(
     return skip_continued(is_continued_US, flight, *_draw(settings, params, stems, flight, nothing_USD))
 
 
-@partial(jax.jit, static_argnames=("config", "settings"), donate_argnames=("flight", "written"))
+# On GPUs, the whole loop becomes one graph (CUDA 12.3 or later; XLA leaves it out for an older driver), and cuBLAS
+# multiplies: its products of a few hundred rows need no extra pass to add up parts.
+_GRAPH = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+
+
+@program(
+    static_argnames=("config", "settings"),
+    donate_argnames=("flight", "written"),
+    gpu={"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_command_buffer": _GRAPH},
+)
 def run_segment(
     config: DecoderConfig, settings: SamplingSettings, weights, stems: Stems, flight: Flight, written: Written, floor
 ):

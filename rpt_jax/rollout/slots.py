@@ -28,7 +28,7 @@ def chain_of_shapes(
         num_stem: cached tokens of a stem.
         limit: maximum cached tokens of a row. Each shape caches fewer tokens than the previous one.
         may_regroup: whether rows of a trunk may be spread over several groups.
-        shares: of all slots, decreasing (`Kernels.slot_shares`).
+        shares: of all slots, decreasing.
     """
     group_size = -(-slots // 8)
     shapes = [(num_trunks, slots)]

@@ -95,7 +95,7 @@ class Scorer:
         else:
             prompts, (kept, keep_UR, which_UR) = tasks.prompts, _kept(request, rollouts, predictions)
             tokens, mask, first_UR = _append(kept, keep_UR, *self._stubs(request), which_UR, *targets)
-        sequences = completions(prompts, tokens, mask)
+        sequences = _completions(prompts, tokens, mask)
         logprobs = score(self.config, params, sequences, temperature=1.0, trunks_at_once=at_once)
         return _gather(prompts, logprobs, first_UR, targets[1], num_targets=targets[0].shape[-1])
 
@@ -114,7 +114,7 @@ class Scorer:
         return np.array([close + stub, stub + [0] * len(close)], np.int32), np.array([len(close + stub), len(stub)])
 
 
-_append = jax.jit(append_targets)
+_append, _completions = jax.jit(append_targets), jax.jit(completions)
 
 
 @partial(jax.jit, static_argnames="num_targets")
@@ -126,6 +126,7 @@ def _references(tasks: TaskBatch, num_targets: int):
     return jnp.repeat(tokens_UMA, G, axis=1), jnp.repeat(lengths_UM, G, axis=1)
 
 
+@partial(jax.jit, static_argnames="request")
 def _kept(request: Request, rollouts: Rollouts, predictions):
     """Return (tokens [U, R, C], number to keep i32 [U, R], index of the stub i32 [U, R])."""
     is_closed = predictions.think_end_tokens > 0

@@ -177,9 +177,14 @@ def trainable(config: Config, mesh: Mesh, params) -> tuple[Any, Frozen | None]:
     settings = config.lora
     if not settings.rank:
         # The first update donates its state, but the control and the reference still need the buffers of `params`.
-        return jax.tree.map(jnp.copy, params), None
+        return _copied(params), None
     adapters = lora.init_adapters(config.model, settings, mesh, jax.random.key(config.run.seed + 1))
     return adapters, Frozen(params=params, scale=np.float32(settings.alpha / settings.rank))
+
+
+@jax.jit
+def _copied(params):
+    return jax.tree.map(jnp.copy, params)
 
 
 def stage_optimizer(config: Config, stage: str) -> Any:

@@ -13,7 +13,7 @@ console = Console(stderr=True)
 
 @contextmanager
 def progress_bar(description: str, total: int | None) -> Iterator:
-    """Show a rich progress bar; yield update(completed, note).
+    """Show a rich progress bar; yield update(completed, note, new total if given).
 
     Args:
         description: text before the bar.
@@ -29,7 +29,7 @@ def progress_bar(description: str, total: int | None) -> Iterator:
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total, note="")
-        yield lambda completed, note="": progress.update(task, completed=completed, note=note)
+        yield lambda completed, note="", total=None: progress.update(task, completed=completed, note=note, total=total)
 
 
 def tracked(description: str, batches: Iterable) -> Iterable:

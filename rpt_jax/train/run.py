@@ -18,6 +18,7 @@ from rpt_jax.models.families import config_json
 from rpt_jax.models.lora import Frozen
 from rpt_jax.parallel.distributed import is_main, main_first
 from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.parallel.programs import use_cache
 from rpt_jax.rewards.base import Reward
 from rpt_jax.rewards.catalog import check_rewards, make_reward
 from rpt_jax.rewards.host import check_function
@@ -107,6 +108,7 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     """
     config.validate()
     check_rewards(config)
+    use_cache(config.run.compilation_cache)
     mesh, path = make_mesh(config.mesh), Path(config.run.directory)
     kept = _config_of(path, say=not read_only) or _config_of(Resume.parse(config.run.resume).source, say=True)
     tokenizer = find_tokenizer(config)
@@ -210,6 +212,7 @@ def load_policy(config: Config, template_of) -> LoadedPolicy:
     Raises:
         ConfigError: prompts do not fit, or see `resolve`.
     """
+    use_cache(config.run.compilation_cache)
     mesh, tokenizer = make_mesh(config.mesh), find_tokenizer(config)
     config = resolve(config, tokenizer)
     check_positions(config, template_of(tokenizer))

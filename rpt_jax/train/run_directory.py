@@ -19,6 +19,7 @@ from rpt_jax.config import Config
 from rpt_jax.config.schema import from_json, walk
 from rpt_jax.errors import CheckpointError
 from rpt_jax.parallel.distributed import from_main, is_main, main_first
+from rpt_jax.parallel.programs import Compilations
 from rpt_jax.train.progress import console
 
 # Written when all stages of a run are done; removed when the run starts again, e.g. to continue for longer.
@@ -188,6 +189,13 @@ class RunDirectory:
         for name, value in record.items():
             if isinstance(value, int | float):
                 self._tensorboard.add_scalar(f"{stage}/{name}", value, step)
+
+    def log_programs(self, stage: str, step: int, found: Compilations) -> None:
+        """Append the programs that a step compiled to programs.jsonl: unlike metrics, they differ between starts."""
+        record = {"stage": stage, "step": step} | vars(found)
+        if self._writes:
+            with (self.path / "programs.jsonl").open("a") as file:
+                file.write(json.dumps(record | {"seconds": round(found.seconds, 2)}) + "\n")
 
     def write_completions(self, step: int, columns: dict[str, list]) -> None:
         """Write the rows of one rollout batch to completions/step_<n>.parquet."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from rpt_jax.data.batches import TrainIterator
@@ -13,6 +14,7 @@ from rpt_jax.rewards.catalog import requested_policies
 from rpt_jax.rl.dynamic_sampling import collect
 from rpt_jax.rl.trainer import Trainer
 from rpt_jax.scoring.companions import START, follow
+from rpt_jax.train.ahead import compile_ahead
 from rpt_jax.train.domains import Tasks
 from rpt_jax.train.evaluation import Evaluations
 from rpt_jax.train.loop import fit
@@ -65,8 +67,7 @@ class ReinforcementLearning:
     def _outcome(self, number: int, experience: Experience, spent: list, updates: list, num_params: int) -> Outcome:
         config, passed_over = self.trainer.config, self.tasks.position[1]
         metrics, counts = [experience_metrics(e) for e in spent], [count_tokens(e) for e in spent]
-        taking_part = jnp.sum(experience.group_mask)
-        masked = 1 - taking_part / jnp.maximum(1, jnp.sum(experience.tasks.prompts.prompt_mask))
+        masked = _masked_fraction(experience)
         every = config.run.completions_every_steps
         if every and number % every == 0:
             columns = completion_columns(experience, self.trainer.tokenizer, self.trainer.columns)
@@ -93,6 +94,12 @@ class ReinforcementLearning:
     def set_cursor(self, cursor: dict) -> None:
         """Set the state of the task iterator."""
         self.tasks.set_state(cursor)
+
+
+@jax.jit
+def _masked_fraction(experience: Experience):
+    """Return the share of prompts that take no part in the update."""
+    return 1 - jnp.sum(experience.group_mask) / jnp.maximum(1, jnp.sum(experience.tasks.prompts.prompt_mask))
 
 
 def make_trainer(run: Run, params, tasks: Tasks) -> tuple[Trainer, TrainState]:
@@ -140,6 +147,7 @@ def run_rl(run: Run, params, tasks: Tasks, evaluations: Evaluations, *, stop_at_
         rows=local_trunks(run.mesh, config.rollout.num_trunks),
     )
     trainer, state = make_trainer(run, params, tasks)
+    compile_ahead(trainer, state, len(run.template.tail))
 
     def at_boundary(step, state, flops):
         evaluations.at_step(step, join(trainer.frozen, state.params), flops)
