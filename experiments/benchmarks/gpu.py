@@ -1,23 +1,37 @@
-"""Compare decode with the memory-bandwidth limit of its shape, and the update with matrix peak, on an accelerator.
+"""Decode, update and whole steps of an accelerator, compared with its memory bandwidth and its matrix peak.
 
-python -m experiments.benchmarks.gpu [--rounds 3] [--json FILE] [--dry-run]
+python -m experiments.benchmarks.gpu [--parts steps,peaks,decode,update,numerics,repeated] [--seconds 600] [--rounds 3]
+    [--json FILE] [--dry-run]
 
-The policy is random: 1.5 B parameters (28 layers, width 1536, vocabulary 151,936, tied), bfloat16 activations and
-caches. The peaks are measured in the same run: a copy of 4 GiB and a bfloat16 product of 8192 x 8192 matrices.
+Each figure is printed as soon as it is measured. A part starts only if the time that is left allows for it, so that the
+script ends within --seconds. The policy is random: 1.5 B parameters (28 layers, width 1536, vocabulary 151,936, tied),
+bfloat16 activations and caches.
 
+steps: a policy of 135 M parameters (SmolLM2's shape), 32 documents of 512 tokens, 8 positions x 8 rollouts, 48 new
+    tokens: seconds from the start of the process to the end of the first RL step, without an evaluation before it, with
+    an empty cache of programs and with the cache of the run before; then steps a minute.
+peaks: a copy of 4 GiB and a bfloat16 product of 8192 x 8192 matrices; the other parts' limits refer to these.
 decode: 4 documents of 2,048 tokens, 8 positions x 8 rollouts each, 512 new tokens. Seconds are from the first to the
     last token, without the prefill. Limit: a step reads the weights once, and the keys and values of each document,
-    each tail and each row once. `repeated prompts` is the same engine with one document per row; a step then reads a
-    whole prompt for each row.
+    each tail and each row once.
 update: the same batch. Limit: 6 FLOPs per parameter and token, plus 12 per attended pair, layer and unit of the heads'
     total width. Each token of a document counts once, and recomputation in the backward pass does not count.
-    `repeated prompts` has one document per row, but its limit is the same.
+numerics: on 4 layers, log-probabilities of sampler and trainer in bfloat16 and float32, and the gradient in bfloat16
+    against float32.
+repeated: decode and update with one document per row, as in an engine without trunks; the limit of the update is the
+    same.
 
 --dry-run uses a small model and batch on any machine, to check that the script runs; its shares are meaningless.
 """
 
 import dataclasses
-from functools import partial
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +44,8 @@ from rpt_jax.parallel.mesh import make_mesh, shard_batch
 from rpt_jax.rl.objective import objective_fn
 from rpt_jax.rl.optimizer import init_state, make_optimizer
 from rpt_jax.rl.update import update
-from rpt_jax.rollout.engine import generate, rollout_key
+from rpt_jax.rollout.engine import SCHEDULES, generate, rollout_key
+from rpt_jax.scoring.logprobs import score
 from rpt_jax.sequences import completions
 from rpt_jax.types import Prompts, Rollouts, Rows, TaskBatch
 from rpt_jax.work import Shape as ModelShape
@@ -160,57 +175,169 @@ def microbatches(tasks: TaskBatch, rollouts: Rollouts, size: int) -> list[Rows]:
     return [jax.tree.map(lambda x, i=i: x[i : i + size], batch) for i in range(0, shape[0], size)]
 
 
-def measure(shape: Shape, rounds: int) -> dict:
-    """Time decode and update, with trunks and with repeated prompts; return the figures."""
-    peak = peaks(shape, rounds)
-    mesh, optimizer = make_mesh(MeshConfig()), make_optimizer(OptimizerConfig(), 100)
-    params = init_params(shape.model, mesh, jax.random.key(0))
-    num_params = sum(p.size for p in jax.tree.leaves(params))
-    loss_fn = objective_fn(shape.model, LossConfig())
-    no_stop = shape.model.vocab_size - 1
-    sampling = dict(temperature=1.0, top_p=1.0, top_k=0, stop_ids=(no_stop,), vocab_size=no_stop)
-    held = {"state": init_state(params, optimizer, mesh)}
-    figures = {"parameters": num_params, "peaks": peak, "decode": {}, "update": {}}
-    for name, tasks, size in (
-        ("trunk and branches", shape.tasks(), 1),
-        ("repeated prompts", repeated(shape.tasks()), shape.positions),
-    ):
-        tasks = shard_batch(mesh, tasks)
+class Bench:
+    """The benchmark's parts, which share a policy; each method of a part's name measures it.
 
-        def decode(new, tasks=tasks):
-            params, key = held["state"].params, rollout_key(0, 0)
-            return generate(shape.model, params, tasks.prompts, key, max_completion_tokens=new, **sampling)
+    Attributes:
+        shape: sizes.
+        rounds: repetitions of each timing.
+        figures: {part: figures} measured so far.
+    """
 
-        batches = microbatches(tasks, decode(shape.new), size)
+    def __init__(self, shape: Shape, rounds: int):
+        self.shape, self.rounds, self.figures = shape, rounds, {}
+        self._optimizer, self._state = make_optimizer(OptimizerConfig(), 100), None
 
-        def learn(batches=batches):
-            held["state"], _ = update(held["state"], batches, loss_fn=loss_fn, optimizer=optimizer)
-            return held["state"]
+    @cached_property
+    def _mesh(self):
+        return make_mesh(MeshConfig())
 
-        timings = alternate({"all": partial(decode, shape.new), "one": partial(decode, 1), "update": learn}, rounds)
-        seconds = timings["all"]["median"] - timings["one"]["median"]
-        limit = decode_bytes(shape, num_params, is_repeated=name == "repeated prompts") / peak["bytes_per_second"]
-        figures["decode"][name] = {
+    @property
+    def _params(self):
+        if self._state is None:
+            params = init_params(self.shape.model, self._mesh, jax.random.key(0))
+            self._state = init_state(params, self._optimizer, self._mesh)
+        return self._state.params
+
+    def _sample(self, model: DecoderConfig, params, tasks: TaskBatch, new: int) -> Rollouts:
+        no_stop = model.vocab_size - 1
+        return generate(
+            model, params, tasks.prompts, rollout_key(0, 0), max_completion_tokens=new, temperature=1.0, top_p=1.0,
+            top_k=0, stop_ids=(no_stop,), vocab_size=no_stop, schedule=SCHEDULES["few"],
+        )  # fmt: skip
+
+    def peaks(self) -> dict:
+        """Measure what the other parts are compared with."""
+        return peaks(self.shape, self.rounds)
+
+    def numerics(self) -> dict:
+        """Compare sampler with trainer, and bfloat16 with float32."""
+        figures, gradients = {}, {}
+        # Untied: a random policy with tied embeddings repeats its input with a probability near 1.
+        ids = self.shape.model.vocab_size - 1  # the last one is the stop id, which is never sampled
+        model = dataclasses.replace(self.shape.model, num_layers=4, tie_embeddings=False, num_ids=ids)
+        shape = dataclasses.replace(self.shape, documents=1, new=min(64, self.shape.new), model=model)
+        params = init_params(shape.model, self._mesh, jax.random.key(0))
+        tasks, rollouts = shard_batch(self._mesh, shape.tasks()), None
+        for kind in ("float32", "bfloat16"):
+            model = dataclasses.replace(shape.model, activation_dtype=kind)
+            with jax.default_matmul_precision("highest" if kind == "float32" else "default"):
+                sampled = self._sample(model, params, tasks, shape.new)
+                rollouts = rollouts or sampled
+                sequences = completions(tasks.prompts, sampled.tokens, sampled.mask)
+                trained = score(model, params, sequences, temperature=1.0)
+                difference = jnp.abs(trained - sampled.sampler_logprobs)[sampled.mask]
+                figures[f"logprob_difference_{kind}"] = {
+                    "mean": float(difference.mean()),
+                    "max": float(difference.max()),
+                }
+                (batch,) = microbatches(tasks, rollouts, 1)
+                loss = partial(objective_fn(model, LossConfig()), rows=batch)
+                gradients[kind] = jax.jit(jax.grad(lambda p, loss=loss: loss(p)[0]))(params)
+        leaves = [jax.tree.leaves(gradients[kind]) for kind in ("bfloat16", "float32")]
+        squares = [(jnp.sum((a - b) ** 2), jnp.sum(b**2)) for a, b in zip(*leaves, strict=True)]
+        figures["gradient_difference"] = float(jnp.sqrt(sum(d for d, _ in squares) / sum(n for _, n in squares)))
+        return figures
+
+    def decode(self, tasks: TaskBatch | None = None, *, is_repeated: bool = False) -> dict:
+        """Time sampling."""
+        shape, tasks = self.shape, shard_batch(self._mesh, tasks or self.shape.tasks())
+        calls = {n: partial(self._sample, shape.model, self._params, tasks, n) for n in (shape.new, 1)}
+        timings = alternate(calls, self.rounds)
+        seconds = timings[shape.new]["median"] - timings[1]["median"]
+        limit = decode_bytes(shape, ModelShape(shape.model).stored, is_repeated=is_repeated)
+        return {
             "seconds": seconds,
-            "prefill_seconds": timings["one"]["median"],
+            "milliseconds_per_token_step": 1e3 * seconds / (shape.new - 1),
             "tokens_per_second": shape.rows * (shape.new - 1) / seconds,
-            "share_of_limit": limit / seconds,
+            "share_of_limit": limit / self.figures["peaks"]["bytes_per_second"] / seconds,
+            "prefill_seconds": timings[1]["median"],
+            "samples": timings[shape.new]["samples"],
         }
-        arithmetic = update_flops(shape) / peak["flops_per_second"]
-        figures["update"][name] = timings["update"] | {"share_of_limit": arithmetic / timings["update"]["median"]}
-    return figures
+
+    def update(self, tasks: TaskBatch | None = None, *, size: int = 1) -> dict:
+        """Time an optimizer step in microbatches of `size` trunks."""
+        shape, tasks = self.shape, shard_batch(self._mesh, tasks or self.shape.tasks())
+        U, M, G = tasks.prompts.row_ids.shape
+        tokens = jax.random.randint(jax.random.key(1), (U, M * G, shape.new), 0, shape.model.vocab_size - 1)
+        rollouts = Rollouts(
+            tokens=tokens,
+            mask=jnp.ones(tokens.shape, bool),
+            sampler_logprobs=jnp.zeros(tokens.shape),
+            truncated=jnp.ones(tokens.shape[:2], bool),
+            num_rejected=jnp.zeros(tokens.shape[:2], jnp.int32),
+        )
+        batches, loss_fn = microbatches(tasks, rollouts, size), objective_fn(shape.model, LossConfig())
+        self._params  # noqa: B018  (makes the state)
+
+        def learn():
+            self._state, _ = update(self._state, batches, loss_fn=loss_fn, optimizer=self._optimizer)
+            return self._state
+
+        timing = alternate({"update": learn}, self.rounds)["update"]
+        seconds = timing["median"]
+        limit = update_flops(shape) / self.figures["peaks"]["flops_per_second"]
+        return {"seconds": seconds, "share_of_limit": limit / seconds, "samples": timing["samples"]}
+
+    def repeated(self) -> dict:
+        """Time decode and update with one document per row."""
+        tasks = repeated(self.shape.tasks())
+        found = {
+            "decode": self.decode(tasks, is_repeated=True),
+            "update": self.update(tasks, size=self.shape.positions),
+        }
+
+        def step(figures: dict) -> float:
+            return figures["decode"]["seconds"] + figures["decode"]["prefill_seconds"] + figures["update"]["seconds"]
+
+        return found | {"step_is_slower_by": step(found) / step(self.figures)}
+
+    def steps(self) -> dict:
+        """Time the first step of a process, and later ones."""
+        figures = {}
+        with tempfile.TemporaryDirectory() as directory:
+            for name in ("cold", "warm"):
+                command = [sys.executable, "-m", "experiments.benchmarks.gpu_steps", directory, name]
+                command += ["--dry-run"] if self.shape is DRY else []
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                ends = json.loads(done.stdout.splitlines()[-1])["seconds_at_end_of_step"]
+                later = statistics.median(np.diff(ends[1:])) if len(ends) > 2 else float("nan")
+                figures[name] = {"first_step_seconds": ends[0], "steps_per_minute": 60 / later}
+        return figures
+
+
+# Part -> seconds that it takes at most, with compiling. The steps come first: their processes need the whole memory,
+# which this one takes with its first array.
+PARTS = {"steps": 150, "peaks": 15, "decode": 60, "update": 70, "numerics": 100, "repeated": 150}
 
 
 def main() -> None:
-    """Run the benchmark and save the figures."""
+    """Run the parts and save the figures."""
+    begin = time.monotonic()
     command = parser(__doc__, name="gpu", rounds=3)
+    command.add_argument("--parts", default=",".join(PARTS))
+    command.add_argument("--seconds", type=float, default=600)
     command.add_argument("--dry-run", action="store_true")
     args = command.parse_args()
-    figures = measure(DRY if args.dry_run else FULL, args.rounds)
+    unknown = set(args.parts.split(",")) - set(PARTS)
+    if unknown:
+        command.error(f"--parts names {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
+    bench = Bench(DRY if args.dry_run else FULL, args.rounds)
+    chosen = [p for p in PARTS if p in {"peaks", *args.parts.split(",")}]
+    if "repeated" in chosen:
+        chosen = [p for p in PARTS if p in {*chosen, "decode", "update"}]
+    for part in chosen:
+        left = args.seconds - (time.monotonic() - begin)
+        if left < PARTS[part] and not args.dry_run:
+            print(f"{part}: not measured, {left:.0f} s are left and it may take {PARTS[part]}", flush=True)
+            continue
+        bench.figures[part] = getattr(bench, part)()
+        print(f"[{time.monotonic() - begin:.0f} s] {part}: {json.dumps(bench.figures[part])}", flush=True)
+    figures = bench.figures
 
     def draw(axes):
-        bars = {f"{part}\n{name}": f for part in ("decode", "update") for name, f in figures[part].items()}
-        axes.bar(list(bars), [100 * f["share_of_limit"] for f in bars.values()])
+        bars = {part: figures[part]["share_of_limit"] for part in ("decode", "update") if part in figures}
+        axes.bar(list(bars), [100 * share for share in bars.values()])
         axes.set(ylabel="% of the limit", title="Decode: bandwidth limit. Update: matrix peak")
 
     save_results(args, {"dry_run": args.dry_run} | figures, draw)
