@@ -172,10 +172,15 @@ def extend(config: DecoderConfig, weights, tokens_URT, positions_URT, stem_kv, c
     model, block = Decoder(config), Block(config)
     x = model.apply(variables, tokens_URT, method=Decoder.embed)
     rope = rope_angles(config, positions_URT)
-    new_cache = []
-    for layer, layer_stem_kv, own_kv in zip(weights["layers"], stem_kv, cache, strict=True):
+
+    @jax.jit  # traced and lowered once, not for every layer
+    def run_layer(layer, x, layer_stem_kv, own_kv):
         q, k, v = block.apply({"params": layer}, x, rope, method=Block.project)
         attended, own_kv = attend(q, k, v, layer_stem_kv, own_kv)
-        x = constrain(block.apply({"params": layer}, x, attended, method=Block.finish), TRUNK_AXES)
+        return constrain(block.apply({"params": layer}, x, attended, method=Block.finish), TRUNK_AXES), own_kv
+
+    new_cache = []
+    for layer, layer_stem_kv, own_kv in zip(weights["layers"], stem_kv, cache, strict=True):
+        x, own_kv = run_layer(layer, x, layer_stem_kv, own_kv)
         new_cache.append(own_kv)
     return model.apply(variables, x, method=Decoder.normalize), new_cache

@@ -5,7 +5,7 @@ Their shapes follow from the config. JAX keeps the compiled programs for the cal
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 
 import jax
@@ -43,11 +43,14 @@ def compile_ahead(trainer: Trainer, state: TrainState, num_tail: int) -> None:
         batch = on_trunks(microbatch_shape(config, tasks, lanes))
         chains[f"update of {lanes} lanes"] = partial(_compile_update, trainer, state, batch, apply=lanes == rows)
     with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1)) as pool, progress_bar("compiling", 0) as progress:
-        running = {pool.submit(chain): name for name, chain in chains.items()}
-        for done, future in enumerate(as_completed(running), start=1):
-            future.result()
-            waiting = ", ".join(name for f, name in running.items() if not f.done())
-            progress(done, waiting, len(running))
+        running, done = {pool.submit(chain): name for name, chain in chains.items()}, 0
+        while running:
+            for future in list(wait(running, return_when=FIRST_COMPLETED).done):
+                # A chain returns those that needed its results.
+                running |= {pool.submit(chain): name for name, chain in future.result().items()}
+                del running[future]
+                done += 1
+                progress(done, ", ".join(running.values()), done + len(running))
 
 
 def _with_sharding(tree, sharding):
@@ -65,8 +68,8 @@ def _compiled(function: Callable, *args, **static):
     )
 
 
-def _compile_sampling(trainer: Trainer, state: TrainState, prompts: Prompts) -> None:
-    """Compile what `engine.generate` calls, in its order."""
+def _compile_sampling(trainer: Trainer, state: TrainState, prompts: Prompts) -> dict[str, Callable]:
+    """Compile what `engine.generate` calls before its loops; return the chains that compile these."""
     config, model, params = trainer.config, trainer.config.model, trainer.policy(state)
     options = dict(config.rollout.sampling, vocab_size=trainer.tokenizer.vocab_size)
     U, M, G = prompts.row_ids.shape
@@ -81,19 +84,25 @@ def _compile_sampling(trainer: Trainer, state: TrainState, prompts: Prompts) -> 
         stems, flight, written, _ = _compiled(
             engine.start, model, settings, params, prompts, key, slots=size, window=window
         )
-        may_regroup = trainer.config.mesh.trunk_shards == 1
+        may_regroup = config.mesh.trunk_shards == 1
+        shapes = {f"sampling of {U} x {size} rows": (stems, flight)}
         num_stem = stems.stem_layout.shape[1]
-        segment = partial(_compiled, engine.run_segment, model, settings, weights)
-        segment(stems, flight, written, np.int32(0))
         for groups, fewer in engine.chain_of_shapes(U, size, num_stem, limit, may_regroup, schedule.shares):
             if may_regroup:
                 stems, flight = _compiled(slots.regroup, stems, flight, num_trunks=U, groups=groups, slots=fewer)
             else:
                 flight = _compiled(slots.shrink, flight, slots=fewer)
-            segment(stems, flight, written, np.int32(0))
+            shapes[f"sampling of {flight.row.shape[0]} x {fewer} rows"] = stems, flight
+
+    def compile_segment(stems, flight) -> dict:
+        with on_mesh_of(params):
+            _compiled(engine.run_segment, model, settings, weights, stems, flight, written, np.int32(0))
+        return {}
+
+    return {name: partial(compile_segment, *shape) for name, shape in shapes.items()}
 
 
-def _compile_update(trainer: Trainer, state: TrainState, batch, *, apply: bool) -> None:
+def _compile_update(trainer: Trainer, state: TrainState, batch, *, apply: bool) -> dict:
     """Compile the gradients of a microbatch and, with `apply`, the step that applies them."""
     shardings = tuple(p.sharding for p in jax.tree.leaves(state.params))
     with on_mesh_of(state.params):
@@ -104,3 +113,4 @@ def _compile_update(trainer: Trainer, state: TrainState, batch, *, apply: bool) 
         )  # fmt: skip
         if apply:
             _compiled(update.apply_gradients, state, gradients, metrics, optimizer=trainer.optimizer)
+    return {}
