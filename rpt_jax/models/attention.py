@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.config import DecoderConfig
-from rpt_jax.models.flash import CUDNN, FusedKernel, Part, bias_of, merged_flash
+from rpt_jax.models.flash import CUDNN, FusedKernel, Part, bias_of, causal_flash, merged_flash
 from rpt_jax.parallel.mesh import TRUNK_AXES, num_shards
 from rpt_jax.types import record
 
@@ -103,8 +103,8 @@ def causal_attention(q_ULHQ, k_ULKQ, v_ULKQ, config: DecoderConfig, segments_UL=
     """
     U, L, H, _ = q_ULHQ.shape
     if flash := flash_of(config):
-        mask = None if segments_UL is None else (segments_UL[:, :, None] == segments_UL[:, None, :])[:, None]
-        return flash.causal(q_ULHQ, k_ULKQ, v_ULKQ, mask)
+        mask_ULS = None if segments_UL is None else segments_UL[:, :, None] == segments_UL[:, None, :]
+        return causal_flash(flash, q_ULHQ, k_ULKQ, v_ULKQ, mask_ULS)
 
     def attend(q, columns):
         mask = columns[:, None] >= jnp.arange(L)

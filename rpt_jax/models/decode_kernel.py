@@ -87,7 +87,7 @@ def decode_attention(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, colum
     Returns:
         (attended values [U, S, H, Q] in the queries' dtype, the updated cache).
     """
-    attend = partial(_attend, interpret=interpret)
+    attend = jax.named_scope("attention")(partial(_attend, interpret=interpret))
     arguments = (q_USHQ, k_USKQ, v_USKQ, stem_kv, spans, cache, jnp.reshape(column, (1,)), lengths_US)
     if num_shards(*TRUNK_AXES, "tensor") == 1:
         return attend(*arguments)

@@ -30,16 +30,14 @@ class FusedKernel:
     """One fused attention: softmax(scale q k' + bias) v with its backward pass.
 
     Attributes:
-        forward: (q [B, T, H, Q], k and v [B, S, K, Q], bias [B, 1, T, S], is_causal) -> (output [B, T, H, Q], its
-            log-sum-exp f32 [B, H, T]). is_causal: the bias hides later keys, so that the kernel may skip them.
+        forward: (q [B, T, H, Q], k and v [B, S, K, Q], bias [B, 1, T, S] or None, is_causal) -> (output [B, T, H, Q],
+            its log-sum-exp f32 [B, H, T]). is_causal hides later keys.
         backward: (q, k, v, bias, is_causal, log-sum-exp, output, gradient of the output) -> gradients of q, k and v.
-        causal: (q, k, v, mask [B, 1, T, T] or None) -> causal attention, differentiable.
         supports: (dtype, head size) -> whether the kernel exists for them.
     """
 
     forward: Callable
     backward: Callable
-    causal: Callable
     supports: Callable
 
 
@@ -123,25 +121,49 @@ def _as_queries_of(part: Part, x_URTHQ):
     return x_URTHQ.reshape(part.bias.shape[0], -1, *x_URTHQ.shape[3:])
 
 
-def _causal(q, k, v, mask, *, implementation: str):
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
+def causal_flash(kernel: FusedKernel, q_ULHQ, k_ULKQ, v_ULKQ, mask_ULS=None):
+    """Compute causal attention, [U, L, H, Q]; mask bool [U, L, L], further limits what is seen."""
+    if mask_ULS is None:
+        return _causal(kernel, q_ULHQ, k_ULKQ, v_ULKQ, None)
+    bias, L = bias_of(mask_ULS, q_ULHQ.dtype), q_ULHQ.shape[1]
+    padded = (jnp.pad(x, [(0, 0), (0, bias.shape[-1] - L), (0, 0), (0, 0)]) for x in (q_ULHQ, k_ULKQ, v_ULKQ))
+    return _causal(kernel, *padded, bias)[:, :L]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _causal(kernel: FusedKernel, q, k, v, bias):
+    return kernel.forward(q, k, v, bias, True)[0]
+
+
+def _causal_fwd(kernel: FusedKernel, q, k, v, bias):
+    output, sums = kernel.forward(q, k, v, bias, True)
+    return output, (q, k, v, bias, sums, output)
+
+
+def _causal_bwd(kernel: FusedKernel, residuals, gradient):
+    q, k, v, bias, sums, output = residuals
+    return *kernel.backward(q, k, v, bias, True, sums, output, gradient), None
+
+
+_causal.defvjp(_causal_fwd, _causal_bwd)
 
 
 # --- cuDNN --------------------------------------------------------------------------------------------------------
-# jax.nn.dot_product_attention rounds the log-sum-exp to bfloat16, so this calls the primitives below it.
+# jax.nn.dot_product_attention rounds the log-sum-exp to bfloat16, and wants a GPU to be there when programs are lowered
+# for one. This calls the primitives below it.
 
 
 def _arguments(q, k, v, bias):
     nothing = jnp.zeros(0, q.dtype)
-    return q, k, v, bias, *(nothing,) * 6
+    return q, k, v, nothing if bias is None else bias, *(nothing,) * 6
 
 
-def _options(q, is_causal: bool) -> dict:
+def _options(q, bias, is_causal: bool) -> dict:
     return dict(
         scale=q.shape[-1] ** -0.5,
         seed=0,
         dropout_rate=0.0,
-        variadic_args=(True, False),  # a bias, but no gradient of it
+        variadic_args=(bias is not None, False),  # no gradient of the bias
         mask_type=cudnn.MaskType.CAUSAL if is_causal else cudnn.MaskType.NO_MASK,
         layout=cudnn.AttentionLayout.BTNH.value,
         sliding_window_length=None,
@@ -150,18 +172,17 @@ def _options(q, is_causal: bool) -> dict:
 
 def _cudnn_forward(q, k, v, bias, is_causal):
     forward = cudnn._dot_product_attention_fwd_p_wrapper
-    return forward.bind(*_arguments(q, k, v, bias), **_options(q, is_causal), is_training=True)
+    return forward.bind(*_arguments(q, k, v, bias), **_options(q, bias, is_causal), is_training=True)
 
 
 def _cudnn_backward(q, k, v, bias, is_causal, sums, output, gradient):
     arguments = (*_arguments(q, k, v, bias), sums, output, gradient)
-    return cudnn._dot_product_attention_bwd_p_wrapper.bind(*arguments, **_options(q, is_causal))
+    return cudnn._dot_product_attention_bwd_p_wrapper.bind(*arguments, **_options(q, bias, is_causal))
 
 
 CUDNN = FusedKernel(
     forward=_cudnn_forward,
     backward=_cudnn_backward,
-    causal=partial(_causal, implementation="cudnn"),
     supports=lambda dtype, head_size: jnp.dtype(dtype).itemsize == 2 and head_size % 8 == 0 and head_size <= 128,
 )
 
@@ -169,26 +190,27 @@ CUDNN = FusedKernel(
 # --- Emulation, in plain JAX on any platform ----------------------------------------------------------------------
 
 
-def _scores(q, k, bias):
+def _scores(q, k, bias, is_causal):
     B, T, _, Q = q.shape
     q = q.reshape(B, T, k.shape[2], -1, Q)
-    return jnp.einsum("btkjq,bskq->bkjts", q, k, preferred_element_type=jnp.float32) * Q**-0.5 + bias[:, :, None]
+    scores_BKJTS = jnp.einsum("btkjq,bskq->bkjts", q, k, preferred_element_type=jnp.float32) * Q**-0.5
+    if bias is not None:
+        scores_BKJTS = scores_BKJTS + bias[:, :, None]
+    return jnp.where(jnp.tri(T, k.shape[1], dtype=bool), scores_BKJTS, _HIDDEN) if is_causal else scores_BKJTS
 
 
 def _emulated_forward(q, k, v, bias, is_causal):
-    del is_causal  # the bias says it
-    scores_BKJTS = _scores(q, k, bias)
+    scores_BKJTS = _scores(q, k, bias, is_causal)
     sums_BKJT = jax.nn.logsumexp(scores_BKJTS, axis=-1)
     output = jnp.einsum("bkjts,bskq->btkjq", jnp.exp(scores_BKJTS - sums_BKJT[..., None]), v)
     return output.reshape(q.shape).astype(q.dtype), sums_BKJT.reshape(q.shape[0], q.shape[2], -1)
 
 
 def _emulated_backward(q, k, v, bias, is_causal, sums, output, gradient):
-    del is_causal
     B, T, _, Q = q.shape
     q5, output5, gradient5 = (x.reshape(B, T, k.shape[2], -1, Q) for x in (q, output, gradient))
     sums_BKJT = sums.reshape(B, k.shape[2], -1, T)
-    probs_BKJTS = jnp.exp(_scores(q, k, bias) - sums_BKJT[..., None])
+    probs_BKJTS = jnp.exp(_scores(q, k, bias, is_causal) - sums_BKJT[..., None])
     product_BKJT = jnp.einsum("btkjq,btkjq->bkjt", output5, gradient5)
     of_probs = jnp.einsum("btkjq,bskq->bkjts", gradient5, v)
     of_scores = probs_BKJTS * (of_probs - product_BKJT[..., None]) * Q**-0.5
@@ -201,6 +223,5 @@ def _emulated_backward(q, k, v, bias, is_causal, sums, output, gradient):
 EMULATED = FusedKernel(
     forward=_emulated_forward,
     backward=_emulated_backward,
-    causal=partial(_causal, implementation="xla"),
     supports=lambda dtype, head_size: True,
 )
