@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpt_jax.models import attention, decoder
@@ -86,6 +86,7 @@ def test_every_path_is_one_softmax_per_query(tiny_config, monkeypatch):
             assert difference < 1e-6, (name, got.shape)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 700), st.integers(1, 3000), st.integers(1, 2**22))
 def test_blocks_pad_less_than_a_block(num_lanes, num_queries, per_query, limit):
     """The places that are computed stay near the tokens that there are, at every lane length and limit."""

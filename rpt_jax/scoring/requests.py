@@ -93,7 +93,7 @@ class Scorer:
             tokens, lengths = targets
             mask, first_UR = jnp.arange(tokens.shape[-1]) < lengths[..., None], jnp.zeros_like(lengths)
         else:
-            prompts, (kept, keep_UR, which_UR) = tasks.prompts, _kept(request, rollouts, predictions)
+            prompts, (kept, keep_UR, which_UR) = tasks.prompts, _kept(request, rollouts, predictions.think_end_tokens)
             tokens, mask, first_UR = _append(kept, keep_UR, *self._stubs(request), which_UR, *targets)
         sequences = _completions(prompts, tokens, mask)
         logprobs = score(self.config, params, sequences, temperature=1.0, trunks_at_once=at_once)
@@ -127,15 +127,15 @@ def _references(tasks: TaskBatch, num_targets: int):
 
 
 @partial(jax.jit, static_argnames="request")
-def _kept(request: Request, rollouts: Rollouts, predictions):
+def _kept(request: Request, rollouts: Rollouts, think_end_tokens_UR):
     """Return (tokens [U, R, C], number to keep i32 [U, R], index of the stub i32 [U, R])."""
-    is_closed = predictions.think_end_tokens > 0
+    is_closed = think_end_tokens_UR > 0
     # An open thought keeps all its tokens except a stop token; padding keeps none.
     num_open = jnp.maximum(0, rollouts.mask.sum(-1) - ~rollouts.truncated)
     if request.keep == "nothing":
         nothing = jnp.zeros_like(num_open)
         return rollouts.tokens[..., :0], nothing, nothing
-    keep_UR = num_open if request.keep == "completion" else jnp.where(is_closed, predictions.think_end_tokens, num_open)
+    keep_UR = num_open if request.keep == "completion" else jnp.where(is_closed, think_end_tokens_UR, num_open)
     return rollouts.tokens, keep_UR, is_closed.astype(jnp.int32)
 
 
