@@ -3,7 +3,6 @@
 All rows of a trunk attend to their stem in blocks of queries, and the stem's columns are split over programs. The
 second kernel reads only the columns that a row has, and writes the row's new key and value into its cache, a ring: the
 token fed `age` steps ago is `age` columns behind the current one. Both write partial sums, which are merged at the end.
-Neither waits for the other, so a GPU can run the arithmetic of one next to the memory traffic of the other.
 """
 
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ _LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Sizes of one kernel, measured on an H100 (docs/benchmarks/gpu.md)."""
+    """Sizes of one kernel, measured on an H100."""
 
     columns: int
     """Columns of a tile; divides COLUMNS."""
@@ -105,34 +104,54 @@ def decode_attention(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, colum
 
 def _attend(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, column_1, lengths_US, *, interpret: bool):
     U, S, H, Q = q_USHQ.shape
-    K, W = cache[0].shape[2:4]
-    J, P = H // K, stem_kv[0].shape[2]
+    K, J = k_USKQ.shape[2], H // k_USKQ.shape[2]
     # [U, K, X, Q]: the queries of a trunk that share a key, row by row, padded to whole blocks.
-    queries = min(STEM.queries, max(_HEADS, pl.next_power_of_2(S * J)))
-    X = -(-((S - 1) * J + _HEADS) // queries) * queries
+    block = min(STEM.queries, max(_HEADS, pl.next_power_of_2(S * J)))
+    X = -(-((S - 1) * J + _HEADS) // block) * block
     q_UKXQ = jnp.moveaxis(q_USHQ.reshape(U, S, K, J, Q), 2, 1).reshape(U, K, S * J, Q)
     q_UKXQ = jnp.pad(q_UKXQ, ((0, 0), (0, 0), (0, X - S * J), (0, 0)))
 
-    def of_queries(x_US):
-        return jnp.pad(jnp.repeat(x_US, J, axis=1), ((0, 0), (0, X - S * J)), mode="edge")
+    of_stem = _attend_to_stem(q_UKXQ, stem_kv, spans, num_heads=J, block=block, interpret=interpret)
+    *of_own, cache = _attend_to_own(
+        q_UKXQ, k_USKQ, v_USKQ, column_1, lengths_US, cache, num_heads=J, interpret=interpret
+    )
 
-    blocks = X // queries
-    splits = max(1, min(P // STEM.columns, STEM.programs // (U * K * blocks), 16))
-    query_block = pl.BlockSpec((None, None, queries, Q), lambda g, b, i: (g // K, g % K, b, 0))
+    def by_row(x):
+        """Return numbers [splits, U, K, X, ...] of the stem by row, [splits, U, S, K, J, ...]."""
+        return jnp.moveaxis(x[:, :, :, : S * J].reshape(*x.shape[:3], S, J, *x.shape[4:]), 2, 3)
+
+    sums, peaks, totals = (jnp.concatenate([by_row(x), y[None]]) for x, y in zip(of_stem, of_own, strict=True))
+    scales = jnp.exp2(peaks - peaks.max(axis=0))
+    attended = jnp.sum(sums * scales[..., None], axis=0) / jnp.sum(totals * scales, axis=0)[..., None]
+    return attended.astype(q_USHQ.dtype).reshape(U, S, H, Q), cache
+
+
+def _attend_to_stem(q_UKXQ, stem_kv, spans: Spans, *, num_heads: int, block: int, interpret: bool):
+    """Return partial sums [splits, U, K, X, Q], and f32 [splits, U, K, X] maxima in base 2 and sums of weights."""
+    (U, K, X, Q), P = q_UKXQ.shape, stem_kv[0].shape[2]
+
+    def of_queries(x_US):
+        x_UX = jnp.repeat(x_US, num_heads, axis=1)
+        return jnp.pad(x_UX, ((0, 0), (0, X - x_UX.shape[1])), mode="edge")
+
+    splits = max(1, min(P // STEM.columns, STEM.programs // (U * K * (X // block)), 16))
     stem_block = pl.BlockSpec((None, None, P, Q), lambda g, b, i: (g // K, g % K, 0, 0))
-    span_block = pl.BlockSpec((None, queries), lambda g, b, i: (g // K, b))
-    number_block = pl.BlockSpec((None, None, None, queries), lambda g, b, i: (i, g // K, g % K, b))
-    sums, peaks, totals = pl.pallas_call(
+    span_block = pl.BlockSpec((None, block), lambda g, b, i: (g // K, b))
+    number_block = pl.BlockSpec((None, None, None, block), lambda g, b, i: (i, g // K, g % K, b))
+    return pl.pallas_call(
         partial(_stem_kernel, num_splits=splits),
-        grid=(U * K, blocks, splits),
-        in_specs=[query_block, stem_block, stem_block, span_block, span_block, span_block],
+        grid=(U * K, X // block, splits),
+        in_specs=[
+            pl.BlockSpec((None, None, block, Q), lambda g, b, i: (g // K, g % K, b, 0)),
+            *[stem_block] * 2,
+            *[span_block] * 3,
+        ],
         out_specs=[
-            pl.BlockSpec((None, None, None, queries, Q), lambda g, b, i: (i, g // K, g % K, b, 0)),
-            number_block,
-            number_block,
+            pl.BlockSpec((None, None, None, block, Q), lambda g, b, i: (i, g // K, g % K, b, 0)),
+            *[number_block] * 2,
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((splits, U, K, X, Q), q_USHQ.dtype),
+            jax.ShapeDtypeStruct((splits, U, K, X, Q), q_UKXQ.dtype),
             *[jax.ShapeDtypeStruct((splits, U, K, X), jnp.float32)] * 2,
         ],
         compiler_params=STEM.params,
@@ -140,33 +159,30 @@ def _attend(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, column_1, leng
         name="stem_attention",
     )(q_UKXQ, *stem_kv, *map(of_queries, (spans.cut, spans.first, spans.last)))
 
-    def whole(*shape):
-        return pl.BlockSpec(shape, lambda u, s, k: (u, *(0,) * (len(shape) - 1)))
 
+def _attend_to_own(q_UKXQ, k_USKQ, v_USKQ, column_1, lengths_US, cache, *, num_heads: int, interpret: bool):
+    """Return partial sums [U, S, K, J, Q], their maxima and sums of weights f32 [U, S, K, J], and the updated cache."""
+    (U, S, K, Q), X, W, J = k_USKQ.shape, q_UKXQ.shape[2], cache[0].shape[3], num_heads
     row_block = pl.BlockSpec((None, None, None, Q), lambda u, s, k: (u, s, k, 0))
-    head_block = pl.BlockSpec((None, None, None, J), lambda u, s, k: (u, s, k, 0))
+    number_block = pl.BlockSpec((None, None, None, J), lambda u, s, k: (u, s, k, 0))
     cache_block = pl.BlockSpec((None, None, None, W, Q), lambda u, s, k: (u, s, k, 0, 0))
-    own_sums, own_peaks, own_totals, *cache = pl.pallas_call(
+    *found, k, v = pl.pallas_call(
         partial(_own_kernel, num_heads=J),
         grid=(U, S, K),
         in_specs=[
             pl.BlockSpec((None, None, X, Q), lambda u, s, k: (u, k, 0, 0)),
-            row_block,
-            row_block,
+            *[row_block] * 2,
             pl.BlockSpec((1,), lambda u, s, k: (0,)),
             pl.BlockSpec((None, S), lambda u, s, k: (u, 0)),
-            cache_block,
-            cache_block,
+            *[cache_block] * 2,
         ],
         out_specs=[
             pl.BlockSpec((None, None, None, J, Q), lambda u, s, k: (u, s, k, 0, 0)),
-            head_block,
-            head_block,
-            cache_block,
-            cache_block,
+            *[number_block] * 2,
+            *[cache_block] * 2,
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((U, S, K, J, Q), q_USHQ.dtype),
+            jax.ShapeDtypeStruct((U, S, K, J, Q), q_UKXQ.dtype),
             *[jax.ShapeDtypeStruct((U, S, K, J), jnp.float32)] * 2,
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache),
         ],
@@ -175,18 +191,7 @@ def _attend(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, column_1, leng
         interpret=interpret,
         name="own_attention",
     )(q_UKXQ, k_USKQ, v_USKQ, column_1, lengths_US, *cache)
-
-    def of_rows(x):
-        """Return numbers [splits, U, K, X, ...] by row, [splits, U, S, K, J, ...]."""
-        return jnp.moveaxis(x[:, :, :, : S * J].reshape(splits, U, K, S, J, *x.shape[4:]), 2, 3)
-
-    sums, peaks, totals = (
-        jnp.concatenate([of_rows(of_stem), of_own[None].astype(of_stem.dtype)])
-        for of_stem, of_own in ((sums, own_sums), (peaks, own_peaks), (totals, own_totals))
-    )
-    scales = jnp.exp2(peaks - peaks.max(axis=0))
-    attended = jnp.sum(sums * scales[..., None], axis=0) / jnp.sum(totals * scales, axis=0)[..., None]
-    return attended.astype(q_USHQ.dtype).reshape(U, S, H, Q), tuple(cache)
+    return *found, (k, v)
 
 
 _dot = partial(jnp.dot, preferred_element_type=jnp.float32)

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from rpt_jax.types import record
 
@@ -61,7 +60,7 @@ def merged_flash(kernel: FusedKernel, q_URTHQ, stem: Part, own: Part):
 
     Args:
         kernel: of the platform.
-        q_URTHQ: queries; each must see at least one key of each part.
+        q_URTHQ: queries; each real one sees a key of at least one part.
         stem: keys that all queries of u share; B = U, T = R * T.
         own: keys of (u, r); B = U * R. Query t sees none after key t.
     Returns:
@@ -158,7 +157,15 @@ def _arguments(q, k, v, bias):
     return q, k, v, nothing if bias is None else bias, *(nothing,) * 6
 
 
+def _cudnn():
+    # A private module, so only GPU programs depend on it.
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo
+
+
 def _options(q, bias, is_causal: bool) -> dict:
+    cudnn = _cudnn()
     return dict(
         scale=q.shape[-1] ** -0.5,
         seed=0,
@@ -171,13 +178,13 @@ def _options(q, bias, is_causal: bool) -> dict:
 
 
 def _cudnn_forward(q, k, v, bias, is_causal):
-    forward = cudnn._dot_product_attention_fwd_p_wrapper
+    forward = _cudnn()._dot_product_attention_fwd_p_wrapper
     return forward.bind(*_arguments(q, k, v, bias), **_options(q, bias, is_causal), is_training=True)
 
 
 def _cudnn_backward(q, k, v, bias, is_causal, sums, output, gradient):
     arguments = (*_arguments(q, k, v, bias), sums, output, gradient)
-    return cudnn._dot_product_attention_bwd_p_wrapper.bind(*arguments, **_options(q, bias, is_causal))
+    return _cudnn()._dot_product_attention_bwd_p_wrapper.bind(*arguments, **_options(q, bias, is_causal))
 
 
 CUDNN = FusedKernel(
