@@ -47,7 +47,7 @@ from rpt_jax.rl.update import update
 from rpt_jax.rollout.engine import SCHEDULES, generate, rollout_key
 from rpt_jax.scoring.logprobs import score
 from rpt_jax.sequences import completions
-from rpt_jax.types import Prompts, Rollouts, Rows, TaskBatch
+from rpt_jax.types import Prompts, Rollouts, Rows, TaskBatch, TrainState
 from rpt_jax.work import Shape as ModelShape
 
 MODEL_1_5B = DecoderConfig(
@@ -192,12 +192,12 @@ class Bench:
     def _mesh(self):
         return make_mesh(MeshConfig())
 
-    @property
-    def _params(self):
+    def _make_state(self) -> TrainState:
+        """Return the policy's state, made at the first call."""
         if self._state is None:
             params = init_params(self.shape.model, self._mesh, jax.random.key(0))
             self._state = init_state(params, self._optimizer, self._mesh)
-        return self._state.params
+        return self._state
 
     def _sample(self, model: DecoderConfig, params, tasks: TaskBatch, new: int) -> Rollouts:
         no_stop = model.vocab_size - 1
@@ -242,7 +242,7 @@ class Bench:
     def decode(self, tasks: TaskBatch | None = None, *, is_repeated: bool = False) -> dict:
         """Time sampling."""
         shape, tasks = self.shape, shard_batch(self._mesh, tasks or self.shape.tasks())
-        calls = {n: partial(self._sample, shape.model, self._params, tasks, n) for n in (shape.new, 1)}
+        calls = {n: partial(self._sample, shape.model, self._make_state().params, tasks, n) for n in (shape.new, 1)}
         timings = alternate(calls, self.rounds)
         seconds = timings[shape.new]["median"] - timings[1]["median"]
         limit = decode_bytes(shape, ModelShape(shape.model).stored, is_repeated=is_repeated)
@@ -268,10 +268,9 @@ class Bench:
             num_rejected=jnp.zeros(tokens.shape[:2], jnp.int32),
         )
         batches, loss_fn = microbatches(tasks, rollouts, size), objective_fn(shape.model, LossConfig())
-        self._params  # noqa: B018  (makes the state)
 
         def learn():
-            self._state, _ = update(self._state, batches, loss_fn=loss_fn, optimizer=self._optimizer)
+            self._state, _ = update(self._make_state(), batches, loss_fn=loss_fn, optimizer=self._optimizer)
             return self._state
 
         timing = alternate({"update": learn}, self.rounds)["update"]
