@@ -30,7 +30,7 @@ class RunConfig:
     """Write TensorBoard event files in addition to metrics.jsonl."""
     shapes: Literal["", "many", "few"] = setting("", free="always")
     """Sizes that rollouts and updates are rounded up to. many: padding is small, but each size is a program to compile.
-    few: at most two of each. Empty: few on accelerators, many on CPUs. Tokens do not depend on it, except near-ties."""
+    few: at most two of each. Empty: few on GPUs, many elsewhere. Tokens do not depend on it, except near-ties."""
     compilation_cache: str = setting("", free="always")
     """Directory of compiled programs, which later starts reuse. Empty: rpt_jax in the user's cache directory. off: no
     cache."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rpt_jax.config import Config
-from rpt_jax.parallel.programs import shapes_of
+from rpt_jax.parallel.programs import program_shapes
 from rpt_jax.rollout.engine import SCHEDULES, generate, rollout_key
 from rpt_jax.scoring.companions import AVERAGE, CURRENT, START
 from rpt_jax.tokenizer import Tokenizer
@@ -32,6 +32,6 @@ def sample(config: Config, tokenizer: Tokenizer, policies: dict, tasks: TaskBatc
         tasks.prompts,
         rollout_key(config.run.seed, EVALUATION_STEP),
         vocab_size=tokenizer.vocab_size,
-        schedule=SCHEDULES[shapes_of(config)],
+        schedule=SCHEDULES[program_shapes(config)],
         **config.rollout.sampling | {"temperature": temperature},
     )

@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import os
+import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import jax
 from jax import monitoring
 
 from rpt_jax.config import Config
+from rpt_jax.errors import ConfigError
 
 OFF = "off"
 # Bytes of the cache; the programs that were used least recently go first.
@@ -40,14 +43,14 @@ class Program:
     def __call__(self, *args, **kwargs):
         return self._jit(jax.default_backend())(*args, **kwargs)
 
-    def lower(self, *args, platform: str = "", **kwargs):
-        """Lower for the platform at hand, or for another one whose options the compiler shall get."""
-        return self._jit(platform or jax.default_backend()).lower(*args, **kwargs)
+    def lower(self, *args, **kwargs):
+        """Lower for given arguments. To compile for another platform, pass its `options` to the compiler."""
+        return self._jit(jax.default_backend()).lower(*args, **kwargs)
 
 
-def shapes_of(config: Config) -> str:
-    """Return run.shapes, resolved for the platform at hand."""
-    return config.run.shapes or ("many" if jax.default_backend() == "cpu" else "few")
+def program_shapes(config: Config) -> str:
+    """Return run.shapes, many or few, resolved for the platform at hand."""
+    return config.run.shapes or ("few" if jax.default_backend() == "gpu" else "many")
 
 
 def program(**options) -> Callable[[Callable], Program]:
@@ -59,13 +62,26 @@ def use_cache(directory: str) -> None:
     """Keep compiled programs on disk, unless JAX has a cache directory already.
 
     Args:
-        directory: of the cache; empty: rpt_jax in the user's cache directory; OFF: none.
+        directory: of the cache; empty: rpt_jax in the user's cache directory, if it can be written; OFF: none.
+    Raises:
+        ConfigError: a directory that cannot be written.
     """
     if directory == OFF or jax.config.jax_compilation_cache_dir:
         return
-    if not directory:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rpt_jax"
-    jax.config.update("jax_compilation_cache_dir", str(Path(directory) / _processor()))
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rpt_jax"
+    path = (Path(directory) if directory else users) / _processor()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        if directory:
+            raise ConfigError(
+                f"run.compilation_cache={directory!r} cannot be written ({error}). Choose another directory, or off."
+            ) from error
+        warnings.warn(f"compiled programs are not kept for later starts: {error}", stacklevel=2)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_max_size", _CACHE_SIZE)
@@ -83,7 +99,7 @@ def _processor() -> str:
 
 @dataclass
 class Compilations:
-    """Programs compiled by this process so far.
+    """Programs compiled by this process.
 
     Attributes:
         programs: compiled, or read from the cache.
@@ -95,19 +111,15 @@ class Compilations:
     from_cache: int = 0
     seconds: float = 0.0
 
-    def since(self, before: "Compilations") -> "Compilations":
-        """Return those since an earlier count."""
-        return Compilations(
-            self.programs - before.programs, self.from_cache - before.from_cache, self.seconds - before.seconds
-        )
-
 
 _COUNTS = Compilations()
 
 
-def compilations() -> Compilations:
-    """Return the counts so far."""
-    return Compilations(**vars(_COUNTS))
+def take_compilations() -> Compilations:
+    """Return the counts since the last call, or since the start of the process."""
+    taken = Compilations(**vars(_COUNTS))
+    _COUNTS.__init__()
+    return taken
 
 
 def _count_event(event: str, **_) -> None:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import Config
 from rpt_jax.models.lora import Frozen, join
 from rpt_jax.parallel.mesh import shard_batch
-from rpt_jax.parallel.programs import shapes_of
+from rpt_jax.parallel.programs import program_shapes
 from rpt_jax.rewards.base import Reward, earn
 from rpt_jax.rl.objective import objective_fn
 from rpt_jax.rl.packing import ROUNDINGS, Microbatch, pack, plan_update
@@ -66,7 +66,7 @@ class Trainer:
             tasks.prompts,
             rollout_key(self.config.run.seed, born, round_number),
             vocab_size=self.tokenizer.vocab_size,
-            schedule=SCHEDULES[shapes_of(self.config)],
+            schedule=SCHEDULES[program_shapes(self.config)],
             **self.config.rollout.sampling,
         )
         evidence, earned, tokens_scored = earn(self.reward, policies, tasks, rollouts)
@@ -89,7 +89,7 @@ class Trainer:
         plans, counts = plan_update(
             experience.tasks.prompts, rows, num_minibatches=loss.num_minibatches,
             microbatch_trunks=mesh.microbatch_trunks, num_shards=mesh.trunk_shards, has_kl=loss.kl_coef > 0,
-            rounding=ROUNDINGS[shapes_of(self.config)],
+            rounding=ROUNDINGS[program_shapes(self.config)],
         )  # fmt: skip
         # Old log-probabilities are those before the first of several updates.
         old = self.policy(state) if loss.num_minibatches > 1 else None

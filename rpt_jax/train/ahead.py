@@ -13,7 +13,7 @@ import numpy as np
 
 from rpt_jax.models import decoding
 from rpt_jax.parallel.mesh import on_mesh_of, spec_without, trunk_sharding
-from rpt_jax.parallel.programs import shapes_of
+from rpt_jax.parallel.programs import program_shapes
 from rpt_jax.rl import update
 from rpt_jax.rl.objective import objective_fn
 from rpt_jax.rl.packing import ROUNDINGS, rounded
@@ -33,7 +33,7 @@ def compile_ahead(trainer: Trainer, state: TrainState, num_tail: int) -> None:
         num_tail: number of prompt tokens after the text.
     """
     config = trainer.config
-    if shapes_of(config) != "few" or jax.process_count() > 1:
+    if program_shapes(config) != "few" or jax.process_count() > 1:
         return
     on_trunks = partial(_with_sharding, sharding=trunk_sharding(trainer.mesh))
     tasks = tasks_shape(config, num_tail)
@@ -58,7 +58,7 @@ def _with_sharding(tree, sharding):
 
 
 def _compiled(function: Callable, *args, **static):
-    """Compile a program into the cache; return the shapes of its results, with their shardings."""
+    """Compile a program; return the shapes of its results, with their shardings."""
     lowered = function.lower(*args, **static)
     compiled = lowered.compile()
     return jax.tree.map(

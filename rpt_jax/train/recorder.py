@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.parallel.distributed import to_host
-from rpt_jax.parallel.programs import compilations
+from rpt_jax.parallel.programs import take_compilations
 from rpt_jax.rl.advantages import degenerate_groups
 from rpt_jax.train.run_directory import RunDirectory
 from rpt_jax.train.training import Outcome
@@ -63,7 +63,6 @@ class Recorder:
     def __init__(self, name: str, run: RunDirectory | None):
         self._name, self._run = name, run
         self._pending: tuple[int, Outcome, bool] | None = None
-        self._compiled = compilations()
         self.flops = 0.0
         self.num_skipped = 0
         self.note = ""
@@ -78,10 +77,8 @@ class Recorder:
         """
         self.flush()
         self._pending = (step, outcome, keep)
-        found = compilations().since(self._compiled)
-        if found.programs and self._run is not None:
+        if self._run is not None and (found := take_compilations()).programs:
             self._run.log_programs(self._name, step, found)
-            self._compiled = compilations()
 
     def flops_with(self, outcome: Outcome) -> float:
         """Return the FLOPs so far, plus those of an outcome that is not added yet."""

@@ -191,7 +191,7 @@ class RunDirectory:
                 self._tensorboard.add_scalar(f"{stage}/{name}", value, step)
 
     def log_programs(self, stage: str, step: int, found: Compilations) -> None:
-        """Append the programs that a step compiled to programs.jsonl: unlike metrics, they differ between starts."""
+        """Append the programs compiled since the last record to programs.jsonl. They depend on the cache."""
         record = {"stage": stage, "step": step} | vars(found)
         if self._writes:
             with (self.path / "programs.jsonl").open("a") as file:
