@@ -269,9 +269,10 @@ def _own_kernel(
 
     num_tiles = jnp.where(length > 0, (offset + length + width - 1) // width, 0)
     sums_XQ, peak_X, total_X = jax.lax.fori_loop(0, num_tiles, attend, carry)
-    is_head_X = jnp.arange(_HEADS) < num_heads
+    heads_X, columns_Q = jnp.arange(_HEADS), jnp.arange(sums_XQ.shape[1])
+    is_head_X = heads_X < num_heads
     is_head_XQ = jnp.broadcast_to(is_head_X[:, None], sums_XQ.shape)
-    plgpu.store(sums_ref.at[pl.ds(0, _HEADS), :], sums_XQ.astype(sums_ref.dtype), mask=is_head_XQ)
-    plgpu.store(peak_ref.at[pl.ds(0, _HEADS)], peak_X, mask=is_head_X)
-    plgpu.store(total_ref.at[pl.ds(0, _HEADS)], total_X, mask=is_head_X)
+    plgpu.store(sums_ref.at[heads_X[:, None], columns_Q[None]], sums_XQ.astype(sums_ref.dtype), mask=is_head_XQ)
+    plgpu.store(peak_ref.at[heads_X], peak_X, mask=is_head_X)
+    plgpu.store(total_ref.at[heads_X], total_X, mask=is_head_X)
     k_ref[column, :], v_ref[column, :] = new_k_Q, new_v_Q

@@ -10,6 +10,7 @@ B batch entries of one kernel call · T its queries · S its keys.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import jax
@@ -166,7 +167,9 @@ def _cudnn():
 
 def _options(q, bias, is_causal: bool) -> dict:
     cudnn = _cudnn()
-    return dict(
+    # A parameter since JAX 0.12.
+    newer = {"score_mod": None} if "score_mod" in signature(cudnn._dot_product_attention_fwd).parameters else {}
+    return newer | dict(
         scale=q.shape[-1] ** -0.5,
         seed=0,
         dropout_rate=0.0,
