@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent
 required, extras = [], defaultdict(list)
 for line in (ROOT / "requirements.txt").read_text().splitlines():
     requirement, _, marker = line.split("#")[0].partition(";")
-    name = re.search(r'extra == "(\w+)"', marker)
+    name = re.search(r'extra == "([\w-]+)"', marker)
     if requirement.strip():
         (extras[name[1]] if name else required).append(requirement.strip())
 
