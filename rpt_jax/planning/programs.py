@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from rpt_jax.config import Config
 from rpt_jax.models import decoder, decoding, lora
 from rpt_jax.models.lora import Frozen
-from rpt_jax.parallel import programs as parallel
 from rpt_jax.parallel.mesh import on_mesh_of, replicated, spec_without, trunk_sharding
+from rpt_jax.parallel.programs import Program as JittedProgram
 from rpt_jax.planning.traffic import Traffic, read_traffic
 from rpt_jax.rl import update
 from rpt_jax.rl.objective import objective_fn
@@ -118,7 +118,7 @@ class Compiler:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as dump, on_mesh_of(self.params):
             lowered = function.lower(*args, **options)
-            chosen = function.options(self.platform) if isinstance(function, parallel.Program) else {}
+            chosen = function.options(self.platform) if isinstance(function, JittedProgram) else {}
             try:
                 # The text comes from a dump, because libtpu's format is newer than jaxlib's reader.
                 dumped = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
