@@ -1,10 +1,13 @@
-"""Plan a preset for a TPU slice, without a TPU: memory, arithmetic, traffic and a roofline.
+"""Plan a preset for TPUs or GPUs, without them: memory, arithmetic, traffic, kernels and a roofline.
 
 python -m experiments.plan --preset rpt_qwen2_5_14b --topology v5p:4x4x4 [--json FILE] [--tail-tokens 64]
     [--no-nearest] [--section.field VALUE ...]
 
-It requires libtpu, the TPU compiler: pip install -e '.[tpu]'. mesh.fsdp becomes the number of chips / (data x tensor).
-If the run does not fit, the exit status is 3, and the script compiles the nearest settings until some fit.
+A slice of TPUs is v4, v5e, v5p or v6e and its shape; it requires libtpu, their compiler: pip install -e '.[tpu]'. A
+host of GPUs is a100, h100 or h200 and their number, such as h100:8; it requires pip install -e '.[gpu-aot]' and ptxas,
+of the CUDA 13 toolkit. On a GPU, XLA would measure which kernel is fastest for each product; here it takes its
+defaults. mesh.fsdp becomes the number of chips / (data x tensor). If the run does not fit, the exit status is 3, and
+the script compiles the nearest settings until some fit.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -22,6 +26,7 @@ from rpt_jax.errors import ConfigError
 from rpt_jax.planning.estimate import nearest_settings
 from rpt_jax.planning.plan import Plan, make_plan
 from rpt_jax.planning.topologies import describe_topology, fit_mesh, larger_topologies
+from rpt_jax.train.policies import shape_of, with_shape
 from rpt_jax.train.progress import console
 
 
@@ -29,6 +34,8 @@ def main(argv: list[str]) -> None:
     """Plan the preset, search for settings that fit if it does not, and print the plans."""
     # Nothing runs on a device here, so leave this machine's accelerators free.
     jax.config.update("jax_platforms", "cpu")
+    # Programs for hardware that is not here cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--topology", required=not {"-h", "--help"} & set(argv))
     parser.add_argument("--json", type=Path)
@@ -37,6 +44,8 @@ def main(argv: list[str]) -> None:
     args, rest = parser.parse_known_args(argv)
     config, _ = parse_config(rest)
     chip, devices = describe_topology(args.topology)
+    if config.policy.path:
+        config = replace(config, model=with_shape(config.model, shape_of(config.policy.path)))
     config = fit_mesh(config, len(devices))
 
     def make(config: Config, topology: str) -> Plan:
@@ -94,7 +103,7 @@ def describe(plan: Plan, config: Config) -> str:
         "memory per chip                       GiB",
         *(f"  {name:<32}{size / gib:>8.2f}" for name, size in plan.memory.items()),
         "",
-        "programs          runs   compiled in    collectives per run and chip",
+        "programs          runs   temporaries, GiB   compiled in    collectives per run and chip",
     ]
     for p in plan.programs:
         moved = ", ".join(
@@ -103,7 +112,7 @@ def describe(plan: Plan, config: Config) -> str:
             if t.bytes > 1e7
         )
         lines.append(
-            f"  {p.name:<14}{p.runs:>6.3g}{p.compile_seconds:>11.0f} s    {moved or ('too big' if not p.fits else '-')}"
+            f"  {p.name:<14}{p.runs:>6.3g}{p.temporary / gib:>19.2f}{p.compile_seconds:>12.0f} s    {moved or ('too big' if not p.fits else '-')}"
         )
     if not all(p.fits for p in plan.programs):
         return "\n".join(lines)
@@ -117,9 +126,25 @@ def describe(plan: Plan, config: Config) -> str:
             f"  {p['name']:<14}{p['flops'] / 1e12:>12.1f}{p['bytes'] / 1e9:>19.1f}{p['traffic'] / 1e9:>11.1f}"
             f"{p['least_traffic'] / 1e9:>12.1f}{ratio:>8.2f}{max(p['seconds'].values()):>12.2f}   {p['limited_by']}"
         )
-    return "\n".join(
-        [*lines, f"  a step takes at least {plan.seconds:.1f} s (roofline, all completions at full length)"]
-    )
+    lines += [f"  a step takes at least {plan.seconds:.1f} s (roofline, all completions at full length)"]
+    return "\n".join([*lines, *(describe_kernels(plan, config) if chip.platform == "gpu" else ())])
+
+
+def describe_kernels(plan: Plan, config: Config) -> list[str]:
+    """Format the kernels of a plan for GPUs as lines of a table."""
+    gib, mib = 2**30, 2**20
+    lines = ["", "kernels                      number   written, GiB   by attention   largest copy, MiB"]
+    for p in plan.programs:
+        rows = {f"{p.name}, a run": p.kernels, f"{p.name}, a token": p.token_kernels}
+        for name, kernels in rows.items():
+            if kernels is not None:
+                lines.append(
+                    f"  {name:<22}{kernels.count:>11,.0f}{kernels.written / gib:>15.2f}"
+                    f"{kernels.by_attention / gib:>15.2f}{kernels.largest_copy / mib:>20.2f}"
+                )
+        if p.token_kernels is not None:
+            lines.append(f"  {p.token_kernels.count / config.model.num_layers:.1f} kernels per layer and token")
+    return lines
 
 
 if __name__ == "__main__":

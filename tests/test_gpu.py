@@ -3,22 +3,20 @@
 import dataclasses
 import re
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental import topologies
 
 from rpt_jax.config import Config, DataConfig, DecoderConfig, MeshConfig, RolloutConfig
+from rpt_jax.errors import ConfigError
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.planning import programs
-from rpt_jax.planning.traffic import _arrays, _computations
+from rpt_jax.planning.topologies import describe_topology
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="no compiler for GPUs: pip install -e '.[gpu-aot]'")
 pytestmark = pytest.mark.skipif(not shutil.which("ptxas"), reason="ptxas, of the CUDA toolkit, is not on the PATH")
 
-TARGET = (Path(__file__).parent / "golden" / "h100.txtpb").read_text()
 U, M, G, L, E, C = 2, 4, 4, 192, 8, 128
 CONFIG = Config(
     data=DataConfig(trunk_length=L),
@@ -29,53 +27,57 @@ CONFIG = Config(
     rollout=RolloutConfig(num_trunks=U, prompts_per_trunk=M, group_size=G, max_completion_tokens=C),
     mesh=MeshConfig(microbatch_trunks=1),
 )  # fmt: skip
-# Operations of a compiled program that are no kernel.
-_FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 
 
-def compiled(num_layers: int, monkeypatch) -> dict[str, str]:
-    """Return {program: text} of a policy with this many layers."""
-    texts = []
+def compiled(num_layers: int, monkeypatch, topology: str = "h100:1") -> tuple[dict, dict]:
+    """Return {name: program} and {name: its text} of a policy with this many layers."""
+    texts, read = [], programs.read_kernels
+    monkeypatch.setattr(programs, "read_kernels", lambda text, **trips: texts.append(text) or read(text, **trips))
+    devices = describe_topology(topology)[1]
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, num_layers=num_layers),
+        mesh=MeshConfig(fsdp=len(devices), microbatch_trunks=len(devices)),
+    )
     jax.config.update("jax_enable_compilation_cache", False)  # such programs cannot be read back without a GPU
-    monkeypatch.setattr(programs, "read_traffic", lambda text, *_, **__: texts.append(text) or [])
-    device = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=TARGET).devices
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=num_layers))
     try:
-        names = [p.name for p in programs.compile_programs(config, make_mesh(config.mesh, device), E)]
+        found = {p.name: p for p in programs.compile_programs(config, make_mesh(config.mesh, devices), E)}
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
-    return dict(zip(names, texts, strict=True))
-
-
-_TRITON = 'custom_call_target="__gpu$xla.gpu.triton"'
-
-
-def kernels_of_a_token(text: str):
-    """Yield (kind, bytes of the results) of each kernel of the decode loop."""
-    (lines,) = (lines for lines in _computations(text)[0].values() if any(_TRITON in line for line in lines))
-    for line in lines:
-        found = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (.+?) ([\w\-]+)\(", line)
-        if found and found[2] not in _FREE:
-            yield found[2], sum(_arrays(found[1]))
+        monkeypatch.undo()
+    return found, dict(zip(found, texts, strict=True))
 
 
 def test_a_token_takes_few_kernels_and_copies_no_cache(monkeypatch):
-    counts = {}
-    for layers in (2, 3):
-        text = compiled(layers, monkeypatch)["decode"]
-        assert text.count(_TRITON) == 2 * layers
-        body = list(kernels_of_a_token(text))
-        counts[layers] = len(body)
-        cache = U * M * G * 2 * C * 64 * 2
-        assert not [size for kind, size in body if kind == "copy" and size >= cache]
-    assert counts[3] - counts[2] <= 14
+    found = {layers: compiled(layers, monkeypatch) for layers in (2, 3)}
+    counts = {layers: of_layers["decode"].token_kernels for layers, (of_layers, _) in found.items()}
+    for layers, (_, texts) in found.items():
+        assert texts["decode"].count('custom_call_target="__gpu$xla.gpu.triton"') == 2 * layers
+        assert counts[layers].largest_copy < 2**20
+    assert counts[3].count - counts[2].count <= 14
+    # Partial sums in float32: a row's queries for each of the stem's splits and for its own tokens, twice its output.
+    rows, heads, head_size = U * M * G, CONFIG.model.num_heads, CONFIG.model.head_size
+    assert 0 < counts[3].by_attention - counts[2].by_attention < 16 * rows * heads * head_size * 4
 
 
 def test_the_update_takes_the_fused_kernels_and_keeps_no_scores(monkeypatch):
-    text = compiled(2, monkeypatch)["gradients"]
+    text = compiled(2, monkeypatch)[1]["gradients"]
     for name in ("fmhaSoftmax", "fmhaSoftmaxBackward", "fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"):
         assert f'__cudnn${name}"' in text
     # The scores of all heads would have 12 times the elements of the bias.
     bias = M * G * C * (L + M * E)
     largest = max(np.prod([int(n) for n in s.split(",")]) for s in re.findall(r"(?:bf16|f32)\[([\d,]+)\]", text))
     assert bias <= largest < 12 * bias
+
+
+def test_two_gpus_gather_weights_and_reduce_gradients(monkeypatch):
+    found, _ = compiled(2, monkeypatch, "a100:2")
+    assert {t.axes for p in found.values() for t in p.traffic} == {"fsdp"}
+    kinds = {name: {t.kind for t in p.traffic} for name, p in found.items()}
+    assert "all-gather" in kinds["gather weights"] and kinds["gradients"] & {"reduce-scatter", "all-reduce"}
+
+
+@pytest.mark.parametrize("topology", ["h100:0", "h100:16", "h100:2x2", "b300:1"])
+def test_an_unknown_host_is_refused(topology):
+    with pytest.raises(ConfigError, match=f"--topology {topology}"):
+        describe_topology(topology)

@@ -15,9 +15,9 @@ LAYERS = [
     ["rpt_jax.scoring"],
     ["rpt_jax.data", "rpt_jax.rollout", "rpt_jax.rewards", "rpt_jax.rl.advantages", "rpt_jax.rl.surrogates"],
     ["rpt_jax.rl"],
-    ["rpt_jax.evals"],
+    ["rpt_jax.evals", "rpt_jax.planning"],
     ["rpt_jax.train"],
-    ["rpt_jax.analysis", "rpt_jax.planning", "rpt_jax.scaling"],
+    ["rpt_jax.analysis", "rpt_jax.scaling"],
     ["experiments"],
 ]
 

@@ -55,7 +55,8 @@ def _check_processes(distributed: Any) -> None:
 def _check_divisions(config: Any) -> None:
     model, mesh, loss = config.model, config.mesh, config.loss
     minibatch = config.rollout.num_trunks // loss.num_minibatches
-    microbatch = mesh.microbatch_trunks or minibatch
+    # -1 is resolved when the run starts.
+    microbatch = mesh.microbatch_trunks if mesh.microbatch_trunks > 0 else minibatch
     shards = "mesh.data * mesh.fsdp"
     divisions = [
         ("model.num_heads", model.num_heads, "model.num_kv_heads", model.num_kv_heads),

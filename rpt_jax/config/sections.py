@@ -157,8 +157,9 @@ class DecoderConfig:
     """RMS-normalise each query and key head (Qwen3)."""
     tie_embeddings: bool = False
     """Use the embedding as the output head."""
-    activation_dtype: Literal["float32", "bfloat16"] = setting("float32", free="to readers")
-    """Dtype of activations and matrix products; norms, softmax and log-probabilities stay float32."""
+    activation_dtype: Literal["", "float32", "bfloat16"] = setting("float32", free="to readers", resolved=True)
+    """Dtype of activations and matrix products; norms, softmax and log-probabilities stay float32. Empty: bfloat16 on
+    GPUs and TPUs, float32 on CPUs."""
     remat: bool = setting(True, free="to readers")
     """Recompute each layer in the backward pass instead of keeping its activations."""
     platform: Literal["", "cpu", "gpu", "tpu"] = setting("", free="to readers")
@@ -261,9 +262,9 @@ class RolloutConfig:
     """Sample from the smallest set of tokens with at least this probability; in (0, 1]."""
     top_k: int = setting(0, at_least=0)
     """Sample from the k most likely tokens. 0: no limit."""
-    slots_per_trunk: int = setting(0, at_least=0, free="always")
-    """Rollouts of a trunk that run at once; queued ones replace those that end. 0: all. Fewer use less memory; the
-    sampled tokens stay the same."""
+    slots_per_trunk: int = setting(0, at_least=-1, free="always")
+    """Rollouts of a trunk that run at once; queued ones replace those that end. 0: all. -1: as many as fit into the
+    memory of a GPU or TPU; all on CPUs. The sampled tokens stay the same."""
     stop_ids: tuple[int, ...] = setting((), resolved=True)
     """Token ids that end a completion. Empty: the tokenizer's."""
     dynamic_sampling_from_step: int = -1
@@ -341,8 +342,9 @@ class MeshConfig:
     """Number of shards of parameters and optimizer state; trunks are split over data x fsdp."""
     tensor: int = setting(1, at_least=1, free="always")
     """Number of shards of heads, MLP width and vocabulary."""
-    microbatch_trunks: int = setting(0, at_least=0, free="always")
-    """Trunks per forward-backward pass; gradients accumulate. 0: the whole minibatch."""
+    microbatch_trunks: int = setting(0, at_least=-1, free="always")
+    """Trunks per forward-backward pass; gradients accumulate. 0: the whole minibatch. -1: as many as fit into the
+    memory of a GPU or TPU; two on CPUs."""
 
     @property
     def num_devices(self) -> int:

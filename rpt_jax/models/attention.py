@@ -24,6 +24,8 @@ _MASKED = -1e30
 class Kernels:
     """Everything that depends on the platform."""
 
+    default_dtype: str
+    """Dtype of activations if the config leaves it open."""
     keys_transposed: bool
     """Store keys as [.., Q, S] instead of [.., S, Q], so that both products of decoding read contiguously."""
     flash: FusedKernel | None
@@ -44,8 +46,16 @@ class Kernels:
 
 # CPU: measured by experiments/benchmarks/rollout.py and update.py. The others follow the layouts of the kernels.
 KERNELS = {
-    "cpu": Kernels(keys_transposed=True, flash=None, max_scores=2**28, max_logits=2**21, narrow_left=True),
+    "cpu": Kernels(
+        default_dtype="float32",
+        keys_transposed=True,
+        flash=None,
+        max_scores=2**28,
+        max_logits=2**21,
+        narrow_left=True,
+    ),
     "gpu": Kernels(
+        default_dtype="bfloat16",
         keys_transposed=False,
         flash=CUDNN,
         max_scores=2**29,
@@ -54,7 +64,14 @@ KERNELS = {
         fused_decoding="triton",
         join_projections=True,
     ),
-    "tpu": Kernels(keys_transposed=False, flash=None, max_scores=2**29, max_logits=2**28, narrow_left=False),
+    "tpu": Kernels(
+        default_dtype="bfloat16",
+        keys_transposed=False,
+        flash=None,
+        max_scores=2**29,
+        max_logits=2**28,
+        narrow_left=False,
+    ),
 }
 
 

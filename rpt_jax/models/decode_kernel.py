@@ -1,8 +1,8 @@
 """Attention of one decoding step in two GPU kernels (Pallas, Triton): to the stem, and to the row's own tokens.
 
-All rows of a trunk attend to their stem in blocks of queries, and the stem's columns are split over programs. The
-second kernel reads only the columns that a row has, and writes the row's new key and value into its cache, a ring: the
-token fed `age` steps ago is `age` columns behind the current one. Both write partial sums, which are merged at the end.
+All rows of a trunk attend to their stem in blocks of queries. The stem's columns are split over programs, which write
+partial sums. The second kernel adds a row's own tokens to these, reads only the columns that the row has, and writes its
+new key and value into its cache, a ring: the token fed `age` steps ago is `age` columns behind the current one.
 """
 
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ def decode_attention(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, colum
     Returns:
         (attended values [U, S, H, Q] in the queries' dtype, the updated cache).
     """
-    attend = jax.named_scope("attention")(partial(_attend, interpret=interpret))
+    attend = partial(_attend, interpret=interpret)
     arguments = (q_USHQ, k_USKQ, v_USKQ, stem_kv, spans, cache, jnp.reshape(column, (1,)), lengths_US)
     if num_shards(*TRUNK_AXES, "tensor") == 1:
         return attend(*arguments)
@@ -107,23 +107,13 @@ def _attend(q_USHQ, k_USKQ, v_USKQ, stem_kv, spans: Spans, cache, column_1, leng
     K, J = k_USKQ.shape[2], H // k_USKQ.shape[2]
     # [U, K, X, Q]: the queries of a trunk that share a key, row by row, padded to whole blocks.
     block = min(STEM.queries, max(_HEADS, pl.next_power_of_2(S * J)))
-    X = -(-((S - 1) * J + _HEADS) // block) * block
+    X = -(-S * J // block) * block
     q_UKXQ = jnp.moveaxis(q_USHQ.reshape(U, S, K, J, Q), 2, 1).reshape(U, K, S * J, Q)
     q_UKXQ = jnp.pad(q_UKXQ, ((0, 0), (0, 0), (0, X - S * J), (0, 0)))
-
     of_stem = _attend_to_stem(q_UKXQ, stem_kv, spans, num_heads=J, block=block, interpret=interpret)
-    *of_own, cache = _attend_to_own(
-        q_UKXQ, k_USKQ, v_USKQ, column_1, lengths_US, cache, num_heads=J, interpret=interpret
+    return _attend_to_own(
+        q_UKXQ, of_stem, k_USKQ, v_USKQ, column_1, lengths_US, cache, num_heads=J, interpret=interpret
     )
-
-    def by_row(x):
-        """Return numbers [splits, U, K, X, ...] of the stem by row, [splits, U, S, K, J, ...]."""
-        return jnp.moveaxis(x[:, :, :, : S * J].reshape(*x.shape[:3], S, J, *x.shape[4:]), 2, 3)
-
-    sums, peaks, totals = (jnp.concatenate([by_row(x), y[None]]) for x, y in zip(of_stem, of_own, strict=True))
-    scales = jnp.exp2(peaks - peaks.max(axis=0))
-    attended = jnp.sum(sums * scales[..., None], axis=0) / jnp.sum(totals * scales, axis=0)[..., None]
-    return attended.astype(q_USHQ.dtype).reshape(U, S, H, Q), cache
 
 
 def _attend_to_stem(q_UKXQ, stem_kv, spans: Spans, *, num_heads: int, block: int, interpret: bool):
@@ -160,38 +150,36 @@ def _attend_to_stem(q_UKXQ, stem_kv, spans: Spans, *, num_heads: int, block: int
     )(q_UKXQ, *stem_kv, *map(of_queries, (spans.cut, spans.first, spans.last)))
 
 
-def _attend_to_own(q_UKXQ, k_USKQ, v_USKQ, column_1, lengths_US, cache, *, num_heads: int, interpret: bool):
-    """Return partial sums [U, S, K, J, Q], their maxima and sums of weights f32 [U, S, K, J], and the updated cache."""
+def _attend_to_own(q_UKXQ, of_stem, k_USKQ, v_USKQ, column_1, lengths_US, cache, *, num_heads: int, interpret: bool):
+    """Add a row's own tokens to what its queries found in the stem; return values [U, S, K * J, Q] and the cache."""
     (U, S, K, Q), X, W, J = k_USKQ.shape, q_UKXQ.shape[2], cache[0].shape[3], num_heads
+    splits = of_stem[0].shape[0]
     row_block = pl.BlockSpec((None, None, None, Q), lambda u, s, k: (u, s, k, 0))
-    number_block = pl.BlockSpec((None, None, None, J), lambda u, s, k: (u, s, k, 0))
+    number_block = pl.BlockSpec((splits, None, None, X), lambda u, s, k: (0, u, k, 0))
     cache_block = pl.BlockSpec((None, None, None, W, Q), lambda u, s, k: (u, s, k, 0, 0))
-    *found, k, v = pl.pallas_call(
+    attended, *cache = pl.pallas_call(
         partial(_own_kernel, num_heads=J),
         grid=(U, S, K),
         in_specs=[
             pl.BlockSpec((None, None, X, Q), lambda u, s, k: (u, k, 0, 0)),
+            pl.BlockSpec((splits, None, None, X, Q), lambda u, s, k: (0, u, k, 0, 0)),
+            *[number_block] * 2,
             *[row_block] * 2,
             pl.BlockSpec((1,), lambda u, s, k: (0,)),
             pl.BlockSpec((None, S), lambda u, s, k: (u, 0)),
             *[cache_block] * 2,
         ],
-        out_specs=[
-            pl.BlockSpec((None, None, None, J, Q), lambda u, s, k: (u, s, k, 0, 0)),
-            *[number_block] * 2,
-            *[cache_block] * 2,
-        ],
+        out_specs=[pl.BlockSpec((None, None, J, Q), lambda u, s, k: (u, s, k, 0)), *[cache_block] * 2],
         out_shape=[
-            jax.ShapeDtypeStruct((U, S, K, J, Q), q_UKXQ.dtype),
-            *[jax.ShapeDtypeStruct((U, S, K, J), jnp.float32)] * 2,
+            jax.ShapeDtypeStruct((U, S, K * J, Q), q_UKXQ.dtype),
             *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache),
         ],
-        input_output_aliases={5: 3, 6: 4},
+        input_output_aliases={8: 1, 9: 2},
         compiler_params=OWN.params,
         interpret=interpret,
         name="own_attention",
-    )(q_UKXQ, k_USKQ, v_USKQ, column_1, lengths_US, *cache)
-    return *found, (k, v)
+    )(q_UKXQ, *of_stem, k_USKQ, v_USKQ, column_1, lengths_US, *cache)
+    return attended, tuple(cache)
 
 
 _dot = partial(jnp.dot, preferred_element_type=jnp.float32)
@@ -244,11 +232,22 @@ def _stem_kernel(q_ref, k_ref, v_ref, cut_ref, first_ref, last_ref, sums_ref, pe
 
 
 def _own_kernel(
-    q_ref, new_k_ref, new_v_ref, column_ref, lengths_ref, k_in_ref, v_in_ref,
-    sums_ref, peak_ref, total_ref, k_ref, v_ref, *, num_heads,
+    q_ref, sums_ref, peak_ref, total_ref, new_k_ref, new_v_ref, column_ref, lengths_ref, k_in_ref, v_in_ref,
+    attended_ref, k_ref, v_ref, *, num_heads,
 ):  # fmt: skip
     s, W, width = pl.program_id(1), k_ref.shape[0], OWN.columns
-    q_XQ = q_ref[pl.ds(s * num_heads, _HEADS), :]  # queries after the first J belong to the next row, or are padding
+    heads_X, columns_Q = jnp.arange(_HEADS), jnp.arange(q_ref.shape[1])
+    is_head_X = heads_X < num_heads
+    is_head_XQ = jnp.broadcast_to(is_head_X[:, None], (_HEADS, q_ref.shape[1]))
+    rows_X = s * num_heads + heads_X
+
+    def of_row(ref, *index):
+        """Load the row's queries, or numbers of them; 0 for those that fill up the product."""
+        is_matrix = len(ref.shape) == len(index) + 2
+        where = (*index, rows_X[:, None], columns_Q[None]) if is_matrix else (*index, rows_X)
+        return plgpu.load(ref.at[where], mask=is_head_XQ if is_matrix else is_head_X, other=0)
+
+    q_XQ = of_row(q_ref)
     new_k_Q, new_v_Q = new_k_ref[...], new_v_ref[...]
     column, length = column_ref[0], lengths_ref[s]
 
@@ -256,6 +255,8 @@ def _own_kernel(
     products_XQ = q_XQ.astype(jnp.float32) * new_k_Q.astype(jnp.float32)
     peak_X = products_XQ.sum(axis=1) * (_LOG2E * q_XQ.shape[-1] ** -0.5)
     carry = jnp.broadcast_to(new_v_Q.astype(jnp.float32), q_XQ.shape), peak_X, jnp.ones(_HEADS, jnp.float32)
+    for split in range(sums_ref.shape[0]):
+        carry = _merged(carry, tuple(of_row(ref, split) for ref in (sums_ref, peak_ref, total_ref)))
 
     # Tiles from the one that holds the row's first column, around the ring.
     first = (column - length + W) % W
@@ -268,11 +269,16 @@ def _own_kernel(
         return _attend_to_tile(carry, q_XQ, k_in_ref[columns, :], v_in_ref[columns, :], mask_XS)
 
     num_tiles = jnp.where(length > 0, (offset + length + width - 1) // width, 0)
-    sums_XQ, peak_X, total_X = jax.lax.fori_loop(0, num_tiles, attend, carry)
-    heads_X, columns_Q = jnp.arange(_HEADS), jnp.arange(sums_XQ.shape[1])
-    is_head_X = heads_X < num_heads
-    is_head_XQ = jnp.broadcast_to(is_head_X[:, None], sums_XQ.shape)
-    plgpu.store(sums_ref.at[heads_X[:, None], columns_Q[None]], sums_XQ.astype(sums_ref.dtype), mask=is_head_XQ)
-    plgpu.store(peak_ref.at[heads_X], peak_X, mask=is_head_X)
-    plgpu.store(total_ref.at[heads_X], total_X, mask=is_head_X)
+    sums_XQ, _, total_X = jax.lax.fori_loop(0, num_tiles, attend, carry)
+    attended_XQ = (sums_XQ / total_X[:, None]).astype(attended_ref.dtype)
+    plgpu.store(attended_ref.at[heads_X[:, None], columns_Q[None]], attended_XQ, mask=is_head_XQ)
     k_ref[column, :], v_ref[column, :] = new_k_Q, new_v_Q
+
+
+def _merged(a, b):
+    """Add up two parts: weighted sums [X, Q], maxima f32 [X] in base 2, weight sums f32 [X]."""
+    (sums_a_XQ, peak_a_X, total_a_X), (sums_b_XQ, peak_b_X, total_b_X) = a, b
+    peak_X = jnp.maximum(peak_a_X, peak_b_X)
+    scale_a_X, scale_b_X = jnp.exp2(peak_a_X - peak_X), jnp.exp2(peak_b_X - peak_X)
+    sums_XQ = sums_a_XQ * scale_a_X[:, None] + sums_b_XQ.astype(jnp.float32) * scale_b_X[:, None]
+    return sums_XQ, peak_X, total_a_X * scale_a_X + total_b_X * scale_b_X

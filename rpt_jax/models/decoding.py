@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rpt_jax.config import DecoderConfig
 from rpt_jax.models import decode_kernel
-from rpt_jax.models.attention import Kernels, kernels_of, merged_attention, to_cache_layout
+from rpt_jax.models.attention import Kernels, flash_of, kernels_of, merged_attention, to_cache_layout
 from rpt_jax.models.decode_kernel import Spans
 from rpt_jax.models.decoder import JOINED, Block, Decoder, rope_angles, split_by_heads
 from rpt_jax.models.vocabulary_head import output_head
@@ -78,6 +78,13 @@ def has_fused_attention(config: DecoderConfig) -> bool:
     if kind == "emulated":
         return True
     return kind == "triton" and decode_kernel.supports(config.activation_dtype, config.head_size, queries_per_key)
+
+
+def describe_attention(config: DecoderConfig) -> str:
+    """Return which kernels attend in updates and in decoding."""
+    update = "cuDNN's fused kernels" if flash_of(config) else "plain products"
+    decoding = "fused Triton kernels" if has_fused_attention(config) else "plain products"
+    return f"{update} in updates, {decoding} in decoding"
 
 
 def num_columns(config: DecoderConfig, columns: int) -> int:

@@ -5,7 +5,8 @@ import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +96,28 @@ def _processor() -> str:
     except OSError:
         facts = []
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def needs_memory(what: str, settings: str) -> Iterator[None]:
+    """Name the settings to lower if the device runs out of memory; also a decorator.
+
+    Args:
+        what: needs the memory.
+        settings: flags that lower it.
+    Raises:
+        ConfigError: instead of JAX's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(
+            f"{what} ran out of the device's memory ({str(error).splitlines()[0]:.200}). Lower {settings}; a run "
+            "resumes from its newest checkpoint with other values of --rollout.slots-per-trunk and "
+            "--mesh.microbatch-trunks."
+        ) from error
 
 
 @dataclass

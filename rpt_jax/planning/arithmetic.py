@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from rpt_jax.config import Config
+from rpt_jax.models.decode_kernel import COLUMNS
+from rpt_jax.models.decoding import has_fused_attention
 from rpt_jax.work import Shape, update_flops
 
 
@@ -41,7 +43,7 @@ def count_work(config: Config, num_tail: int) -> list[Work]:
     weights = shape.stored * size
     slots = min(r.slots_per_trunk or M * G, M * G)
     waves, rows = M * G / slots, U / mesh.trunk_shards * slots
-    columns = _columns_read(C, waves)
+    columns = waves * C * (C + COLUMNS) / 2 if has_fused_attention(m) else _columns_read(C, waves)
 
     def reduced(tokens: float, products: float) -> float:
         """Return bytes sent per chip to sum activations over tensor after `products` products of each layer.

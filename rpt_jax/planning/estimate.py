@@ -18,25 +18,50 @@ def estimate_memory(config: Config, num_tail: int) -> float:
         config: to estimate.
         num_tail: tokens of the prompt after the text.
     """
+    return max(estimate_rollout(config, num_tail), estimate_update(config, num_tail))
+
+
+def estimate_rollout(config: Config, num_tail: int) -> float:
+    """Estimate the peak bytes of each chip during rollouts; arguments as for `estimate_memory`."""
     m, r, mesh = config.model, config.rollout, config.mesh
-    t, shards, size = mesh.tensor, mesh.trunk_shards, 2 if m.activation_dtype == "bfloat16" else 4
-    shape, D = Shape(m), m.width
-    heads, count = shape.heads_width, shape.stored
-    held = count * (2 if config.policy.param_dtype == "bfloat16" else 4) / mesh.num_devices
-    trained = 0.02 * count if config.lora.rank else count
-    state = (1 if config.lora.rank else 2) * held + 8 * trained / mesh.num_devices
-    kv = 2 * m.num_layers * m.num_kv_heads * m.head_size * size / t
+    kv = 2 * m.num_layers * m.num_kv_heads * m.head_size * _itemsize(config) / mesh.tensor
     R = r.prompts_per_trunk * r.group_size
     slots = min(r.slots_per_trunk or R, R)
-    stem = config.data.trunk_length + r.prompts_per_trunk * num_tail
-    per_shard = r.num_trunks / shards
-    rollout = count * size / t + per_shard * (stem + 1.5 * slots * r.max_completion_tokens) * kv
-    per_token = (4 * D + (6 * m.mlp_width + 8 * heads) / t) * size
-    trunks = (config.mesh.microbatch_trunks or r.num_trunks // config.loss.num_minibatches) / shards
-    tokens = trunks * (stem + R * r.max_completion_tokens)
+    branches = 1.5 * slots * r.max_completion_tokens
+    weights = Shape(m).stored * _itemsize(config) / mesh.tensor
+    return _state(config) + weights + r.num_trunks / mesh.trunk_shards * (_stem(config, num_tail) + branches) * kv
+
+
+def estimate_update(config: Config, num_tail: int) -> float:
+    """Estimate the peak bytes of each chip during the update; arguments as for `estimate_memory`."""
+    m, r, mesh, size = config.model, config.rollout, config.mesh, _itemsize(config)
+    t, D = mesh.tensor, m.width
+    R = r.prompts_per_trunk * r.group_size
+    per_token = (4 * D + (6 * m.mlp_width + 8 * Shape(m).heads_width) / t) * size
+    trunks = (mesh.microbatch_trunks or r.num_trunks // config.loss.num_minibatches) / mesh.trunk_shards
+    tokens = trunks * (_stem(config, num_tail) + R * r.max_completion_tokens)
     kept = m.num_layers * D / t * size if m.remat else m.num_layers * per_token
     head = 2 * 4 * m.vocab_size * D / t  # its gradient, unsharded over data x fsdp
-    return state + max(rollout, 4 * trained / mesh.num_devices + head + tokens * (kept + per_token))
+    return _state(config) + 4 * _trained(config) / mesh.num_devices + head + tokens * (kept + per_token)
+
+
+def _itemsize(config: Config) -> int:
+    return 2 if config.model.activation_dtype == "bfloat16" else 4
+
+
+def _trained(config: Config) -> float:
+    """Return the number of trained parameters."""
+    return (0.02 if config.lora.rank else 1) * Shape(config.model).stored
+
+
+def _state(config: Config) -> float:
+    """Return the bytes of parameters, the policy that RL started from, and the optimizer's state."""
+    held = Shape(config.model).stored * (2 if config.policy.param_dtype == "bfloat16" else 4)
+    return ((1 if config.lora.rank else 2) * held + 8 * _trained(config)) / config.mesh.num_devices
+
+
+def _stem(config: Config, num_tail: int) -> int:
+    return config.data.trunk_length + config.rollout.prompts_per_trunk * num_tail
 
 
 def nearest_settings(config: Config, num_tail: int, memory: float) -> Iterator[tuple[list[str], Config]]:

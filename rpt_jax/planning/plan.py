@@ -1,7 +1,7 @@
-"""What a run needs on a TPU slice, found by compiling its real programs on a machine without a TPU.
+"""What a run needs on TPUs or GPUs, found by compiling its real programs on a machine without them.
 
-The compiler reports memory, and traffic is read from the compiled programs (`programs.py`). Arithmetic and the least
-traffic are counted by hand (`arithmetic.py`). A roofline of the chip's published rates shows what limits a step.
+The compiler reports memory; traffic and kernels are read from the compiled programs (`programs.py`). Arithmetic and the
+least traffic are counted by hand (`arithmetic.py`). A roofline of the chip's published rates shows what limits a step.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,10 @@ import jax
 from rpt_jax.config import Config
 from rpt_jax.errors import ConfigError
 from rpt_jax.models import decoding
+from rpt_jax.models.attention import kernels_of
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.planning.arithmetic import count_work
+from rpt_jax.planning.fitting import fit_microbatch, fit_slots
 from rpt_jax.planning.programs import Program, abstract_state, bytes_per_chip, compile_programs
 from rpt_jax.planning.topologies import Chip, describe_topology
 
@@ -27,7 +29,7 @@ class Plan:
     """Resources of a step. Bytes and FLOPs are per chip; seconds are a roofline, without latency or idle time."""
 
     topology: str
-    """Name of the slice, such as v5p:4x4x4."""
+    """Name of the topology, such as v5p:4x4x4 or h100:8."""
     chip: Chip
     """Published rates of its chips."""
     parameters: int
@@ -61,13 +63,17 @@ def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str]
         config: with a mesh that fits the topology.
         topology: such as v5p:4x4x4.
         num_tail: tokens of the prompt after the text.
-        note: called with the name of each program before it is compiled.
+        note: called with the choices of `fitting.py`, and with the name of each program before it is compiled.
     Raises:
         ConfigError: see `describe_topology` and `make_mesh`; or an evaluation would need more than a step.
     """
     chip, devices = describe_topology(topology)
+    model = replace(config.model, platform=chip.platform)
+    dtype = model.activation_dtype or kernels_of(model).default_dtype
+    config = replace(config, model=replace(model, activation_dtype=dtype))
+    for fit in (fit_microbatch, fit_slots):
+        config = fit(config, None, num_tail, (1 - _RESERVED) * chip.memory, note)
     _check_evaluation(config)
-    config = replace(config, model=replace(config.model, platform="tpu"))
     mesh = make_mesh(config.mesh, devices)
     programs = list(compile_programs(config, mesh, num_tail, note))
     state, frozen = abstract_state(config, mesh)

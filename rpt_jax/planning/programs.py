@@ -1,4 +1,4 @@
-"""The programs of a step, compiled for a slice at their largest shapes, with their memory and traffic."""
+"""The programs of a step, compiled for a topology at their largest shapes, with their memory, traffic and kernels."""
 
 import math
 import re
@@ -19,13 +19,14 @@ from rpt_jax.models import decoder, decoding, lora
 from rpt_jax.models.lora import Frozen
 from rpt_jax.parallel.mesh import on_mesh_of, replicated, spec_without, trunk_sharding
 from rpt_jax.parallel.programs import Program as JittedProgram
+from rpt_jax.planning.kernels import Kernels, read_kernels
 from rpt_jax.planning.traffic import Traffic, read_traffic
 from rpt_jax.rl import update
 from rpt_jax.rl.objective import objective_fn
 from rpt_jax.rl.optimizer import make_optimizer, state_shardings
 from rpt_jax.rl.shapes import microbatch_shape, tasks_shape
 from rpt_jax.rollout import engine
-from rpt_jax.types import TaskBatch, TrainState
+from rpt_jax.types import TrainState
 
 
 def _shapes(tree, sharding):
@@ -82,23 +83,31 @@ class Program:
     """Wall-clock seconds of lowering and compiling."""
     traffic: list[Traffic]
     """Collectives of one run."""
+    kernels: Kernels | None = None
+    """On GPUs: kernels of one run."""
+    token_kernels: Kernels | None = None
+    """On GPUs: kernels of one iteration of the loop over tokens."""
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """Compiles the programs of one config for one mesh, and measures their memory and traffic.
+    """Compiles the programs of one config for one mesh, and measures their memory, traffic and kernels.
 
     Attributes:
         mesh: to compile for.
         params: shapes of the policy's parameters.
+        kept: bytes per chip of what stays on it during RL.
         platform: of its devices, such as gpu.
         note: called with the name of each program before it is compiled.
+        reads_text: read traffic and kernels from the programs' text; if not, a run's cache of programs serves them.
     """
 
     mesh: Mesh
     params: Any
+    kept: int
     platform: str
     note: Callable[[str], None]
+    reads_text: bool
 
     def __call__(self, name: str, runs: float, resident: int, function, *args, trips: float = 1.0, **options):
         """Compile one program.
@@ -116,12 +125,13 @@ class Compiler:
         """
         self.note(name)
         begin = time.monotonic()
+        traffic, kernels = [], (None, None)
         with tempfile.TemporaryDirectory() as dump, on_mesh_of(self.params):
             lowered = function.lower(*args, **options)
             chosen = function.options(self.platform) if isinstance(function, JittedProgram) else {}
             try:
                 # The text comes from a dump, because libtpu's format is newer than jaxlib's reader.
-                dumped = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+                dumped = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True} if self.reads_text else {}
                 program = lowered.compile(compiler_options=chosen | dumped)
             except jax.errors.JaxRuntimeError as error:
                 if not (needed := re.search(r"(?:temporaries \(|Used )([\d.]+)([KMG])", str(error))):
@@ -131,14 +141,17 @@ class Compiler:
                     name=name, runs=runs, peak=peak, temporary=0, resident=resident, fits=False,
                     compile_seconds=time.monotonic() - begin, traffic=[],
                 ), None  # fmt: skip
-            (text,) = Path(dump).glob(f"*.jit_{function.__name__}.*after_optimizations.txt")
-            traffic = read_traffic(text.read_text(), dict(self.mesh.shape), unknown_trips=trips)
+            if self.reads_text:
+                (path,) = Path(dump).glob(f"*.jit_{function.__name__}.*after_optimizations.txt")
+                text = path.read_text()
+                traffic = read_traffic(text, dict(self.mesh.shape), unknown_trips=trips)
+                kernels = read_kernels(text, unknown_trips=trips) if self.platform == "gpu" else kernels
         memory = program.memory_analysis()
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         found = Program(
             name=name, runs=runs, peak=peak, temporary=memory.temp_size_in_bytes, resident=resident, fits=True,
-            compile_seconds=time.monotonic() - begin, traffic=traffic,
+            compile_seconds=time.monotonic() - begin, traffic=traffic, kernels=kernels[0], token_kernels=kernels[1],
         )  # fmt: skip
         return found, _shapes(lowered.out_info, program.output_shardings)
 
@@ -157,19 +170,31 @@ def compile_programs(
         num_tail: tokens of the prompt after the text.
         note: called with the name of each program before it is compiled.
     """
-    state, frozen = abstract_state(config, mesh)
-    compiler = Compiler(mesh, _joined(frozen, state.params), config.model.platform, note)
-    # The policy that RL started from stays, because the control starts from it and a KL term refers to it.
-    kept = bytes_per_chip((state, frozen) if frozen else (state, state.params))
-    tasks = tasks_shape(config, num_tail)
-    for phase in (_rollout_programs(config, compiler, tasks, kept), _update_programs(config, compiler, tasks, kept)):
-        for program in phase:
+    for phase in (compile_rollout, compile_update):
+        for program in phase(config, mesh, num_tail, note, reads_text=True):
             yield program
             if not program.fits and program.name != "decode":
                 return
 
 
-def _rollout_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept: int) -> Iterator[Program]:
+def _compiler(config: Config, mesh: Mesh, note: Callable[[str], None], reads_text: bool) -> Compiler:
+    state, frozen = abstract_state(config, mesh)
+    # The policy that RL started from stays, because the control starts from it and a KL term refers to it.
+    kept = bytes_per_chip((state, frozen) if frozen else (state, state.params))
+    platform = config.model.platform or mesh.devices.flat[0].platform
+    return Compiler(mesh, _joined(frozen, state.params), kept, platform, note, reads_text)
+
+
+def compile_rollout(
+    config: Config,
+    mesh: Mesh,
+    num_tail: int,
+    note: Callable[[str], None] = lambda _: None,
+    *,
+    reads_text: bool = False,
+) -> Iterator[Program]:
+    """Yield the programs of a rollout; arguments as for `compile_programs` and `Compiler`."""
+    compiler, tasks = _compiler(config, mesh, note, reads_text), tasks_shape(config, num_tail)
     rollout, params = config.rollout, compiler.params
     on_trunks = partial(_shapes, sharding=trunk_sharding(compiler.mesh))
     C, R = rollout.max_completion_tokens, rollout.prompts_per_trunk * rollout.group_size
@@ -183,7 +208,7 @@ def _rollout_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept
         vocab_size=config.model.vocab_size,
     )
     key = _shapes(jax.eval_shape(lambda: jax.random.key(0)), replicated(compiler.mesh))
-    not_params = kept - bytes_per_chip(params)
+    not_params = compiler.kept - bytes_per_chip(params)
     specs = tuple(spec_without(p, "fsdp") for p in jax.tree.leaves(params))
     program, weights = compiler(
         "gather weights", 1, not_params, decoding.lay_out_for_decoding, config.model, params, specs=specs
@@ -199,26 +224,35 @@ def _rollout_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept
     # During the last widening, the old caches of half the width are still in memory.
     halves = bytes_per_chip(flight.cache) // 2
     program, _ = compiler(
-        "decode", R / slots, kept + halves, engine.run_segment, config.model, settings, weights, stems, flight,
+        "decode", R / slots, compiler.kept + halves, engine.run_segment, config.model, settings, weights, stems, flight,
         written, jax.ShapeDtypeStruct((), np.int32), trips=C,
     )  # fmt: skip
     yield program
 
 
-def _update_programs(config: Config, compiler: Compiler, tasks: TaskBatch, kept: int) -> Iterator[Program]:
-    state, frozen = abstract_state(config, compiler.mesh)
+def compile_update(
+    config: Config,
+    mesh: Mesh,
+    num_tail: int,
+    note: Callable[[str], None] = lambda _: None,
+    *,
+    reads_text: bool = False,
+) -> Iterator[Program]:
+    """Yield the programs of an update; arguments as for `compile_programs` and `Compiler`."""
+    compiler, tasks = _compiler(config, mesh, note, reads_text), tasks_shape(config, num_tail)
+    state, frozen = abstract_state(config, mesh)
     gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), state.params)
-    rows = _shapes(microbatch_shape(config, tasks), trunk_sharding(compiler.mesh))
+    rows = _shapes(microbatch_shape(config, tasks), trunk_sharding(mesh))
     microbatches = config.rollout.num_trunks / rows.policy_weights.shape[0]
     program, results = compiler(
-        "gradients", microbatches, kept - bytes_per_chip((state.params, frozen)),
+        "gradients", microbatches, compiler.kept - bytes_per_chip((state.params, frozen)),
         update.add_gradients, gradients, state.params, frozen, rows,
         loss_fn=objective_fn(config.model, config.loss),
         shardings=tuple(p.sharding for p in jax.tree.leaves(state.params)),
     )  # fmt: skip
     yield program
     program, _ = compiler(
-        "optimizer", config.loss.num_minibatches, kept - bytes_per_chip(state), update.apply_gradients, state,
+        "optimizer", config.loss.num_minibatches, compiler.kept - bytes_per_chip(state), update.apply_gradients, state,
         gradients, results[1], optimizer=make_optimizer(config.optimizer, config.num_updates),
     )  # fmt: skip
     yield program

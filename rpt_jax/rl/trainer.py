@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import Config
 from rpt_jax.models.lora import Frozen, join
 from rpt_jax.parallel.mesh import shard_batch
-from rpt_jax.parallel.programs import program_shapes
+from rpt_jax.parallel.programs import needs_memory, program_shapes
 from rpt_jax.rewards.base import Reward, earn
 from rpt_jax.rl.objective import objective_fn
 from rpt_jax.rl.packing import ROUNDINGS, Microbatch, pack, plan_update
@@ -57,6 +57,7 @@ class Trainer:
         companions = {name: join(self.frozen, tree) for name, tree in state.companions.items()}
         return {CURRENT: self.policy(state), START: self.start} | companions
 
+    @needs_memory("a rollout", "--rollout.slots-per-trunk (sampling) or --mesh.microbatch-trunks (scoring)")
     def roll_out(self, policies: dict[str, Any], step: int, tasks: TaskBatch, round_number: int) -> Experience:
         """Sample G completions of each prompt with the current policy, extract their predictions and reward them."""
         born = step if tasks.prompts.born_step is None else tasks.prompts.born_step
@@ -80,6 +81,7 @@ class Trainer:
             tokens_scored=tokens_scored,
         )
 
+    @needs_memory("an update", "--mesh.microbatch-trunks")
     def learn(self, state: TrainState, experience: Experience) -> tuple[TrainState, list[dict]]:
         """Take one update per minibatch; with a single minibatch the ratio is exactly 1."""
         loss, mesh = self.config.loss, self.config.mesh

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rpt_jax.parallel.programs import needs_memory
 from rpt_jax.rewards.base import Reward
 from rpt_jax.train.domains import Source
 from rpt_jax.train.run import Run
@@ -39,6 +40,7 @@ class Evaluations:
         figures = self.evaluate(params, thinking=True, final=is_last or step == 0)
         directory.log("evaluation", step, {"flops": flops()} | figures)
 
+    @needs_memory("an evaluation", "--rollout.slots-per-trunk or --eval.batch-trunks")
     def evaluate(self, params, *, thinking: bool, final: bool) -> dict[str, dict]:
         """Return {"splits": {split: figures}}, on up to eval.num_positions tasks of each split.
 

@@ -13,6 +13,7 @@ from rpt_jax.config import Config, DecoderConfig
 from rpt_jax.data.readers import read_texts, training_corpora
 from rpt_jax.errors import CheckpointError, ConfigError
 from rpt_jax.models import lora
+from rpt_jax.models.attention import kernels_of
 from rpt_jax.models.decoder import init_params
 from rpt_jax.models.families import read_config as read_model_config
 from rpt_jax.models.hf import load_hf
@@ -75,9 +76,10 @@ def _read_or_train(config: Config) -> Tokenizer:
 
 
 def resolve(config: Config, tokenizer: Tokenizer, kept: Config | None = None) -> Config:
-    """Return the config with the values that a run's first start resolves: the model's shape and the stop ids.
+    """Return the config with the values that a run's first start resolves: the model and the stop ids.
 
     The shape is that of policy.path. Without one, model.vocab_size=0 becomes at least one entry for every id.
+    An empty model.activation_dtype becomes that of the platform.
 
     Args:
         config: of this start.
@@ -89,10 +91,11 @@ def resolve(config: Config, tokenizer: Tokenizer, kept: Config | None = None) ->
     model, path = config.model, config.policy.path
     if path:
         is_same = kept is not None and kept.policy.path == path
-        shape = kept.model if is_same else _shape_of(path)
-        model = replace(shape, activation_dtype=model.activation_dtype, remat=model.remat, platform=model.platform)
+        model = with_shape(model, kept.model if is_same else shape_of(path))
     elif kept is not None and not model.vocab_size:
         model = replace(model, vocab_size=kept.model.vocab_size)
+    kept_dtype = "" if kept is None else kept.model.activation_dtype
+    model = replace(model, activation_dtype=model.activation_dtype or kept_dtype or kernels_of(model).default_dtype)
     size, shards = model.vocab_size, config.mesh.tensor
     if size and size < tokenizer.vocab_size:
         raise ConfigError(
@@ -126,8 +129,14 @@ def stop_sources(config: Config, tokenizer: Tokenizer) -> dict[int, list[str]]:
     return find_stop_ids(tokenizer, Path(path)) if path else tokenizer.stop_sources
 
 
-def _shape_of(path: str) -> DecoderConfig:
+def shape_of(path: str) -> DecoderConfig:
+    """Return the shape of the model in a Hugging Face or run directory."""
     return read_config(Path(path)).model if is_run(path) else read_model_config(path)
+
+
+def with_shape(model: DecoderConfig, shape: DecoderConfig) -> DecoderConfig:
+    """Return `shape` with the settings of `model` that no shape has: dtype of activations, remat and platform."""
+    return replace(shape, activation_dtype=model.activation_dtype, remat=model.remat, platform=model.platform)
 
 
 def start_params(config: Config, mesh: Mesh) -> Any:

@@ -1,7 +1,7 @@
 """A checked run, which its stages share. Invalid input is found here, before anything compiles."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,13 @@ from rpt_jax.data.examples import Example
 from rpt_jax.data.templates import Template
 from rpt_jax.errors import CheckpointError, ConfigError
 from rpt_jax.models import lora
+from rpt_jax.models.decoding import describe_attention
 from rpt_jax.models.families import config_json
 from rpt_jax.models.lora import Frozen
 from rpt_jax.parallel.distributed import is_main, main_first
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.parallel.programs import use_cache
+from rpt_jax.planning.fitting import Note, device_memory, fit_microbatch, fit_slots
 from rpt_jax.rewards.base import Reward
 from rpt_jax.rewards.catalog import check_rewards, make_reward
 from rpt_jax.rewards.host import check_function
@@ -116,6 +118,7 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     # A chat template may write the date into every prompt: it is that of the run's first start.
     tokenizer.chat_date = started
     sources = stop_sources(config, tokenizer)
+    asked_dtype = config.model.activation_dtype
     config = resolve(config, tokenizer, kept)
     check_model(config, mesh)
     if config.reward.function:
@@ -123,6 +126,7 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     with main_first("corpus"):
         domain = open_domain(config, tokenizer)
     check_positions(config, domain.template)
+    config = _fitted(config, kept, mesh, domain.template, console.print if not read_only else _say_nothing)
     examples = domain.warm_examples(config, tokenizer) if config.supervised.num_steps else ()
     identity = domain.identity | {
         "tokenizer": {"sha256": tokenizer.fingerprint},
@@ -134,6 +138,9 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     if config.data.chat:
         directory.remember("chat", {"started": started.isoformat()})
     if kept is None and not read_only:
+        if not asked_dtype:
+            console.print(f"model.activation_dtype is {config.model.activation_dtype}: the default of this platform")
+        console.print(f"attention: {describe_attention(config.model)}")
         directory.remember("stop_ids", {str(i): names for i, names in sources.items()})
         ends = (f"{i} {tokenizer.entry(i)!r} ({', '.join(names)})" for i, names in sources.items())
         console.print(f"a completion stops at {'; '.join(ends)}", highlight=False)
@@ -145,6 +152,24 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
         if is_main():
             tokenizer.save(directory.path / "tokenizer")
     return run
+
+
+def _fitted(config: Config, kept: Config | None, mesh: Mesh, template: Template, note: Note) -> Config:
+    """Return the config with the sizes that -1 leaves open: the run's own on the same mesh, else those that fit."""
+    shape = ("data", "fsdp", "tensor")
+    if kept is not None and all(getattr(kept.mesh, axis) == getattr(config.mesh, axis) for axis in shape):
+        if config.mesh.microbatch_trunks == -1:
+            config = replace(config, mesh=replace(config.mesh, microbatch_trunks=kept.mesh.microbatch_trunks))
+        if config.rollout.slots_per_trunk == -1:
+            config = replace(config, rollout=replace(config.rollout, slots_per_trunk=kept.rollout.slots_per_trunk))
+    memory, num_tail = device_memory(mesh), len(template.tail)
+    for fit in (fit_microbatch, fit_slots):
+        config = fit(config, mesh, num_tail, memory, note)
+    return config
+
+
+def _say_nothing(_: str) -> None:
+    pass
 
 
 def _start_of(*directories: Path | None) -> datetime:
@@ -215,7 +240,9 @@ def load_policy(config: Config, template_of) -> LoadedPolicy:
     use_cache(config.run.compilation_cache)
     mesh, tokenizer = make_mesh(config.mesh), find_tokenizer(config)
     config = resolve(config, tokenizer)
-    check_positions(config, template_of(tokenizer))
+    template = template_of(tokenizer)
+    check_positions(config, template)
+    config = fit_slots(config, mesh, len(template.tail), device_memory(mesh), _say_nothing)
     return LoadedPolicy(config=config, mesh=mesh, tokenizer=tokenizer, params=start_params(config, mesh))
 
 

@@ -15,6 +15,7 @@ from rpt_jax.config import Config
 from rpt_jax.data.examples import Example
 from rpt_jax.models.lora import Frozen, join
 from rpt_jax.parallel.mesh import shard_batch
+from rpt_jax.parallel.programs import needs_memory
 from rpt_jax.rl.objective import objective_fn
 from rpt_jax.rl.update import update
 from rpt_jax.sequences import one_completion_each, trunks_alone
@@ -52,6 +53,7 @@ class Supervised:
     _position: int = 0
     _stream: Iterator | None = field(default=None, repr=False)
 
+    @needs_memory("supervised training", "--supervised.batch-size")
     def step(self, state: TrainState, number: int) -> tuple[TrainState, Outcome]:
         """Update on the next batch."""
         if self._stream is None:
