@@ -18,7 +18,7 @@ quickstart: $(INSTALLED)
 
 # Two processes, one test file each at a time.
 test: $(INSTALLED)
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 trials: $(INSTALLED)
 	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) -m pytest -m slow

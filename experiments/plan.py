@@ -112,7 +112,8 @@ def describe(plan: Plan, config: Config) -> str:
             if t.bytes > 1e7
         )
         lines.append(
-            f"  {p.name:<14}{p.runs:>6.3g}{p.temporary / gib:>19.2f}{p.compile_seconds:>12.0f} s    {moved or ('too big' if not p.fits else '-')}"
+            f"  {p.name:<14}{p.runs:>6.3g}{p.temporary / gib:>19.2f}{p.compile_seconds:>12.0f} s    "
+            + (moved or ("too big" if not p.fits else "-"))
         )
     if not all(p.fits for p in plan.programs):
         return "\n".join(lines)

@@ -33,8 +33,8 @@ TEXT = """HloModule jit_step, is_scheduled=true
   %old = bf16[8,64]{1,0} get-tuple-element(%state), index=1
   %row = f32[16]{0} get-tuple-element(%state), index=2
   %key = bf16[8,1]{1,0} custom-call(%row), custom_call_target="gemm", metadata={op_name="jit(step)/project"}
-  %written = bf16[8,64]{1,0} fusion(%old, %key, %step), kind=kLoop, calls=%fused_write, metadata={op_name="jit(step)/attention/write"}
-  %attended = (f32[16]{0}, bf16[8,64]{1,0}) custom-call(%written, %row), custom_call_target="triton", output_to_operand_aliasing={{1}: (0, {})}, metadata={op_name="jit(step)/attention/pallas_call"}
+  %written = bf16[8,64]{1,0} fusion(%old, %key, %step), calls=%fused_write, metadata={op_name="attention"}
+  %a = (f32[16], bf16[8,64]) custom-call(), output_to_operand_aliasing={{1}: (0, {})}, metadata={op_name="attention"}
   %copied = f32[16]{0} copy(%row)
   %pair = (f32[16]{0}, f32[]) fusion(%copied), kind=kInput, calls=%fused_pair
   %next = f32[16]{0} get-tuple-element(%pair), index=0

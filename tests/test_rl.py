@@ -336,7 +336,8 @@ def test_appended_tokens_are_learned_along_with_the_policy_term(tiny_config, tin
 
     expected = flat(jax.jit(jax.grad(by_hand))(tiny_params))
     found = flat(gradient(tiny_config, tiny_params, both, loss))
-    assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+    # Sums run in another order, which the compiler chooses.
+    assert np.abs(found - expected).max() < 3e-6 * np.abs(expected).max()
 
 
 def test_nothing_to_learn_from_is_an_update_of_padding(tiny_config, tiny_params, experience, mesh):

@@ -12,7 +12,7 @@ from rpt_jax.errors import DataError
 @pytest.mark.parametrize(("A", "alpha", "p_star"), [(-3e6, 0.35, 0.52), (-1.0e4, 0.2, 0.9), (-4.0e20, 1.0, 0.4)])
 def test_recovers_exact_curves(A, alpha, p_star):
     compute = np.geomspace(1e20, 1e21, 6)
-    fit = fit_power_law(compute, A / compute**alpha + p_star)
+    fit = fit_power_law(compute, A / compute**alpha + p_star, num_bootstrap=2)
     np.testing.assert_allclose([fit.A, fit.alpha, fit.p_star], [A, alpha, p_star], rtol=2e-3)
     assert fit.r2 > 1 - 1e-9
 
@@ -32,13 +32,13 @@ def test_band_covers_the_truth_and_widens_with_noise():
 
 
 def test_constants_that_the_points_do_not_determine_are_doubted():
-    assert fit_power_law([1, 2, 4, 8], [0.1, 0.3, 0.4, 0.45]).doubt == ""
+    assert fit_power_law([1, 2, 4, 8], [0.1, 0.3, 0.4, 0.45], num_bootstrap=2).doubt == ""
     # A jump followed by a plateau is steeper than any power law in the searched range.
-    assert "α is at the edge" in fit_power_law([1, 2, 4, 8, 16], [0.1, 0.5, 0.5, 0.5, 0.5]).doubt
+    assert "α is at the edge" in fit_power_law([1, 2, 4, 8, 16], [0.1, 0.5, 0.5, 0.5, 0.5], num_bootstrap=2).doubt
     # 1.2 - C^-0.5 is in [0, 1] at all points, but its limit is not. Points above 1 are not shares: any limit is fine.
     C = np.array([1.0, 2, 4, 8, 16])
-    assert "P* is outside [0, 1]" in fit_power_law(C, 1.2 - C**-0.5).doubt
-    assert fit_power_law(C, 2.2 - C**-0.5).doubt == ""
+    assert "P* is outside [0, 1]" in fit_power_law(C, 1.2 - C**-0.5, num_bootstrap=2).doubt
+    assert fit_power_law(C, 2.2 - C**-0.5, num_bootstrap=2).doubt == ""
 
 
 def test_noise_is_doubted():

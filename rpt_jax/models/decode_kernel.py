@@ -1,8 +1,8 @@
 """Attention of one decoding step in two GPU kernels (Pallas, Triton): to the stem, and to the row's own tokens.
 
 All rows of a trunk attend to their stem in blocks of queries. The stem's columns are split over programs, which write
-partial sums. The second kernel adds a row's own tokens to these, reads only the columns that the row has, and writes its
-new key and value into its cache, a ring: the token fed `age` steps ago is `age` columns behind the current one.
+partial sums. The second kernel adds a row's own tokens to them. It reads only the columns that the row has, and writes
+its new key and value into its cache, a ring: the token fed `age` steps ago is `age` columns behind the current one.
 """
 
 from dataclasses import dataclass
