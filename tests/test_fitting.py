@@ -43,6 +43,7 @@ def test_the_largest_value_that_fits(config, mesh, monkeypatch, section, field, 
     sizes = [max(p.peak + p.resident for p in compiled(option, mesh, TAIL)) for option in options]
     assert sizes[0] > sizes[1] > sizes[2]
     # The estimate is the first guess; the compiled programs decide.
+    monkeypatch.setattr(fitting, "_SURE", -1)
     for name in ("estimate_update", "estimate_rollout"):
         monkeypatch.setattr(fitting, name, lambda *_: 0.0)
     said = []
@@ -55,10 +56,13 @@ def test_the_largest_value_that_fits(config, mesh, monkeypatch, section, field, 
     assert fit(options[2], mesh, TAIL, 0, said.append) == options[2]
 
 
-def test_an_estimate_alone_decides_without_a_mesh(config, monkeypatch):
+def test_an_estimate_alone_decides_without_a_mesh_or_if_little_is_needed(config, mesh, monkeypatch):
     monkeypatch.setattr(fitting, "estimate_update", lambda c, _: 100 * c.mesh.microbatch_trunks)
     assert fitting.fit_microbatch(config, None, TAIL, 250 / fitting.MARGIN, print).mesh.microbatch_trunks == 2
     assert fitting.fit_microbatch(config, None, TAIL, 1, print).mesh.microbatch_trunks == 1
+    # Nothing is compiled either if the estimate is far below the memory.
+    monkeypatch.setattr(fitting, "compile_update", None)
+    assert fitting.fit_microbatch(config, mesh, TAIL, 800, print).mesh.microbatch_trunks == 4
 
 
 def test_cpus_take_two_trunks_and_all_rollouts(config, mesh):

@@ -1,7 +1,7 @@
 """Decode, update and whole steps of an accelerator, compared with its memory bandwidth and its matrix peak.
 
-python -m experiments.benchmarks.gpu [--parts steps,peaks,decode,update,numerics,repeated] [--seconds 600] [--rounds 3]
-    [--json FILE] [--dry-run]
+python -m experiments.benchmarks.gpu [--parts steps,peaks,decode,update,numerics,lora,repeated] [--seconds 600]
+    [--rounds 3] [--json FILE] [--dry-run]
 
 Each figure is printed as soon as it is measured. A part starts only if the time that is left allows for it, so that the
 script ends within --seconds. The policy is random: 1.5 B parameters (28 layers, width 1536, vocabulary 151,936, tied),
@@ -18,6 +18,8 @@ update: the same batch. Limit: 6 FLOPs per parameter and token, plus 12 per atte
     total width. Each token of a document counts once, and recomputation in the backward pass does not count.
 numerics: on 4 layers, log-probabilities of sampler and trainer in bfloat16 and float32, and the gradient in bfloat16
     against float32.
+lora: decode and update of adapters of rank 32 on Llama 3's 8 B parameters in bfloat16, the same batch. The limit of the
+    update leaves out the gradients of the weights, which nobody needs.
 repeated: decode and update with one document per row, as in an engine without trunks; the limit of the update is the
     same.
 
@@ -38,8 +40,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.common import MODEL_S, alternate, make_tasks, parser, save_results
-from rpt_jax.config import DecoderConfig, LossConfig, MeshConfig, OptimizerConfig
+from experiments.presets import PRESETS
+from rpt_jax.config import DecoderConfig, LoraConfig, LossConfig, MeshConfig, OptimizerConfig
+from rpt_jax.models import lora
 from rpt_jax.models.decoder import init_params
+from rpt_jax.models.lora import Frozen
 from rpt_jax.parallel.mesh import make_mesh, shard_batch
 from rpt_jax.rl.objective import objective_fn
 from rpt_jax.rl.optimizer import init_state, make_optimizer
@@ -104,6 +109,7 @@ class Shape:
         return make_tasks(self.documents, cuts, self.tail, self.rollouts, self.model.vocab_size)
 
 
+MODEL_8B = dataclasses.replace(PRESETS["rpt_llama3_8b"].model, activation_dtype="bfloat16")
 FULL = Shape(MODEL_1_5B, documents=4, context=2048, positions=8, tail=24, new=512, copy_bytes=2**32, matrix=8192)
 DRY = Shape(MODEL_S, documents=2, context=128, positions=2, tail=8, new=32, copy_bytes=2**26, matrix=512)
 
@@ -147,14 +153,16 @@ def decode_bytes(shape: Shape, num_params: int, *, is_repeated: bool) -> float:
     return (shape.new - 1) * (num_params * itemsize + token * (contexts + tails + own))
 
 
-def update_flops(shape: Shape) -> float:
+def update_flops(shape: Shape, *, has_adapters: bool) -> float:
     """Return the FLOPs of the batch's forward and backward passes, counting each token of a document once."""
     stem = shape.documents * (shape.context + shape.positions * shape.tail)
     tokens = stem + shape.rows * shape.new
     pairs = shape.documents * shape.context**2 / 2 + shape.documents * shape.positions * shape.tail * shape.context
     pairs += shape.rows * shape.new * (shape.context + shape.tail + shape.new / 2)
-    # The output head runs on completion tokens only, and the embedding is a lookup. Backward costs twice the forward.
-    return 3 * ModelShape(shape.model).forward_flops(tokens, shape.rows * shape.new, pairs)
+    # The output head runs on completion tokens only, and the embedding is a lookup. Gradients of activations cost as
+    # much as the forward pass, those of weights again.
+    passes = 2 if has_adapters else 3
+    return passes * ModelShape(shape.model).forward_flops(tokens, shape.rows * shape.new, pairs)
 
 
 def microbatches(tasks: TaskBatch, rollouts: Rollouts, size: int) -> list[Rows]:
@@ -181,12 +189,13 @@ class Bench:
     Attributes:
         shape: sizes.
         rounds: repetitions of each timing.
+        rank: of adapters; 0: all parameters are trained.
         figures: {part: figures} measured so far.
     """
 
-    def __init__(self, shape: Shape, rounds: int):
-        self.shape, self.rounds, self.figures = shape, rounds, {}
-        self._optimizer, self._state = make_optimizer(OptimizerConfig(), 100), None
+    def __init__(self, shape: Shape, rounds: int, rank: int = 0):
+        self.shape, self.rounds, self.rank, self.figures = shape, rounds, rank, {}
+        self._optimizer, self._state, self._frozen = make_optimizer(OptimizerConfig(), 100), None, None
 
     @cached_property
     def _mesh(self):
@@ -195,9 +204,19 @@ class Bench:
     def _make_state(self) -> TrainState:
         """Return the policy's state, made at the first call."""
         if self._state is None:
-            params = init_params(self.shape.model, self._mesh, jax.random.key(0))
+            model, key = self.shape.model, jax.random.key(0)
+            params = init_params(model, self._mesh, key)
+            if self.rank:
+                base = jax.tree.map(lambda p: p.astype(model.activation_dtype), params)
+                self._frozen = Frozen(params=base, scale=np.float32(1.0))
+                params = lora.init_adapters(model, LoraConfig(rank=self.rank), self._mesh, key)
             self._state = init_state(params, self._optimizer, self._mesh)
         return self._state
+
+    def _policy(self):
+        """Return the policy's parameters."""
+        state = self._make_state()
+        return lora.join(self._frozen, state.params)
 
     def _sample(self, model: DecoderConfig, params, tasks: TaskBatch, new: int) -> Rollouts:
         no_stop = model.vocab_size - 1
@@ -242,7 +261,7 @@ class Bench:
     def decode(self, tasks: TaskBatch | None = None, *, is_repeated: bool = False) -> dict:
         """Time sampling."""
         shape, tasks = self.shape, shard_batch(self._mesh, tasks or self.shape.tasks())
-        calls = {n: partial(self._sample, shape.model, self._make_state().params, tasks, n) for n in (shape.new, 1)}
+        calls = {n: partial(self._sample, shape.model, self._policy(), tasks, n) for n in (shape.new, 1)}
         timings = alternate(calls, self.rounds)
         seconds = timings[shape.new]["median"] - timings[1]["median"]
         limit = decode_bytes(shape, ModelShape(shape.model).stored, is_repeated=is_repeated)
@@ -270,13 +289,22 @@ class Bench:
         batches, loss_fn = microbatches(tasks, rollouts, size), objective_fn(shape.model, LossConfig())
 
         def learn():
-            self._state, _ = update(self._make_state(), batches, loss_fn=loss_fn, optimizer=self._optimizer)
+            state = self._make_state()
+            self._state, _ = update(state, batches, loss_fn=loss_fn, optimizer=self._optimizer, frozen=self._frozen)
             return self._state
 
         timing = alternate({"update": learn}, self.rounds)["update"]
         seconds = timing["median"]
-        limit = update_flops(shape) / self.figures["peaks"]["flops_per_second"]
+        limit = update_flops(shape, has_adapters=self.rank > 0) / self.figures["peaks"]["flops_per_second"]
         return {"seconds": seconds, "share_of_limit": limit / seconds, "samples": timing["samples"]}
+
+    def lora(self) -> dict:
+        """Time adapters on a larger policy."""
+        self._state = None  # makes room
+        shape = self.shape if self.shape is DRY else dataclasses.replace(self.shape, model=MODEL_8B)
+        other = Bench(shape, self.rounds, rank=32)
+        other.figures["peaks"] = self.figures["peaks"]
+        return {"decode": other.decode(), "update": other.update()}
 
     def repeated(self) -> dict:
         """Time decode and update with one document per row."""
@@ -307,7 +335,7 @@ class Bench:
 
 # Part -> seconds that it takes at most, with compiling. The steps come first: their processes need the whole memory,
 # which this one takes with its first array.
-PARTS = {"steps": 150, "peaks": 15, "decode": 60, "update": 70, "numerics": 100, "repeated": 150}
+PARTS = {"steps": 150, "peaks": 15, "decode": 60, "update": 70, "numerics": 100, "lora": 160, "repeated": 150}
 
 
 def main() -> None:

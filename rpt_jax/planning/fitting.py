@@ -14,14 +14,16 @@ from rpt_jax.planning.programs import Program, compile_rollout, compile_update
 
 # Most trunks per pass on a CPU, whose memory has no fixed limit: more do not make it faster.
 _ON_CPU = 2
+# An estimate of at most this share of the memory needs no compiled program to confirm it.
+_SURE = 0.5
 Note = Callable[[str], None]
 
 
 def fit_microbatch(config: Config, mesh: Mesh | None, num_tail: int, memory: float | None, note: Note) -> Config:
     """Return the config with `mesh.microbatch_trunks` chosen, if it is -1: on CPUs two, else as many as fit.
 
-    The largest value that an estimate allows is compiled; while the compiled programs need more, the next smaller one
-    is.
+    The largest value that an estimate allows is compiled, unless it needs little. While the compiled programs need more
+    than there is, the next smaller value is compiled.
 
     Args:
         config: with everything else resolved.
@@ -91,8 +93,9 @@ def _first_that_fits(
         return options[0], "the default of CPUs"
     gib = 2**30
     likely = [option for option in options if estimate(option, num_tail) <= MARGIN * memory] or options[-1:]
-    if mesh is None:
-        return likely[0], "by an estimate"
+    about = estimate(likely[0], num_tail)
+    if mesh is None or about <= _SURE * memory:
+        return likely[0], f"needs about {about / gib:.1f} of {memory / gib:.1f} GiB, by an estimate"
     for option in likely:
         needed = 0
         for program in compiled(option, mesh, num_tail):
