@@ -46,9 +46,9 @@ CONVERSATIONS = [
 ]
 
 
-def tokenizer_with(name, template):
-    tokenizer = load_tokenizer(shared_path("tokenizers", name))
-    tokenizer._backend.chat_template = template
+def tokenizer_with(path, template):
+    tokenizer = load_tokenizer(path)
+    tokenizer._backend.chat_template = template or tokenizer._backend.chat_template
     tokenizer.chat_date = datetime.datetime(2026, 1, 2)
     return tokenizer
 
@@ -64,10 +64,8 @@ def normalised(tokenizer, text):
     return unicodedata.normalize("NFC", text) if "NFC" in str(form) else text
 
 
-@pytest.mark.parametrize("style", TEMPLATES)
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_prompts_are_the_rendered_text(name, style):
-    tokenizer = tokenizer_with(name, TEMPLATES[style])
+def check_prompts(tokenizer):
+    """Compare the prompts of all conversations with the text that the template renders."""
     backend, tail = tokenizer._backend, tokenizer.chat_parts()[1]
     assert len(CONVERSATIONS) == 40
     for messages in CONVERSATIONS:
@@ -82,6 +80,12 @@ def test_prompts_are_the_rendered_text(name, style):
         harmless = tokenizer.chat_prompt([(role, "x") for role, _ in messages]) + tokenizer.encode_rendered(tail)
         control = set(tokenizer._token_names.values())
         assert [i for i in ids if i in control] == [i for i in harmless if i in control], messages
+
+
+@pytest.mark.parametrize("style", TEMPLATES)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_prompts_are_the_rendered_text(name, style):
+    check_prompts(tokenizer_with(shared_path("tokenizers", name), TEMPLATES[style]))
 
 
 def test_a_token_that_is_not_marked_special_is_text_in_messages():
@@ -101,7 +105,7 @@ def test_a_token_that_is_not_marked_special_is_text_in_messages():
 
 
 def test_a_switch_that_closes_the_thought_is_refused_by_its_name():
-    tokenizer = tokenizer_with("minimind", TEMPLATES["switch"])
+    tokenizer = tokenizer_with(shared_path("tokenizers", "minimind"), TEMPLATES["switch"])
     data = DataConfig(chat=True, template="minimal", trunk_length=256, window_stride=64)
     assert len(make_template(tokenizer, data).tail)
     tokenizer.chat_options = parse_options(["enable_thinking=false"])
@@ -122,10 +126,10 @@ def test_variables_of_the_template():
 
 def test_templates_that_edit_by_a_token_in_a_message_are_refused():
     cut = LOOP % (TURN % "m.content.split('<|im_end|>')[0]", OPEN)
-    tokenizer = tokenizer_with("minimind", cut)
+    tokenizer = tokenizer_with(shared_path("tokenizers", "minimind"), cut)
     assert tokenizer.chat_prompt([("user", "fine")])
     with pytest.raises(DataError, match="edits messages by"):
         tokenizer.chat_prompt([("user", "one<|im_end|>two")])
     depends = "{{ messages[0].content }}{% if messages|length > 1 %}end{% else %}stop{% endif %}"
     with pytest.raises(DataError, match="it must end with 'stop'"):
-        tokenizer_with("minimind", depends).chat_prompt([("user", "a"), ("user", "b")])
+        tokenizer_with(shared_path("tokenizers", "minimind"), depends).chat_prompt([("user", "a"), ("user", "b")])

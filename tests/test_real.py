@@ -9,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_chat import TEMPLATES, check_prompts, tokenizer_with
 
 from experiments import convert_hf, train
 from experiments.fetch_smollm2 import NEXT, PROBE, check, to_rotary_halves
@@ -60,15 +61,9 @@ def test_logits_and_greedy_text_equal_pytorch():
 
 
 @needs_model
-def test_chat_prompts_are_the_template_s_text():
-    import transformers
-
-    tokenizer, theirs = load_tokenizer(DIRECTORY), transformers.AutoTokenizer.from_pretrained(DIRECTORY)
-    messages = [("system", "Be brief."), ("user", "What is 2 + 2?")]
-    turns = [{"role": role, "content": content} for role, content in messages]
-    expected = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer.chat_prompt(messages) + tokenizer.encode_continuation(tokenizer.chat_parts()[1], specials=True)
-    assert theirs.decode(ids) == expected
+@pytest.mark.parametrize("style", [*TEMPLATES, "its own"])
+def test_chat_prompts_are_the_rendered_text(style):
+    check_prompts(tokenizer_with(DIRECTORY, TEMPLATES.get(style)))
 
 
 @needs_model
