@@ -43,7 +43,7 @@ def test_logits_and_greedy_text_equal_pytorch():
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(DIRECTORY)
-    model = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float64)
     config, params = load_hf(DIRECTORY, make_mesh(MeshConfig()), dtype="float32")
     texts = (PROBE, "def add(a, b):\n    return", "1 + 1 = 2, 12 + 30 = 42, naïve 数学 🙂")
     for text in texts:
@@ -51,7 +51,9 @@ def test_logits_and_greedy_text_equal_pytorch():
         assert ids == load_tokenizer(DIRECTORY).encode(text)
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits.numpy()
-        np.testing.assert_allclose(logits(config, params, jnp.asarray([ids])), expected, atol=1e-4)
+        # PyTorch's own float32 differs from its float64 by up to 7e-5. XLA's CPU products sum in longer chains: 4e-5
+        # without its YNN kernels, 1.8e-4 with them.
+        np.testing.assert_allclose(logits(config, params, jnp.asarray([ids])), expected, atol=2e-4)
     ids = tokenizer(PROBE, return_tensors="pt", add_special_tokens=False)["input_ids"]
     continued = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0].tolist()
     own = ids[0].tolist()
