@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     config = fit_mesh(config, len(devices))
 
     def make(config: Config, topology: str) -> Plan:
-        return make_plan(config, topology, args.tail_tokens, lambda name: console.print(f"compiling: {name}"))
+        return make_plan(config, topology, args.tail_tokens, console.print)
 
     plan = make(config, args.topology)
     result = {"preset": rest, "mesh": vars(config.mesh)} | plan.to_json()
@@ -98,6 +98,7 @@ def describe(plan: Plan, config: Config) -> str:
     lines = [
         f"{plan.topology}: {mesh.num_devices} chips of {chip.memory / gib:.0f} GiB, mesh data {mesh.data} x "
         f"fsdp {mesh.fsdp} x tensor {mesh.tensor}; {plan.parameters / 1e9:.2f} G parameters",
+        ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in plan.sizes.items()),
         f"{'FITS' if plan.fits else 'DOES NOT FIT'}: peak {room / gib:.1f} of {chip.memory / gib:.0f} GiB",
         "",
         "memory per chip                       GiB",

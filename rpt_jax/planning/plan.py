@@ -34,6 +34,8 @@ class Plan:
     """Published rates of its chips."""
     parameters: int
     """Number of the model's parameters."""
+    sizes: dict[str, int]
+    """Trunks per pass of the update, and slots per trunk."""
     memory: dict[str, int]
     """Bytes of parameters, optimizer state and caches, and for each program its peak plus everything else on the
     chip."""
@@ -63,7 +65,7 @@ def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str]
         config: with a mesh that fits the topology.
         topology: such as v5p:4x4x4.
         num_tail: tokens of the prompt after the text.
-        note: called with the choices of `fitting.py`, and with the name of each program before it is compiled.
+        note: called with each choice of `fitting.py`, and with each program before it is compiled.
     Raises:
         ConfigError: see `describe_topology` and `make_mesh`; or an evaluation would need more than a step.
     """
@@ -75,7 +77,7 @@ def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str]
         config = fit(config, None, num_tail, (1 - _RESERVED) * chip.memory, note)
     _check_evaluation(config)
     mesh = make_mesh(config.mesh, devices)
-    programs = list(compile_programs(config, mesh, num_tail, note))
+    programs = list(compile_programs(config, mesh, num_tail, lambda name: note(f"compiling: {name}")))
     state, frozen = abstract_state(config, mesh)
     caches = jax.eval_shape(partial(decoding.empty_cache, config.model, *_cache_shape(config)))
     shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["tensor"]
@@ -102,6 +104,11 @@ def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str]
         topology=topology,
         chip=chip,
         parameters=sum(x.size for x in jax.tree.leaves(state.params if frozen is None else frozen.params)),
+        sizes={
+            "microbatch_trunks": config.mesh.microbatch_trunks
+            or config.rollout.num_trunks // config.loss.num_minibatches,
+            "slots_per_trunk": _cache_shape(config)[1],
+        },
         memory=memory,
         fits=fits,
         programs=programs,
