@@ -13,6 +13,7 @@ from experiments.zero_shot import table
 from rpt_jax.models.lora import join
 from rpt_jax.train.evaluation import Evaluations
 from rpt_jax.train.run import newest_state, prepare
+from rpt_jax.train.sizes import fitted
 from rpt_jax.train.stages.warm_start import warm_start
 
 METRICS = (
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run directory with an RL checkpoint")
     args, flags = parser.parse_known_args(argv)
-    run = prepare(load_run(args.run, flags), read_only=True)
+    run = fitted(prepare(load_run(args.run, flags), read_only=True))
     start = warm_start(run)
     state, frozen, step = newest_state(run, start)
     evaluations = Evaluations(run=run, source=run.domain.heldout(run, start), start=start)

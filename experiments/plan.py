@@ -24,7 +24,7 @@ from experiments.cli import parse_config, run_script
 from rpt_jax.config import Config
 from rpt_jax.errors import ConfigError
 from rpt_jax.planning.estimate import nearest_settings
-from rpt_jax.planning.plan import Plan, make_plan
+from rpt_jax.planning.plan import Plan, make_plan, on_chip
 from rpt_jax.planning.topologies import describe_topology, fit_mesh, larger_topologies
 from rpt_jax.train.policies import shape_of, with_shape
 from rpt_jax.train.progress import console
@@ -46,7 +46,8 @@ def main(argv: list[str]) -> None:
     chip, devices = describe_topology(args.topology)
     if config.policy.path:
         config = replace(config, model=with_shape(config.model, shape_of(config.policy.path)))
-    config = fit_mesh(config, len(devices))
+        config.validate()
+    config = on_chip(fit_mesh(config, len(devices)), chip, args.tail_tokens, console.print)
 
     def make(config: Config, topology: str) -> Plan:
         return make_plan(config, topology, args.tail_tokens, console.print)

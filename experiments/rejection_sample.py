@@ -19,6 +19,7 @@ from rpt_jax.train.progress import progress_bar
 from rpt_jax.train.recorder import completion_columns
 from rpt_jax.train.rejection import accepted_rows, write_examples
 from rpt_jax.train.run import newest_state, prepare
+from rpt_jax.train.sizes import fitted
 from rpt_jax.train.stages.rl import NAME, make_trainer
 from rpt_jax.train.stages.warm_start import warm_start
 
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     if dry_run:
         print(describe(config))
         return
-    run = prepare(config)
+    run = fitted(prepare(config))
     params = warm_start(run)
     tasks = run.domain.training_tasks(run, params)
     trainer, state = make_trainer(run, params, tasks)

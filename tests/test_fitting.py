@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from rpt_jax.config import Config, DataConfig, MeshConfig, RolloutConfig
+from rpt_jax.config import Config, DataConfig, DecoderConfig, EvalConfig, LossConfig, MeshConfig, RolloutConfig
 from rpt_jax.errors import ConfigError
+from rpt_jax.models import attention
 from rpt_jax.parallel.programs import needs_memory
 from rpt_jax.planning import fitting, programs
+from rpt_jax.planning.topologies import fit_mesh
+from rpt_jax.train import sizes
 
 TAIL = 3
 
@@ -19,58 +23,109 @@ def config(tiny_config):
     return Config(
         data=DataConfig(trunk_length=64),
         model=dataclasses.replace(tiny_config, num_layers=1),
-        rollout=RolloutConfig(
-            num_trunks=4, prompts_per_trunk=1, group_size=4, max_completion_tokens=64, slots_per_trunk=-1
-        ),
-        mesh=MeshConfig(microbatch_trunks=-1),
+        rollout=RolloutConfig(num_trunks=4, prompts_per_trunk=1, group_size=4, max_completion_tokens=64),
+        eval=EvalConfig(batch_trunks=4),
     )
 
 
-@pytest.mark.parametrize(
-    "section, field, fit, phase",
-    [
-        ("mesh", "microbatch_trunks", fitting.fit_microbatch, "compile_update"),
-        ("rollout", "slots_per_trunk", fitting.fit_slots, "compile_rollout"),
-    ],
-)
-def test_the_largest_value_that_fits(config, mesh, monkeypatch, section, field, fit, phase):
-    def with_value(n: int) -> Config:
-        return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: n})})
+def changed(config, section, **values):
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
-    compiled = functools.cache(lambda *args: list(getattr(programs, phase)(*args)))
-    monkeypatch.setattr(fitting, phase, compiled)
-    options = [with_value(n) for n in (4, 2, 1)]
-    sizes = [max(p.peak + p.resident for p in compiled(option, mesh, TAIL)) for option in options]
-    assert sizes[0] > sizes[1] > sizes[2]
+
+@pytest.mark.parametrize(
+    "section, field, phase",
+    [("mesh", "microbatch_trunks", "compile_update"), ("rollout", "slots_per_trunk", "compile_rollout")],
+)
+def test_the_largest_value_that_fits(config, mesh, monkeypatch, section, field, phase):
+    compiled = functools.cache(lambda option, mesh, tail, *_: list(getattr(programs, phase)(option, mesh, tail)))
+    options = [changed(config, section, **{field: n}) for n in (4, 2, 1)]
+    needed = [max(p.peak + p.resident for p in compiled(option, mesh, TAIL)) for option in options]
+    assert needed[0] > needed[1] > needed[2]
     # The estimate is the first guess; the compiled programs decide.
+    monkeypatch.setattr(fitting, phase, compiled)
     monkeypatch.setattr(fitting, "_SURE", -1)
     for name in ("estimate_update", "estimate_rollout"):
         monkeypatch.setattr(fitting, name, lambda *_: 0.0)
-    said = []
-    for memory, expected in zip((sizes[0], sizes[0] - 1, sizes[1] - 1), options, strict=True):
-        assert fit(config, mesh, TAIL, memory, said.append) == expected
-    assert f"{section}.{field} is 2: needs" in said[1]
-    with pytest.raises(ConfigError, match=r"the smallest passes need .*--mesh.fsdp"):
-        fit(config, mesh, TAIL, sizes[2] - 1, said.append)
+    said, left_open = [], changed(config, section, **{field: -1})
+
+    def fit(start, memory):
+        return fitting.fit_sizes(start, mesh, TAIL, memory / fitting._FULL, said.append)
+
+    for memory, expected in zip((needed[0] + 1, needed[0] - 1, needed[1] - 1), options, strict=True):
+        assert fit(left_open, memory) == expected
+    assert f"{section}.{field} is 2: it needs 0.0 of 0.0 GiB" in said
+    with pytest.raises(ConfigError, match=rf"{field}=1, the smallest, needs .*--mesh.fsdp"):
+        fit(left_open, needed[2] - 1)
     # A value that is set stays.
-    assert fit(options[2], mesh, TAIL, 0, said.append) == options[2]
+    assert fit(options[2], 0) == options[2]
 
 
 def test_an_estimate_alone_decides_without_a_mesh_or_if_little_is_needed(config, mesh, monkeypatch):
+    config = changed(config, "mesh", microbatch_trunks=-1)
     monkeypatch.setattr(fitting, "estimate_update", lambda c, _: 100 * c.mesh.microbatch_trunks)
-    assert fitting.fit_microbatch(config, None, TAIL, 250 / fitting.MARGIN, print).mesh.microbatch_trunks == 2
-    assert fitting.fit_microbatch(config, None, TAIL, 1, print).mesh.microbatch_trunks == 1
-    # Nothing is compiled either if the estimate is far below the memory.
     monkeypatch.setattr(fitting, "compile_update", None)
-    assert fitting.fit_microbatch(config, mesh, TAIL, 800, print).mesh.microbatch_trunks == 4
+
+    def fit(mesh, memory):
+        return fitting.fit_sizes(config, mesh, TAIL, memory, print).mesh.microbatch_trunks
+
+    assert fit(None, 250 / fitting.MARGIN) == 2 and fit(None, 1) == 1 and fit(mesh, 800) == 4
 
 
-def test_cpus_take_two_trunks_and_all_rollouts(config, mesh):
-    assert fitting.device_memory(mesh) is None
-    chosen = fitting.fit_slots(fitting.fit_microbatch(config, mesh, TAIL, None, print), mesh, TAIL, None, print)
-    assert chosen.mesh.microbatch_trunks == 2 and chosen.rollout.slots_per_trunk == 4
-    sharded = dataclasses.replace(config, mesh=MeshConfig(data=4, microbatch_trunks=-1))
-    assert fitting.fit_microbatch(sharded, mesh, TAIL, None, print).mesh.microbatch_trunks == 4
+def test_an_evaluation_of_more_trunks_counts(config, monkeypatch):
+    config = changed(changed(config, "rollout", slots_per_trunk=-1), "eval", batch_trunks=16)
+    monkeypatch.setattr(fitting, "estimate_rollout", lambda c, _: c.rollout.num_trunks * c.rollout.slots_per_trunk)
+    chosen = fitting.fit_sizes(config, None, TAIL, 32 / fitting.MARGIN, print)
+    assert chosen.rollout.slots_per_trunk == 2 and chosen.rollout.num_trunks == 4
+
+
+@pytest.mark.parametrize(
+    "trunks, minibatches, shards, expected",
+    [(16, 1, 1, 2), (3, 1, 1, 1), (16, 2, 1, 2), (16, 1, 4, 4), (12, 1, 2, 2)],
+)
+def test_sizes_that_nobody_has_chosen_yet(trunks, minibatches, shards, expected):
+    config = Config(
+        rollout=RolloutConfig(num_trunks=trunks, slots_per_trunk=-1),
+        loss=LossConfig(num_minibatches=minibatches),
+        mesh=MeshConfig(data=shards, microbatch_trunks=-1),
+    )
+    assert config.microbatch_trunks == expected and config.rollout.sampling["slots_per_trunk"] == 0
+    if shards == 1 and trunks % 2 == 0:
+        assert fit_mesh(config, 2).mesh.microbatch_trunks == -1
+
+
+def test_a_run_keeps_its_sizes_until_they_may_not_fit(config, mesh, tmp_path, monkeypatch):
+    config = changed(changed(config, "mesh", microbatch_trunks=-1), "rollout", slots_per_trunk=-1)
+    template = SimpleNamespace(tail=[0] * TAIL)
+    run = SimpleNamespace(config=config, mesh=mesh, template=template, directory=SimpleNamespace(path=tmp_path))
+    monkeypatch.setattr(
+        sizes, "replace", lambda r, **c: SimpleNamespace(**vars(r) | c) if r is run else dataclasses.replace(r, **c)
+    )
+    assert sizes.device_memory(mesh) is None and sizes.fitted(run) is run  # a CPU
+    gib = 2**30
+    monkeypatch.setattr(sizes, "device_memory", lambda _: 1.0 * gib)
+    first = sizes.fitted(run).config
+    assert first.mesh.microbatch_trunks == 4 and first.rollout.slots_per_trunk == 4
+    # More memory changes nothing; less memory, or another batch, does.
+    monkeypatch.setattr(
+        sizes,
+        "fit_sizes",
+        lambda *_: changed(changed(config, "mesh", microbatch_trunks=1), "rollout", slots_per_trunk=1),
+    )
+    monkeypatch.setattr(sizes, "device_memory", lambda _: 2.0 * gib)
+    assert sizes.fitted(run).config == first
+    monkeypatch.setattr(sizes, "device_memory", lambda _: 0.5 * gib)
+    assert sizes.fitted(run).config.mesh.microbatch_trunks == 1
+
+
+def test_old_gpus_take_float32(monkeypatch):
+    left_open = DecoderConfig(activation_dtype="")
+    assert attention.default_dtype(left_open) == "float32"  # a CPU
+    for platform in ("gpu", "tpu"):
+        assert attention.default_dtype(dataclasses.replace(left_open, platform=platform)) == "bfloat16"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for capability, expected in (("7.5", "float32"), ("8.0", "bfloat16"), ("12.0", "bfloat16")):
+        monkeypatch.setattr(jax, "devices", lambda c=capability: [SimpleNamespace(compute_capability=c)])
+        assert attention.default_dtype(left_open) == expected
 
 
 def test_the_settings_to_lower_are_named_if_memory_runs_out():

@@ -160,9 +160,10 @@ def update_flops(shape: Shape, *, has_adapters: bool) -> float:
     pairs = shape.documents * shape.context**2 / 2 + shape.documents * shape.positions * shape.tail * shape.context
     pairs += shape.rows * shape.new * (shape.context + shape.tail + shape.new / 2)
     # The output head runs on completion tokens only, and the embedding is a lookup. Gradients of activations cost as
-    # much as the forward pass, those of weights again.
-    passes = 2 if has_adapters else 3
-    return passes * ModelShape(shape.model).forward_flops(tokens, shape.rows * shape.new, pairs)
+    # much as the forward pass, those of weights again. Attention has no weights, but two factors with gradients.
+    model = ModelShape(shape.model)
+    products = model.forward_flops(tokens, shape.rows * shape.new, 0)
+    return (2 if has_adapters else 3) * products + 3 * model.attention_flops(pairs)
 
 
 def microbatches(tasks: TaskBatch, rollouts: Rollouts, size: int) -> list[Rows]:

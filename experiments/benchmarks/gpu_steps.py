@@ -17,6 +17,7 @@ import numpy as np
 from experiments.presets import PRESETS
 from rpt_jax.config import Config, DecoderConfig
 from rpt_jax.train.run import prepare
+from rpt_jax.train.sizes import fitted
 from rpt_jax.train.stages.rl import run_rl
 
 # SmolLM2-135M's shape.
@@ -81,7 +82,7 @@ def main() -> None:
     command.add_argument("--dry-run", action="store_true")
     args = command.parse_args()
     clock = Clock()
-    run = prepare(make_config(args.directory, args.name, is_dry=args.dry_run))
+    run = fitted(prepare(make_config(args.directory, args.name, is_dry=args.dry_run)))
     params = run.start_params()
     tasks = run.domain.training_tasks(run, params)
     run_rl(run, params, tasks, clock)

@@ -275,8 +275,9 @@ class RolloutConfig:
     @property
     def sampling(self) -> dict:
         """Return the keyword arguments of `rollout.engine.generate`."""
-        names = ("max_completion_tokens", "temperature", "top_p", "top_k", "stop_ids", "slots_per_trunk")
-        return {name: getattr(self, name) for name in names}
+        names = ("max_completion_tokens", "temperature", "top_p", "top_k", "stop_ids")
+        # Until -1 is resolved, all rollouts run at once.
+        return {name: getattr(self, name) for name in names} | {"slots_per_trunk": max(0, self.slots_per_trunk)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,6 +430,14 @@ class Config:
     def num_updates(self) -> int:
         """Return the number of optimizer steps of RPT."""
         return self.run.num_steps * self.loss.num_minibatches
+
+    @property
+    def microbatch_trunks(self) -> int:
+        """Return the trunks per forward-backward pass. Until -1 is resolved, these are two, or one per shard."""
+        minibatch, shards = self.rollout.num_trunks // self.loss.num_minibatches, self.mesh.trunk_shards
+        if self.mesh.microbatch_trunks >= 0:
+            return self.mesh.microbatch_trunks or minibatch
+        return max(n for n in range(shards, minibatch + 1, shards) if minibatch % n == 0 and n <= max(2, shards))
 
     def validate(self) -> None:
         """Check everything that can be checked without data or devices.

@@ -80,6 +80,14 @@ def kernels_of(config: DecoderConfig) -> Kernels:
     return KERNELS[config.platform or jax.default_backend()]
 
 
+def default_dtype(config: DecoderConfig) -> str:
+    """Return the dtype of activations: the config's, else the platform's. GPUs before the A100 have no bfloat16."""
+    if config.activation_dtype:
+        return config.activation_dtype
+    is_old = not config.platform and jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < 8
+    return "float32" if is_old else kernels_of(config).default_dtype
+
+
 @record
 class Visibility:
     """The part of its stem and lane that each branch token attends to."""

@@ -114,9 +114,7 @@ def needs_memory(what: str, settings: str) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ConfigError(
-            f"{what} ran out of the device's memory ({str(error).splitlines()[0]:.200}). Lower {settings}; a run "
-            "resumes from its newest checkpoint with other values of --rollout.slots-per-trunk and "
-            "--mesh.microbatch-trunks."
+            f"{what} ran out of the device's memory ({str(error).splitlines()[0]:.200}). Lower {settings}."
         ) from error
 
 

@@ -66,7 +66,7 @@ def count_work(config: Config, num_tail: int) -> list[Work]:
         + (rows * columns + waves * C * stems / mesh.trunk_shards) * kv / mesh.tensor,
         least_traffic=reduced(completions, 2),
     )
-    micro = U / (config.mesh.microbatch_trunks or U // config.loss.num_minibatches)
+    micro = U / config.microbatch_trunks
     # FLOPs per token of one layer's products: 2 per parameter forward, and 4 backward, or 2 if weights have no
     # gradients. With remat, the backward pass recomputes all but a layer's last product.
     products = (2 + (2 if config.lora.rank else 4)) * layer + (2 * (layer - D * m.mlp_width) if m.remat else 0)

@@ -38,7 +38,7 @@ def estimate_update(config: Config, num_tail: int) -> float:
     t, D = mesh.tensor, m.width
     R = r.prompts_per_trunk * r.group_size
     per_token = (4 * D + (6 * m.mlp_width + 8 * Shape(m).heads_width) / t) * size
-    trunks = (mesh.microbatch_trunks or r.num_trunks // config.loss.num_minibatches) / mesh.trunk_shards
+    trunks = config.microbatch_trunks / mesh.trunk_shards
     tokens = trunks * (_stem(config, num_tail) + R * r.max_completion_tokens)
     kept = m.num_layers * D / t * size if m.remat else m.num_layers * per_token
     head = 2 * 4 * m.vocab_size * D / t  # its gradient, unsharded over data x fsdp

@@ -9,7 +9,7 @@ _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\((.*)")
 # Instructions that start no kernel: they name, group or wait for the results of others.
 _FREE = {
     "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "opt-barrier", "add-dependency",
+    "partition-id", "replica-id", "opt-barrier", "add-dependency", "async-start",
 }  # fmt: skip
 # Instructions whose called computations run as part of them.
 _CONTROL = {"while", "conditional", "call", "async-start"}

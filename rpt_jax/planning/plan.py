@@ -13,15 +13,16 @@ import jax
 from rpt_jax.config import Config
 from rpt_jax.errors import ConfigError
 from rpt_jax.models import decoding
-from rpt_jax.models.attention import kernels_of
+from rpt_jax.models.attention import default_dtype
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.planning.arithmetic import count_work
-from rpt_jax.planning.fitting import fit_microbatch, fit_slots
+from rpt_jax.planning.fitting import fit_sizes
 from rpt_jax.planning.programs import Program, abstract_state, bytes_per_chip, compile_programs
 from rpt_jax.planning.topologies import Chip, describe_topology
 
-# Share of a chip's memory that is left to the runtime.
-_RESERVED = 0.03
+# Share of a chip's memory that programs may use. JAX takes three quarters of a GPU's, unless XLA_CLIENT_MEM_FRACTION is
+# set.
+_AVAILABLE = {"tpu": 0.97, "gpu": 0.75}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,8 @@ class Plan:
     """Bytes of parameters, optimizer state and caches, and for each program its peak plus everything else on the
     chip."""
     fits: bool
-    """Every program compiled, and fits next to everything else with 3% of the memory to spare."""
+    """Every program compiled, and fits next to everything else into the memory that JAX may use: 97% on TPUs, 75% on
+    GPUs."""
     programs: list[Program]
     """The compiled programs, in the order of a step."""
     phases: list[dict]
@@ -70,11 +72,7 @@ def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str]
         ConfigError: see `describe_topology` and `make_mesh`; or an evaluation would need more than a step.
     """
     chip, devices = describe_topology(topology)
-    model = replace(config.model, platform=chip.platform)
-    dtype = model.activation_dtype or kernels_of(model).default_dtype
-    config = replace(config, model=replace(model, activation_dtype=dtype))
-    for fit in (fit_microbatch, fit_slots):
-        config = fit(config, None, num_tail, (1 - _RESERVED) * chip.memory, note)
+    config = on_chip(config, chip, num_tail, note)
     _check_evaluation(config)
     mesh = make_mesh(config.mesh, devices)
     programs = list(compile_programs(config, mesh, num_tail, lambda name: note(f"compiling: {name}")))
@@ -88,7 +86,7 @@ def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str]
     }
     memory |= {f"in {p.name}": p.peak + p.resident for p in programs}
     complete = len(programs) == sum(map(len, _PHASES.values()))
-    fits = complete and all(p.fits and p.peak + p.resident <= (1 - _RESERVED) * chip.memory for p in programs)
+    fits = complete and all(p.fits and p.peak + p.resident <= _AVAILABLE[chip.platform] * chip.memory for p in programs)
     phases = []
     for work in count_work(config, num_tail):
         runs = [p for p in programs if p.name in _PHASES[work.name]]
@@ -105,8 +103,7 @@ def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str]
         chip=chip,
         parameters=sum(x.size for x in jax.tree.leaves(state.params if frozen is None else frozen.params)),
         sizes={
-            "microbatch_trunks": config.mesh.microbatch_trunks
-            or config.rollout.num_trunks // config.loss.num_minibatches,
+            "microbatch_trunks": config.microbatch_trunks,
             "slots_per_trunk": _cache_shape(config)[1],
         },
         memory=memory,
@@ -115,6 +112,26 @@ def make_plan(config: Config, topology: str, num_tail: int, note: Callable[[str]
         phases=phases,
         seconds=sum(max(p["seconds"].values()) for p in phases),
     )
+
+
+def on_chip(config: Config, chip: Chip, num_tail: int, note: Callable[[str], None]) -> Config:
+    """Return the config with the platform, dtype and sizes that a run on this chip takes.
+
+    Args:
+        config: with a mesh that fits the topology.
+        chip: of the topology.
+        num_tail: tokens of the prompt after the text.
+        note: called with each choice of `fitting.py`.
+    Raises:
+        ConfigError: the model has no vocabulary, because nothing names its shape.
+    """
+    if not config.model.vocab_size:
+        raise ConfigError(
+            "model.vocab_size=0; a plan needs the model's shape. Set --policy.path, or --model.vocab-size."
+        )
+    model = replace(config.model, platform=chip.platform)
+    config = replace(config, model=replace(model, activation_dtype=default_dtype(model)))
+    return fit_sizes(config, None, num_tail, _AVAILABLE[chip.platform] * chip.memory, note)
 
 
 def _check_evaluation(config: Config) -> None:

@@ -156,7 +156,9 @@ def fit_mesh(config: Config, num_chips: int) -> Config:
             f"{num_chips} chips are not a multiple of mesh.data={mesh.data} times mesh.tensor={mesh.tensor}; they "
             "must be, because mesh.fsdp takes the rest. Change --mesh.data or --mesh.tensor."
         )
-    microbatch = max(mesh.microbatch_trunks, fitted.trunk_shards) if mesh.microbatch_trunks else 0
+    microbatch = mesh.microbatch_trunks
+    if microbatch > 0:
+        microbatch = max(microbatch, fitted.trunk_shards)
     config = replace(config, mesh=replace(fitted, microbatch_trunks=microbatch))
     config.validate()
     return config

@@ -32,7 +32,7 @@ def microbatch_shape(config: Config, tasks: TaskBatch, num_lanes: int = 0) -> Ro
         tasks: from `tasks_shape`.
         num_lanes: lanes of each trunk; 0: one for each rollout, as if every one is trained on and has full length.
     """
-    U = config.mesh.microbatch_trunks or config.rollout.num_trunks // config.loss.num_minibatches
+    U = config.microbatch_trunks
     R = num_lanes or config.rollout.prompts_per_trunk * config.rollout.group_size
     C = config.rollout.max_completion_tokens
     prompts = jax.tree.map(lambda x: jax.ShapeDtypeStruct((U, *x.shape[1:]), x.dtype), tasks.prompts)

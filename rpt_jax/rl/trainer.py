@@ -57,7 +57,7 @@ class Trainer:
         companions = {name: join(self.frozen, tree) for name, tree in state.companions.items()}
         return {CURRENT: self.policy(state), START: self.start} | companions
 
-    @needs_memory("a rollout", "--rollout.slots-per-trunk (sampling) or --mesh.microbatch-trunks (scoring)")
+    @needs_memory("a rollout", "--rollout.slots-per-trunk or --mesh.microbatch-trunks; the run resumes with them")
     def roll_out(self, policies: dict[str, Any], step: int, tasks: TaskBatch, round_number: int) -> Experience:
         """Sample G completions of each prompt with the current policy, extract their predictions and reward them."""
         born = step if tasks.prompts.born_step is None else tasks.prompts.born_step
@@ -81,7 +81,7 @@ class Trainer:
             tokens_scored=tokens_scored,
         )
 
-    @needs_memory("an update", "--mesh.microbatch-trunks")
+    @needs_memory("an update", "--mesh.microbatch-trunks; the run resumes with it")
     def learn(self, state: TrainState, experience: Experience) -> tuple[TrainState, list[dict]]:
         """Take one update per minibatch; with a single minibatch the ratio is exactly 1."""
         loss, mesh = self.config.loss, self.config.mesh
@@ -90,7 +90,7 @@ class Trainer:
         )
         plans, counts = plan_update(
             experience.tasks.prompts, rows, num_minibatches=loss.num_minibatches,
-            microbatch_trunks=mesh.microbatch_trunks, num_shards=mesh.trunk_shards, has_kl=loss.kl_coef > 0,
+            microbatch_trunks=self.config.microbatch_trunks, num_shards=mesh.trunk_shards, has_kl=loss.kl_coef > 0,
             rounding=ROUNDINGS[program_shapes(self.config)],
         )  # fmt: skip
         # Old log-probabilities are those before the first of several updates.

@@ -40,7 +40,7 @@ class Evaluations:
         figures = self.evaluate(params, thinking=True, final=is_last or step == 0)
         directory.log("evaluation", step, {"flops": flops()} | figures)
 
-    @needs_memory("an evaluation", "--rollout.slots-per-trunk or --eval.batch-trunks")
+    @needs_memory("an evaluation", "--rollout.slots-per-trunk, or --eval.batch-trunks in a new run")
     def evaluate(self, params, *, thinking: bool, final: bool) -> dict[str, dict]:
         """Return {"splits": {split: figures}}, on up to eval.num_positions tasks of each split.
 

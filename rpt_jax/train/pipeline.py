@@ -11,6 +11,7 @@ from rpt_jax.train.evaluation import Evaluations
 from rpt_jax.train.progress import console
 from rpt_jax.train.run import Run, prepare
 from rpt_jax.train.run_directory import FINISHED
+from rpt_jax.train.sizes import fitted
 from rpt_jax.train.stages.control import run_control
 from rpt_jax.train.stages.rl import run_rl
 from rpt_jax.train.stages.warm_start import warm_start
@@ -25,7 +26,7 @@ def run_stages(config: Config, *, stop_at_step: int | None = None) -> Run:
     Returns:
         The run, with its records closed.
     """
-    run = prepare(config)
+    run = fitted(prepare(config))
     params = warm_start(run)
     tasks = run.domain.training_tasks(run, params)
     console.print(f"{len(tasks.ids):,} tasks")

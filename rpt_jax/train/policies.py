@@ -13,7 +13,7 @@ from rpt_jax.config import Config, DecoderConfig
 from rpt_jax.data.readers import read_texts, training_corpora
 from rpt_jax.errors import CheckpointError, ConfigError
 from rpt_jax.models import lora
-from rpt_jax.models.attention import kernels_of
+from rpt_jax.models.attention import default_dtype
 from rpt_jax.models.decoder import init_params
 from rpt_jax.models.families import read_config as read_model_config
 from rpt_jax.models.hf import load_hf
@@ -95,7 +95,8 @@ def resolve(config: Config, tokenizer: Tokenizer, kept: Config | None = None) ->
     elif kept is not None and not model.vocab_size:
         model = replace(model, vocab_size=kept.model.vocab_size)
     kept_dtype = "" if kept is None else kept.model.activation_dtype
-    model = replace(model, activation_dtype=model.activation_dtype or kept_dtype or kernels_of(model).default_dtype)
+    model = replace(model, activation_dtype=model.activation_dtype or kept_dtype)
+    model = replace(model, activation_dtype=default_dtype(model))
     size, shards = model.vocab_size, config.mesh.tensor
     if size and size < tokenizer.vocab_size:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """A checked run, which its stages share. Invalid input is found here, before anything compiles."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,6 @@ from rpt_jax.models.lora import Frozen
 from rpt_jax.parallel.distributed import is_main, main_first
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.parallel.programs import use_cache
-from rpt_jax.planning.fitting import Note, device_memory, fit_microbatch, fit_slots
 from rpt_jax.rewards.base import Reward
 from rpt_jax.rewards.catalog import check_rewards, make_reward
 from rpt_jax.rewards.host import check_function
@@ -93,7 +92,7 @@ def _at_once(config: Config):
     """Return U -> trunks per scoring pass: the most that U and the mesh allow, up to an update's microbatch."""
 
     def number(U: int) -> int:
-        limit, shards = config.mesh.microbatch_trunks or U, config.mesh.trunk_shards
+        limit, shards = config.microbatch_trunks if config.mesh.microbatch_trunks else U, config.mesh.trunk_shards
         return max(n for n in range(shards, U + 1, shards) if U % n == 0 and n <= max(limit, shards))
 
     return number
@@ -126,7 +125,6 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     with main_first("corpus"):
         domain = open_domain(config, tokenizer)
     check_positions(config, domain.template)
-    config = _fitted(config, kept, mesh, domain.template, console.print if not read_only else _say_nothing)
     examples = domain.warm_examples(config, tokenizer) if config.supervised.num_steps else ()
     identity = domain.identity | {
         "tokenizer": {"sha256": tokenizer.fingerprint},
@@ -152,24 +150,6 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
         if is_main():
             tokenizer.save(directory.path / "tokenizer")
     return run
-
-
-def _fitted(config: Config, kept: Config | None, mesh: Mesh, template: Template, note: Note) -> Config:
-    """Return the config with the sizes that -1 leaves open: the run's own on the same mesh, else those that fit."""
-    shape = ("data", "fsdp", "tensor")
-    if kept is not None and all(getattr(kept.mesh, axis) == getattr(config.mesh, axis) for axis in shape):
-        if config.mesh.microbatch_trunks == -1:
-            config = replace(config, mesh=replace(config.mesh, microbatch_trunks=kept.mesh.microbatch_trunks))
-        if config.rollout.slots_per_trunk == -1:
-            config = replace(config, rollout=replace(config.rollout, slots_per_trunk=kept.rollout.slots_per_trunk))
-    memory, num_tail = device_memory(mesh), len(template.tail)
-    for fit in (fit_microbatch, fit_slots):
-        config = fit(config, mesh, num_tail, memory, note)
-    return config
-
-
-def _say_nothing(_: str) -> None:
-    pass
 
 
 def _start_of(*directories: Path | None) -> datetime:
@@ -240,9 +220,7 @@ def load_policy(config: Config, template_of) -> LoadedPolicy:
     use_cache(config.run.compilation_cache)
     mesh, tokenizer = make_mesh(config.mesh), find_tokenizer(config)
     config = resolve(config, tokenizer)
-    template = template_of(tokenizer)
-    check_positions(config, template)
-    config = fit_slots(config, mesh, len(template.tail), device_memory(mesh), _say_nothing)
+    check_positions(config, template_of(tokenizer))
     return LoadedPolicy(config=config, mesh=mesh, tokenizer=tokenizer, params=start_params(config, mesh))
 
 

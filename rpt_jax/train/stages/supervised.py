@@ -53,7 +53,7 @@ class Supervised:
     _position: int = 0
     _stream: Iterator | None = field(default=None, repr=False)
 
-    @needs_memory("supervised training", "--supervised.batch-size")
+    @needs_memory("supervised training", "--supervised.batch-size, in a new run")
     def step(self, state: TrainState, number: int) -> tuple[TrainState, Outcome]:
         """Update on the next batch."""
         if self._stream is None:
