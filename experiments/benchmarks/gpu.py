@@ -19,7 +19,7 @@ update: the same batch. Limit: 6 FLOPs per parameter and token, plus 12 per atte
 numerics: on 4 layers, log-probabilities of sampler and trainer in bfloat16 and float32, and the gradient in bfloat16
     against float32.
 lora: decode and update of adapters of rank 32 on Llama 3's 8 B parameters in bfloat16, the same batch. The limit of the
-    update leaves out the gradients of the weights, which nobody needs.
+    update leaves out the gradients of the weights, which are not computed.
 repeated: decode and update with one document per row, as in an engine without trunks; the limit of the update is the
     same.
 
