@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from types import SimpleNamespace
 
 import jax
@@ -96,7 +97,12 @@ def test_sizes_that_nobody_has_chosen_yet(trunks, minibatches, shards, expected)
 def test_a_run_keeps_its_sizes_until_they_may_not_fit(config, mesh, tmp_path, monkeypatch):
     config = changed(changed(config, "mesh", microbatch_trunks=-1), "rollout", slots_per_trunk=-1)
     template = SimpleNamespace(tail=[0] * TAIL)
-    run = SimpleNamespace(config=config, mesh=mesh, template=template, directory=SimpleNamespace(path=tmp_path))
+    directory = SimpleNamespace(
+        path=tmp_path,
+        is_read_only=False,
+        keep=lambda name, value: (tmp_path / f"{name}.json").write_text(json.dumps(value)),
+    )
+    run = SimpleNamespace(config=config, mesh=mesh, template=template, directory=directory)
     monkeypatch.setattr(
         sizes, "replace", lambda r, **c: SimpleNamespace(**vars(r) | c) if r is run else dataclasses.replace(r, **c)
     )
@@ -114,6 +120,9 @@ def test_a_run_keeps_its_sizes_until_they_may_not_fit(config, mesh, tmp_path, mo
     monkeypatch.setattr(sizes, "device_memory", lambda _: 2.0 * gib)
     assert sizes.fitted(run).config == first
     monkeypatch.setattr(sizes, "device_memory", lambda _: 0.5 * gib)
+    directory.is_read_only = True
+    assert sizes.fitted(run) is run
+    directory.is_read_only = False
     assert sizes.fitted(run).config.mesh.microbatch_trunks == 1
 
 

@@ -159,6 +159,16 @@ class RunDirectory:
                 "same. Restore it, or choose another --run.directory."
             )
 
+    def keep(self, name: str, value: dict) -> None:
+        """Write `value` as <name>.json, unless the run is only read."""
+        if self._writes:
+            write_atomically(self.path / f"{name}.json", json.dumps(value, indent=2))
+
+    @property
+    def is_read_only(self) -> bool:
+        """Return whether the run may be active elsewhere, so that nothing of it changes."""
+        return self._read_only
+
     def has_record(self, stage: str, step: int) -> bool:
         """Return whether metrics.jsonl has the stage's record of this step; all processes get the same answer."""
         records = read_records(self.path) if is_main() else ()

@@ -7,11 +7,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Config
-from rpt_jax.parallel.distributed import gathered, is_main
+from rpt_jax.parallel.distributed import gathered
 from rpt_jax.planning.fitting import fit_sizes
 from rpt_jax.train.progress import console
 from rpt_jax.train.run import Run
-from rpt_jax.train.run_directory import read_json, write_atomically
+from rpt_jax.train.run_directory import read_json
 
 _GIB = 2**30
 
@@ -20,7 +20,7 @@ def fitted(run: Run) -> Run:
     """Return the run with the microbatch and slots that -1 leaves to the machine; unchanged on CPUs.
 
     A start on the same mesh, with as much memory, uses the sizes of the last one (sizes.json), because gradients of
-    another microbatch are summed in another order.
+    another microbatch are summed in another order. A run that is only read uses them too, and chooses none.
 
     Raises:
         ConfigError: the smallest sizes need more memory.
@@ -32,10 +32,10 @@ def fitted(run: Run) -> Run:
     kept = read_json(path) if path.exists() else None
     if kept is not None and kept["key"] == key and kept["memory_gib"] <= memory / _GIB:
         return replace(run, config=_with_sizes(run.config, kept["sizes"]))
+    if run.directory.is_read_only:
+        return run
     config = fit_sizes(run.config, run.mesh, len(run.template.tail), memory, console.print)
-    if is_main():
-        record = {"key": key, "memory_gib": memory / _GIB, "sizes": _sizes(config)}
-        write_atomically(path, json.dumps(record, indent=2))
+    run.directory.keep("sizes", {"key": key, "memory_gib": memory / _GIB, "sizes": _sizes(config)})
     return replace(run, config=config)
 
 
