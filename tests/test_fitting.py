@@ -38,12 +38,16 @@ def changed(config, section, **values):
     [("mesh", "microbatch_trunks", "compile_update"), ("rollout", "slots_per_trunk", "compile_rollout")],
 )
 def test_the_largest_value_that_fits(config, mesh, monkeypatch, section, field, phase):
-    compiled = functools.cache(lambda option, mesh, tail, *_: list(getattr(programs, phase)(option, mesh, tail)))
+    @functools.cache
+    def found(option):
+        compiler = programs.make_compiler(option, mesh, print, reads_text=False)
+        return list(getattr(programs, phase)(option, compiler, TAIL))
+
     options = [changed(config, section, **{field: n}) for n in (4, 2, 1)]
-    needed = [max(p.peak + p.resident for p in compiled(option, mesh, TAIL)) for option in options]
+    needed = [max(p.peak + p.resident for p in found(option)) for option in options]
     assert needed[0] > needed[1] > needed[2]
     # The estimate is the first guess; the compiled programs decide.
-    monkeypatch.setattr(fitting, phase, compiled)
+    monkeypatch.setattr(fitting, phase, lambda option, *_: found(option))
     monkeypatch.setattr(fitting, "_SURE", -1)
     for name in ("estimate_update", "estimate_rollout"):
         monkeypatch.setattr(fitting, name, lambda *_: 0.0)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from jax.sharding import Mesh
 
 from rpt_jax.config import Config
 from rpt_jax.errors import ConfigError
 from rpt_jax.planning.estimate import MARGIN, estimate_rollout, estimate_update
-from rpt_jax.planning.programs import Program, compile_rollout, compile_update
+from rpt_jax.planning.programs import Program, compile_rollout, compile_update, make_compiler
 
 # An estimate of at most this share of the memory needs no compiled program to confirm it.
 _SURE = 0.5
@@ -82,7 +83,8 @@ def _first_that_fits(
             note(f"{name} is {n}: by an estimate it needs {needed / gib:.1f} of {memory / gib:.1f} GiB")
             return n
         needed = 0
-        for program in compiled(options[n], mesh, num_tail, lambda part: note(f"{name} may be {n}: compiling {part}")):  # noqa: B023
+        compiler = make_compiler(options[n], mesh, partial(_note_part, note, f"{name} may be {n}"), reads_text=False)
+        for program in compiled(options[n], compiler, num_tail):
             needed = max(needed, program.peak + program.resident)
             if not program.fits or needed > _FULL * memory:
                 break
@@ -94,3 +96,7 @@ def _first_that_fits(
         "devices (--mesh.fsdp), adapters of a bfloat16 policy (--lora.rank, --policy.param-dtype), or lower "
         "--rollout.max-completion-tokens, --data.trunk-length or --rollout.num-trunks."
     )
+
+
+def _note_part(note: Note, guess: str, part: str) -> None:
+    note(f"{guess}: compiling {part}")

@@ -170,14 +170,16 @@ def compile_programs(
         num_tail: tokens of the prompt after the text.
         note: called with the name of each program before it is compiled.
     """
+    compiler = make_compiler(config, mesh, note, reads_text=True)
     for phase in (compile_rollout, compile_update):
-        for program in phase(config, mesh, num_tail, note, reads_text=True):
+        for program in phase(config, compiler, num_tail):
             yield program
             if not program.fits and program.name != "decode":
                 return
 
 
-def _compiler(config: Config, mesh: Mesh, note: Callable[[str], None], reads_text: bool) -> Compiler:
+def make_compiler(config: Config, mesh: Mesh, note: Callable[[str], None], *, reads_text: bool) -> Compiler:
+    """Return the compiler of a config's programs; arguments as for `Compiler`."""
     state, frozen = abstract_state(config, mesh)
     # The policy that RL started from stays, because the control starts from it and a KL term refers to it.
     kept = bytes_per_chip((state, frozen) if frozen else (state, state.params))
@@ -185,16 +187,9 @@ def _compiler(config: Config, mesh: Mesh, note: Callable[[str], None], reads_tex
     return Compiler(mesh, _joined(frozen, state.params), kept, platform, note, reads_text)
 
 
-def compile_rollout(
-    config: Config,
-    mesh: Mesh,
-    num_tail: int,
-    note: Callable[[str], None] = lambda _: None,
-    *,
-    reads_text: bool = False,
-) -> Iterator[Program]:
-    """Yield the programs of a rollout; arguments as for `compile_programs` and `Compiler`."""
-    compiler, tasks = _compiler(config, mesh, note, reads_text), tasks_shape(config, num_tail)
+def compile_rollout(config: Config, compiler: Compiler, num_tail: int) -> Iterator[Program]:
+    """Yield the programs of a rollout; arguments as for `compile_programs`."""
+    tasks = tasks_shape(config, num_tail)
     rollout, params = config.rollout, compiler.params
     on_trunks = partial(_shapes, sharding=trunk_sharding(compiler.mesh))
     C, R = rollout.max_completion_tokens, rollout.prompts_per_trunk * rollout.group_size
@@ -230,19 +225,12 @@ def compile_rollout(
     yield program
 
 
-def compile_update(
-    config: Config,
-    mesh: Mesh,
-    num_tail: int,
-    note: Callable[[str], None] = lambda _: None,
-    *,
-    reads_text: bool = False,
-) -> Iterator[Program]:
-    """Yield the programs of an update; arguments as for `compile_programs` and `Compiler`."""
-    compiler, tasks = _compiler(config, mesh, note, reads_text), tasks_shape(config, num_tail)
-    state, frozen = abstract_state(config, mesh)
+def compile_update(config: Config, compiler: Compiler, num_tail: int) -> Iterator[Program]:
+    """Yield the programs of an update; arguments as for `compile_programs`."""
+    tasks = tasks_shape(config, num_tail)
+    state, frozen = abstract_state(config, compiler.mesh)
     gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), state.params)
-    rows = _shapes(microbatch_shape(config, tasks), trunk_sharding(mesh))
+    rows = _shapes(microbatch_shape(config, tasks), trunk_sharding(compiler.mesh))
     microbatches = config.rollout.num_trunks / rows.policy_weights.shape[0]
     program, results = compiler(
         "gradients", microbatches, compiler.kept - bytes_per_chip((state.params, frozen)),
