@@ -55,7 +55,7 @@ def test_a_token_takes_few_kernels_and_copies_no_cache(monkeypatch):
         assert texts["decode"].count('custom_call_target="__gpu$xla.gpu.triton"') == 2 * layers
         assert counts[layers].largest_copy < 2**20
     assert counts[3].count - counts[2].count <= 14
-    # Partial sums in float32: a row's queries for each of the stem's splits and for its own tokens, twice its output.
+    # A layer writes at most 16 splits of the stem's partial sums and the output, in 16 bits, and numbers of each query.
     rows, heads, head_size = U * M * G, CONFIG.model.num_heads, CONFIG.model.head_size
     assert 0 < counts[3].by_attention - counts[2].by_attention < 16 * rows * heads * head_size * 4
 
