@@ -117,7 +117,7 @@ def test_slices_are_the_outer_part_of_data():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)
     for number, part in enumerate(mesh.devices):
         assert {d.slice_index for d in part.flat} == {number}
-    with pytest.raises(ConfigError, match="must be a multiple of their number"):
+    with pytest.raises(ConfigError, match="must be a multiple of the number of slices"):
         make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), devices)
 
 
