@@ -255,7 +255,7 @@ def test_a_run_of_the_first_format_opens_and_reports_moved_settings(corpus, fini
     kept = read_config(finished, say=False)
     (tmp_path / "old" / "config.json").write_text(json.dumps(as_format_1(kept)))
     run = prepare(tiny_run(corpus, tmp_path / "old"))
-    said = capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())  # the console breaks lines
     assert "made by an earlier version" in said and "loss.microbatch_trunks is mesh.microbatch_trunks=4" in said
     assert run.config.rollout.stop_ids == (run.tokenizer.eos_id,) == kept.rollout.stop_ids
     assert read_config(tmp_path / "old", say=False) == run.config
@@ -273,11 +273,18 @@ def test_resolved_values_are_kept_with_the_run(corpus, finished, tmp_path):
     config = tiny_run(corpus, tmp_path / "run")
     given = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, stop_ids=(0, 3)))
     prepare(given)
-    # A dtype that is left to the machine is that of the first start as well.
-    left_open = dataclasses.replace(config, model=dataclasses.replace(config.model, activation_dtype=""))
+    # What a later preset leaves to the machine is that of the first start as well.
+    left_open = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, activation_dtype=""),
+        mesh=dataclasses.replace(config.mesh, microbatch_trunks=-1),
+        rollout=dataclasses.replace(config.rollout, slots_per_trunk=-1),
+    )
     for again in (config, left_open):
         resolved = prepare(again).config
         assert resolved.rollout.stop_ids == (0, 3) and resolved.model.activation_dtype == "float32"
+        assert resolved.mesh.microbatch_trunks == config.mesh.microbatch_trunks > 2
+        assert resolved.rollout.slots_per_trunk == config.rollout.slots_per_trunk
     other = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, stop_ids=(3,)))
     with pytest.raises(CheckpointError, match=r"rollout.stop_ids: \(0, 3\) -> \(3,\)"):
         prepare(other)

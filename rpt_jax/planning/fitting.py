@@ -49,6 +49,21 @@ def fit_sizes(config: Config, mesh: Mesh | None, num_tail: int, memory: float, n
     return config
 
 
+def sizes_of(config: Config) -> dict[str, int]:
+    """Return the two settings."""
+    return {"microbatch_trunks": config.mesh.microbatch_trunks, "slots_per_trunk": config.rollout.slots_per_trunk}
+
+
+def with_sizes(config: Config, sizes: dict[str, int]) -> Config:
+    """Return the config with these sizes where it leaves them open."""
+    mesh, rollout = config.mesh, config.rollout
+    if mesh.microbatch_trunks == -1:
+        mesh = replace(mesh, microbatch_trunks=sizes["microbatch_trunks"])
+    if rollout.slots_per_trunk == -1:
+        rollout = replace(rollout, slots_per_trunk=sizes["slots_per_trunk"])
+    return replace(config, mesh=mesh, rollout=rollout)
+
+
 def _microbatches(config: Config) -> list[int]:
     """Return the possible numbers of trunks per pass, the largest first."""
     trunks, shards = config.rollout.num_trunks // config.loss.num_minibatches, config.mesh.trunk_shards

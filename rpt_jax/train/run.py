@@ -20,6 +20,7 @@ from rpt_jax.models.lora import Frozen
 from rpt_jax.parallel.distributed import is_main, main_first
 from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.parallel.programs import use_cache
+from rpt_jax.planning.fitting import sizes_of, with_sizes
 from rpt_jax.rewards.base import Reward
 from rpt_jax.rewards.catalog import check_rewards, make_reward
 from rpt_jax.rewards.host import check_function
@@ -111,7 +112,11 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     check_rewards(config)
     use_cache(config.run.compilation_cache)
     mesh, path = make_mesh(config.mesh), Path(config.run.directory)
-    kept = _config_of(path, say=not read_only) or _config_of(Resume.parse(config.run.resume).source, say=True)
+    own = _config_of(path, say=not read_only)
+    if own is not None:
+        # A preset may leave open what it set when the run began.
+        config = with_sizes(config, sizes_of(own))
+    kept = own or _config_of(Resume.parse(config.run.resume).source, say=True)
     tokenizer = find_tokenizer(config)
     started = _start_of(path, Resume.parse(config.run.resume).source)
     # A chat template may write the date into every prompt: it is that of the run's first start.

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Config
 from rpt_jax.parallel.distributed import gathered
-from rpt_jax.planning.fitting import fit_sizes
+from rpt_jax.planning.fitting import fit_sizes, sizes_of, with_sizes
 from rpt_jax.train.progress import console
 from rpt_jax.train.run import Run
 from rpt_jax.train.run_directory import read_json
@@ -25,17 +25,17 @@ def fitted(run: Run) -> Run:
     Raises:
         ConfigError: the smallest sizes need more memory.
     """
-    memory = device_memory(run.mesh) if -1 in _sizes(run.config).values() else None
+    memory = device_memory(run.mesh) if -1 in sizes_of(run.config).values() else None
     if memory is None:
         return run
     path, key = run.directory.path / "sizes.json", _key(run.config)
     kept = read_json(path) if path.exists() else None
     if kept is not None and kept["key"] == key and kept["memory_gib"] <= memory / _GIB:
-        return replace(run, config=_with_sizes(run.config, kept["sizes"]))
+        return replace(run, config=with_sizes(run.config, kept["sizes"]))
     if run.directory.is_read_only:
         return run
     config = fit_sizes(run.config, run.mesh, len(run.template.tail), memory, console.print)
-    run.directory.keep("sizes", {"key": key, "memory_gib": memory / _GIB, "sizes": _sizes(config)})
+    run.directory.keep("sizes", {"key": key, "memory_gib": memory / _GIB, "sizes": sizes_of(config)})
     return replace(run, config=config)
 
 
@@ -47,25 +47,11 @@ def device_memory(mesh: Mesh) -> float | None:
     return least * _GIB or None
 
 
-def _sizes(config: Config) -> dict[str, int]:
-    return {"microbatch_trunks": config.mesh.microbatch_trunks, "slots_per_trunk": config.rollout.slots_per_trunk}
-
-
 def _key(config: Config) -> dict:
     """Return what the sizes depend on besides the memory: the mesh, the model and the batch."""
     mesh, rollout = (
-        vars(section) | dict.fromkeys(set(_sizes(config)) & set(vars(section)), -1)
+        vars(section) | dict.fromkeys(set(sizes_of(config)) & set(vars(section)), -1)
         for section in (config.mesh, config.rollout)
     )
     shape = {"mesh": mesh, "rollout": rollout, "model": vars(config.model), "eval_trunks": config.eval.batch_trunks}
     return json.loads(json.dumps(shape, default=vars))
-
-
-def _with_sizes(config: Config, sizes: dict[str, int]) -> Config:
-    """Return the config with these sizes, where it leaves them open."""
-    mesh, rollout = config.mesh, config.rollout
-    if mesh.microbatch_trunks == -1:
-        mesh = replace(mesh, microbatch_trunks=sizes["microbatch_trunks"])
-    if rollout.slots_per_trunk == -1:
-        rollout = replace(rollout, slots_per_trunk=sizes["slots_per_trunk"])
-    return replace(config, mesh=mesh, rollout=rollout)
