@@ -76,6 +76,30 @@ TEXT = Config(
     eval=EvalConfig(every_steps=50, num_positions=100, final_num_positions=400, num_samples=4, batch_trunks=16),
 )
 
+# SmolLM2-135M, a pretrained policy that anyone can have (experiments.fetch_smollm2), on 2 CPU cores: 256 rollouts a step.
+# experiments.recipes.smollm2_rpt runs it; its cold start teaches the response format.
+SMOLLM2 = Config(
+    run=RunConfig(num_steps=50),
+    data=DataConfig(template="minimal", trunk_length=192, window_stride=96),
+    positions=PositionsConfig(entropy_threshold=1.0, unfiltered_fraction=0.3, max_tokens=2**17),
+    policy=PolicyConfig(path="runs/smollm2"),
+    supervised=SupervisedConfig(
+        num_steps=15,
+        batch_size=16,
+        draft_fraction=0.8,
+        draft_tokens=4,
+        optimizer=OptimizerConfig(learning_rate=1e-4, max_grad_norm=1.0, weight_decay=0.0, warmup_steps=3),
+        control_optimizer=OptimizerConfig(learning_rate=1e-5, max_grad_norm=1.0, weight_decay=0.0, warmup_steps=5),
+    ),
+    rollout=RolloutConfig(num_trunks=8, prompts_per_trunk=4, group_size=8, max_completion_tokens=24, temperature=1.0),
+    mesh=MeshConfig(microbatch_trunks=2),
+    optimizer=OptimizerConfig(learning_rate=2e-5, max_grad_norm=1.0, weight_decay=0.0, warmup_steps=5),
+    checkpoint=CheckpointConfig(every_steps=10),
+    eval=EvalConfig(
+        every_steps=25, num_positions=200, final_num_positions=200, num_samples=4, batch_trunks=8, max_tokens=2**14
+    ),
+)
+
 # Questions with answers: RL fine-tuning and zero-shot evaluation of the policy in --policy.path.
 QUESTIONS = Config(
     run=RunConfig(num_steps=100),
@@ -159,6 +183,7 @@ PRESETS = {
     "tiny_worked": TINY_WORKED,
     "tiny_text": TINY_TEXT,
     "text": TEXT,
+    "smollm2": SMOLLM2,
     "questions": QUESTIONS,
     "rpt_qwen2_5_14b": RPT_QWEN2_5_14B,
     "rpt_qwen3_1_7b": RPT_QWEN3_1_7B,

@@ -24,7 +24,7 @@ def run(config: Config) -> None:
     console.quiet = not distributed.is_main()
     with watching(config.distributed.deadline_seconds):
         finished = run_stages(config)
-    if distributed.is_main():
+    if distributed.is_main() and config.run.num_steps:
         page = REPORTS[finished.domain.name](finished.directory.path)
         console.print(f"report: [bold]{page}[/]   figures: {page.with_name('results.json')}")
 

@@ -17,8 +17,8 @@ class RunConfig:
     """Run directory, created if missing. Empty: runs/<preset>."""
     seed: int = setting(0, shown=True)
     """Seed of parameters, data order and sampling noise. A run is a function of (config, seed, data)."""
-    num_steps: int = setting(100, at_least=1, free="always", shown=True)
-    """RPT updates after the warm start."""
+    num_steps: int = setting(100, at_least=0, free="always", shown=True)
+    """RPT updates after the warm start. 0: only the warm start, for other runs to begin from."""
     control: bool = True
     """Also train the control: next-token training on the same documents, from the same start, with the same compute.
     Questions have none."""

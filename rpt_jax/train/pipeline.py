@@ -13,6 +13,7 @@ from rpt_jax.train.run import Run, prepare
 from rpt_jax.train.run_directory import FINISHED
 from rpt_jax.train.sizes import fitted
 from rpt_jax.train.stages.control import run_control
+from rpt_jax.train.stages.rl import NAME as RL
 from rpt_jax.train.stages.rl import run_rl
 from rpt_jax.train.stages.warm_start import warm_start
 
@@ -28,16 +29,23 @@ def run_stages(config: Config, *, stop_at_step: int | None = None) -> Run:
     """
     run = fitted(prepare(config))
     params = warm_start(run)
+    # A run that has begun RL is refused there if it is now asked for none.
+    if config.run.num_steps or run.checkpoints(RL, read_only=True).latest_step is not None:
+        _run_rest(run, params, stop_at_step)
+    if stop_at_step is None:
+        run.directory.finish()
+    run.directory.close()
+    return run
+
+
+def _run_rest(run: Run, params, stop_at_step: int | None) -> None:
+    """Run RL from `params`, and the control unless RL stops early."""
     tasks = run.domain.training_tasks(run, params)
     console.print(f"{len(tasks.ids):,} tasks")
     evaluations = Evaluations(run=run, source=run.domain.heldout(run, params), start=params)
     flops = run_rl(run, params, tasks, evaluations, stop_at_step=stop_at_step)
-    if stop_at_step is None:
-        if config.run.control:
-            run_control(run, params, flops, evaluations)
-        run.directory.finish()
-    run.directory.close()
-    return run
+    if run.config.run.control and stop_at_step is None:
+        run_control(run, params, flops, evaluations)
 
 
 Recipe = Sequence[tuple[str, Config]]

@@ -159,9 +159,10 @@ def _policy_of_run(path: Path, mesh: Mesh) -> Any:
         CheckpointError: RL has no checkpoint yet, or the model that the run started from has changed.
     """
     config = read_config(path, say=False)
-    if _checkpoints(path, "rpt", config).latest_step is None:
+    last = "rpt" if config.run.num_steps else "warm_start"
+    if _checkpoints(path, last, config).latest_step is None:
         raise CheckpointError(
-            f"policy.path={str(path)!r} is a run without an RL checkpoint, which would hold its policy. Continue "
+            f"policy.path={str(path)!r} is a run without a checkpoint of {last}, which would hold its policy. Continue "
             "training it, or choose another --policy.path."
         )
     params = start_params(config, mesh)
@@ -170,9 +171,9 @@ def _policy_of_run(path: Path, mesh: Mesh) -> Any:
             f"policy.path={str(path)!r} is a run that started from {config.policy.path}, whose weights have changed "
             "since. Restore them, or choose another --policy.path."
         )
-    # Adapters belong to the warm-started weights; without adapters, RL's checkpoint holds all weights.
-    has_base = config.supervised.num_steps and config.lora.rank
-    for stage in ("warm_start", "rpt") if has_base else ("rpt",):
+    # Adapters belong to the warm-started weights; without adapters, the last checkpoint holds all weights.
+    has_base = last == "rpt" and config.supervised.num_steps and config.lora.rank
+    for stage in ("warm_start", "rpt") if has_base else (last,):
         state, frozen = fresh_state(config, mesh, params, stage)
         params = merge(frozen, _checkpoints(path, stage, config).restore(state)[0].params)
     return params
