@@ -10,6 +10,7 @@ from rpt_jax.config import (
     EvalConfig,
     MeshConfig,
     OptimizerConfig,
+    PolicyConfig,
     PositionsConfig,
     RewardConfig,
     RolloutConfig,
