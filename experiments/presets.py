@@ -77,24 +77,23 @@ TEXT = Config(
     eval=EvalConfig(every_steps=50, num_positions=100, final_num_positions=400, num_samples=4, batch_trunks=16),
 )
 
-# SmolLM2-135M, a pretrained policy that anyone can have (experiments.fetch_smollm2), on 2 CPU cores: 256 rollouts a step.
-# experiments.recipes.smollm2_rpt runs it; its cold start teaches the response format.
+# SmolLM2-135M (experiments.fetch_smollm2), a pretrained policy that anyone can have, on 2 CPU cores.
+# experiments.recipes.smollm2_rpt runs it. The cold start on drafts teaches only the response format.
 SMOLLM2 = Config(
     run=RunConfig(num_steps=50),
     data=DataConfig(template="minimal", trunk_length=192, window_stride=96),
-    positions=PositionsConfig(entropy_threshold=1.0, unfiltered_fraction=0.3, max_tokens=2**17),
+    positions=PositionsConfig(entropy_threshold=0.5, unfiltered_fraction=0.3, max_tokens=2**16),
     policy=PolicyConfig(path="runs/smollm2"),
     supervised=SupervisedConfig(
         num_steps=15,
-        batch_size=16,
+        batch_size=32,
         draft_fraction=0.8,
-        draft_tokens=4,
-        optimizer=OptimizerConfig(learning_rate=1e-4, max_grad_norm=1.0, weight_decay=0.0, warmup_steps=3),
-        control_optimizer=OptimizerConfig(learning_rate=1e-5, max_grad_norm=1.0, weight_decay=0.0, warmup_steps=5),
+        optimizer=OptimizerConfig(learning_rate=3e-4, max_grad_norm=1.0, weight_decay=0.0, warmup_steps=3),
+        control_optimizer=replace(_FINE_TUNING, weight_decay=0.0, learning_rate=3e-5),
     ),
     rollout=RolloutConfig(num_trunks=8, prompts_per_trunk=4, group_size=8, max_completion_tokens=24, temperature=1.0),
     mesh=MeshConfig(microbatch_trunks=2),
-    optimizer=OptimizerConfig(learning_rate=2e-5, max_grad_norm=1.0, weight_decay=0.0, warmup_steps=5),
+    optimizer=OptimizerConfig(learning_rate=3e-5, max_grad_norm=1.0, weight_decay=0.0, warmup_steps=5),
     checkpoint=CheckpointConfig(every_steps=10),
     eval=EvalConfig(
         every_steps=25, num_positions=200, final_num_positions=200, num_samples=4, batch_trunks=8, max_tokens=2**14

@@ -39,10 +39,15 @@ def main(argv: list[str]) -> None:
         print(describe(config))
         return
     distributed.start(config.distributed)
+    make_corpus_once(config)
+    run(config)
+
+
+def make_corpus_once(config: Config) -> None:
+    """Write the run's corpus unless it is complete."""
     with distributed.main_first("quickstart corpus"):
         if not (Path(config.run.directory) / "corpus" / "tokenizer" / "tokenizer.json").exists():
             make_corpus(config)
-    run(config)
 
 
 def make_corpus(config: Config) -> None:

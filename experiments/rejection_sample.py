@@ -9,19 +9,22 @@ script prints how many rollouts were kept, and how many were dropped for each re
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.cli import describe, parse_config, run_script
 from rpt_jax.data.batches import TrainIterator
 from rpt_jax.errors import DataError
 from rpt_jax.parallel.mesh import shard_batch
+from rpt_jax.scoring.companions import CURRENT
 from rpt_jax.train.progress import progress_bar
-from rpt_jax.train.recorder import completion_columns
+from rpt_jax.train.recorder import completion_columns, to_floats
 from rpt_jax.train.rejection import accepted_rows, write_examples
-from rpt_jax.train.run import newest_state, prepare
+from rpt_jax.train.run import Run, newest_state, prepare
 from rpt_jax.train.sizes import fitted
 from rpt_jax.train.stages.rl import NAME, make_trainer
 from rpt_jax.train.stages.warm_start import warm_start
+from rpt_jax.work import count_tokens, num_parameters, step_flops
 
 
 def main(argv: list[str]) -> None:
@@ -37,42 +40,72 @@ def main(argv: list[str]) -> None:
         print(describe(config))
         return
     run = fitted(prepare(config))
+    found = sample_accepted(run, args.batches, per_prompt=args.per_prompt, min_reward=args.min_reward)
+    print(json.dumps(found.counts))
+    write_examples(args.out, found.rows, tokenizer=run.tokenizer.fingerprint, template=run.template.fingerprint)
+    run.directory.close()
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Rewarded rollouts: rows for `write_examples`, counts by reason, and the FLOPs of sampling."""
+
+    rows: list[dict]
+    counts: dict[str, int]
+    flops: float
+
+
+def sample_accepted(
+    run: Run, num_batches: int, *, per_prompt: int, min_reward: float = 1.0, from_start: bool = False
+) -> Accepted:
+    """Sample batches and select rollouts to learn from.
+
+    Args:
+        run: whose newest policy is sampled, or its warm start if RL has not begun.
+        num_batches: rollout batches to sample.
+        per_prompt: most rollouts of a prompt to keep.
+        min_reward: of the rollouts to keep.
+        from_start: sample the policy that RL starts from.
+    Raises:
+        DataError: no rollout is rewarded.
+    """
     params = warm_start(run)
     tasks = run.domain.training_tasks(run, params)
     trainer, state = make_trainer(run, params, tasks)
-    if run.checkpoints(NAME, read_only=True).latest_step is not None:
+    if not from_start and run.checkpoints(NAME, read_only=True).latest_step is not None:
         state, _, _ = newest_state(run, params)
-    policies = trainer.policies(state)
-    rollout = config.rollout
-    shape = dict(num_trunks=rollout.num_trunks, prompts_per_trunk=rollout.prompts_per_trunk)
+    policies, rollout = trainer.policies(state), run.config.rollout
     # A different seed, so that these are not the prompts that training starts with.
     iterator = TrainIterator(
         tasks.source,
         tasks.ids,
+        num_trunks=rollout.num_trunks,
+        prompts_per_trunk=rollout.prompts_per_trunk,
         group_size=rollout.group_size,
-        seed=config.run.seed + 1,
+        seed=run.config.run.seed + 1,
         corpora=tasks.corpora,
         weights=tasks.weights,
-        **shape,
     )
-    rows = []
-    with progress_bar("rollouts", args.batches) as progress:
-        for number in range(args.batches):
+    rows, flops = [], 0.0
+    with progress_bar("rollouts", num_batches) as progress:
+        for number in range(num_batches):
             batch = shard_batch(run.mesh, next(iterator))
             # Training counts steps from 0, so it would reach these sampling keys only after 2^30 steps.
             experience = trainer.roll_out(policies, 2**30 + number, batch, 0)
+            flops += step_flops(
+                num_parameters(policies[CURRENT]), [to_floats(count_tokens(experience))], 0.0, has_adapters=False,
+                num_scorings=0,
+            )  # fmt: skip
             columns = completion_columns(experience, run.tokenizer, tasks.source.columns)
             rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             progress(number + 1)
-    kept, counts = accepted_rows(rows, min_reward=args.min_reward, per_prompt=args.per_prompt)
-    print(json.dumps(counts))
+    kept, counts = accepted_rows(rows, min_reward=min_reward, per_prompt=per_prompt)
     if not kept:
         raise DataError(
-            f"none of {len(rows)} rollouts ended with a reward of at least {args.min_reward}; a cold start requires "
-            "some. Sample more (--batches), use a better policy, or lower --min-reward."
+            f"none of {len(rows)} rollouts ended with a reward of at least {min_reward} ({json.dumps(counts)}); a cold "
+            "start requires some. Sample more (--batches), use a better policy, or lower --min-reward."
         )
-    write_examples(args.out, kept, tokenizer=run.tokenizer.fingerprint, template=run.template.fingerprint)
-    run.directory.close()
+    return Accepted(rows=kept, counts=counts, flops=flops)
 
 
 if __name__ == "__main__":

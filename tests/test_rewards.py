@@ -388,18 +388,26 @@ def scored_tasks(config, M=2, G=2, A=3):
     return batch, rollouts, predictions
 
 
-MARKS = {"</think>": [50, 51], "box": [52], "": []}
+# A tokenizer encodes mark and stub together: here the mark's last character and the box share token 53.
+MARKS = {"</think>": [50, 51], "</think>box": [50, 53, 54], "box": [52], "": [], ">box": [53, 54]}
 
 
 @pytest.mark.parametrize(
-    ("view", "keep", "stub", "num_targets"),
-    [("direct", "nothing", "", 0), ("direct", "nothing", "", 1), ("prompt", "thought", "box", 1),
-     ("prompt", "thought", "", 0), ("prompt", "completion", "box", 2), ("prompt", "nothing", "box", 0)],
+    ("view", "keep", "stub", "num_targets", "runs_past"),
+    [("direct", "nothing", "", 0, False), ("direct", "nothing", "", 1, False), ("prompt", "thought", "box", 1, False),
+     ("prompt", "thought", "box", 1, True), ("prompt", "thought", "", 0, False),
+     ("prompt", "completion", "box", 2, False), ("prompt", "nothing", "box", 0, False)],
 )  # fmt: skip
-def test_scores_by_whole_logits_of_each_row(tiny_config, tiny_params, view, keep, stub, num_targets):
+def test_scores_by_whole_logits_of_each_row(tiny_config, tiny_params, view, keep, stub, num_targets, runs_past):
     """Log-probabilities of target tokens against plain sequences, and the number of tokens run against a hand count."""
     batch, rollouts, predictions = scored_tasks(tiny_config)
-    tokenizer = SimpleNamespace(encode_continuation=MARKS.__getitem__, bos_id=5)
+    # Where a row's first token closes the thought, every other such token runs past the mark.
+    past = [int(t) for t in np.unique(np.asarray(rollouts.tokens)[..., 0])][::2] if runs_past else []
+    texts = {t: b">\\" for t in past}
+    tokenizer = SimpleNamespace(
+        encode_continuation=MARKS.__getitem__, bos_id=5, vocab_size=tiny_config.vocab_size,
+        token_bytes=lambda i: texts.get(i, b"x"),
+    )  # fmt: skip
     scorer = Scorer(tiny_config, tokenizer, header_length=3, trunks_at_once=lambda U: 1)
     request = Request(name="r", view=view, keep=keep, stub=stub, num_targets=num_targets)
     scores = scorer.score(request, tiny_params, batch, rollouts, predictions)
@@ -414,9 +422,11 @@ def test_scores_by_whole_logits_of_each_row(tiny_config, tiny_params, view, keep
             before = [5, *text[3:]]
         else:
             kept = {"nothing": [], "completion": thought, "thought": row[:1] if is_closed else thought}[keep]
-            close = [] if is_closed and keep != "nothing" else MARKS["</think>"]
-            before = [*text, 1, 2, *kept, *close, *MARKS[stub]]
-            run[u] += len(kept) + len(close) + len(MARKS[stub])
+            closed = MARKS[stub] if is_closed and keep != "nothing" else MARKS["</think>" + stub]
+            if is_closed and row[0] in past:
+                kept, closed = [], MARKS[">" + stub]
+            before = [*text, 1, 2, *kept, *closed]
+            run[u] += len(kept) + len(closed)
         target = batch.references.tokens[u, m, : batch.references.lengths[u, m]][: num_targets or None].tolist()
         run[u] += len(target) - 1
         padded = np.zeros((1, 40), np.int32)

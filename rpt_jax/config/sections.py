@@ -284,8 +284,8 @@ class RolloutConfig:
 class RewardConfig:
     terms: tuple[str, ...] = setting(("prefix",), shown=True)
     """Rewards to add up, each NAME or WEIGHT*NAME. For positions: prefix (arXiv:2506.08007 eq. 3), first_token, dense,
-    conditional_dense (its appendix A). For questions: math (equal to an answer), choice (the letter), exact (the
-    string). For both: custom (reward.function)."""
+    conditional_dense (its appendix A), and as controls random, shuffled_targets. For questions: math (equal to an
+    answer), choice (the letter), exact (the string). For both: custom (reward.function)."""
     compose: Literal["sum", "normalize_then_sum", "gate"] = "sum"
     """sum; normalize_then_sum standardises each term in its group, then the sum over the batch, and uses the result as
     the advantage; gate counts later terms only if the first is 1."""

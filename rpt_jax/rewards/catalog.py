@@ -8,6 +8,7 @@ import jax
 
 from rpt_jax.config import Config, RewardConfig
 from rpt_jax.errors import ConfigError
+from rpt_jax.rewards import controls
 from rpt_jax.rewards.base import Reward, compose, make_reader, parse_terms
 from rpt_jax.rewards.host import make_host_reward_fn
 from rpt_jax.rewards.prefix import DIRECT_PREDICTION, conditional_dense, dense, first_token, prefix
@@ -37,6 +38,8 @@ CATALOG = {
     "first_token": Row(fn=first_token, tasks=_TEXT),
     "dense": Row(fn=dense, requests=(DIRECT_PREDICTION,), tasks=_TEXT),
     "conditional_dense": Row(fn=conditional_dense, requests=(DIRECT_PREDICTION,), tasks=_TEXT),
+    "random": Row(fn=controls.random, tasks=_TEXT),
+    "shuffled_targets": Row(fn=controls.shuffled_targets, tasks=_TEXT),
     "math": Row(judge="rpt_jax.rewards.math_judge:math", tasks=_QUESTIONS),
     "choice": Row(judge="rpt_jax.rewards.judges:choice", tasks=_QUESTIONS),
     "exact": Row(judge="rpt_jax.rewards.judges:exact", tasks=_QUESTIONS),

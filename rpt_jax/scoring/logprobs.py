@@ -1,5 +1,6 @@
 """Teacher-forced log-probabilities of branch tokens, through the model's one graph."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -45,17 +46,26 @@ def score(config: DecoderConfig, params, sequences: Sequences, *, temperature: f
 
 @partial(jax.jit, static_argnames=("config", "temperature", "trunks_at_once"))
 def _score(config: DecoderConfig, params, sequences: Sequences, *, temperature: float, trunks_at_once: int):
-    U = len(sequences.trunk_tokens)
-    n = trunks_at_once or U
-
     def of_some(some: Sequences):
         hidden_nRTD, _ = predicting_states(config, params, some)
-        _, R, T, D = hidden_nRTD.shape
+        n, R, T, D = hidden_nRTD.shape
         hidden_nND, targets_nN = hidden_nRTD.reshape(n, R * T, D), some.branch_tokens.reshape(n, R * T)
         logprobs, _ = token_logprobs(config, params, hidden_nND, targets_nN, temperature=temperature)
         return logprobs.reshape(n, R, T)
 
+    return in_rounds(of_some, sequences, trunks_at_once)
+
+
+def in_rounds(fn: Callable, trunks, trunks_at_once: int):
+    """Apply `fn` to some trunks at a time, to save memory.
+
+    Args:
+        fn: tree of arrays [n, ...] -> tree of arrays [n, ...].
+        trunks: tree of arrays [U, ...].
+        trunks_at_once: n, a divisor of U and a multiple of the trunk shards; 0: all.
+    """
+    U = len(jax.tree.leaves(trunks)[0])
+    n = trunks_at_once or U
     # The trunks of a round are U // n apart, so each shard takes part in every round.
-    rounds = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(n, U // n, *x.shape[1:]), 1, 0), sequences)
-    logprobs = jax.lax.map(of_some, rounds)
-    return jnp.moveaxis(logprobs, 0, 1).reshape(U, *logprobs.shape[2:])
+    rounds = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(n, U // n, *x.shape[1:]), 1, 0), trunks)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(U, *x.shape[2:]), jax.lax.map(fn, rounds))

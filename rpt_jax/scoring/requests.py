@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.config import DecoderConfig
+from rpt_jax.scoring.answers import Answers, answer_statistics
 from rpt_jax.scoring.logprobs import score
 from rpt_jax.scoring.vocabulary import longest_prefix_tokens, vocabulary_index
 from rpt_jax.sequences import append_targets, completions
@@ -56,6 +57,19 @@ class Scores:
     tokens_run: Any  # i32 [U], tokens that the model ran
 
 
+# Indices of stubs: after an open thought, after a closed one, and from here on in place of a token past the mark.
+OPEN, CLOSED, _AFTER_CLOSE = range(3)
+
+
+@record
+class Kept:
+    """Tokens to put before a stub."""
+
+    tokens: Any  # i32 [U, R, C]
+    length: Any  # i32 [U, R], number of leading tokens to keep
+    stub: Any  # i32 [U, R], index of the stub that follows them
+
+
 @dataclass(frozen=True)
 class Scorer:
     """Runs requests.
@@ -86,18 +100,41 @@ class Scorer:
             predictions: `answer.Predictions` of the rollouts, [U, R, ...].
         """
         targets = self._targets(request, tasks, predictions)
-        at_once = self.trunks_at_once(len(tasks.prompts.cuts)) if self.trunks_at_once else 0
+        is_direct = request.view == "direct"
+        kept = None if is_direct else self.kept(request, rollouts, predictions.think_end_tokens)
+        prompts, sequences, first_UR = self._sequences(request, tasks.prompts, kept, *targets)
+        logprobs = score(self.config, params, sequences, temperature=1.0, trunks_at_once=self._at_once(tasks.prompts))
+        return _gather(prompts, logprobs, first_UR, targets[1], num_targets=targets[0].shape[-1])
+
+    def answers(self, request: Request, params, tasks: TaskBatch, kept: Kept | None) -> Answers:
+        """Return the distribution of the answer's first token after each row's thought.
+
+        Args:
+            request: what comes before the answer; its target is the reference.
+            params: of the policy.
+            tasks: of one batch.
+            kept: thoughts, from `kept` or made by hand; None in the direct view, which has none.
+        """
+        tokens, lengths = _references(tasks, 1)
+        _, sequences, first_UR = self._sequences(request, tasks.prompts, kept, tokens, lengths)
+        return answer_statistics(
+            self.config, params, sequences, first_UR, tokens[..., 0], num_prompts=tasks.prompts.cuts.shape[1],
+            trunks_at_once=self._at_once(tasks.prompts),
+        )  # fmt: skip
+
+    def _sequences(self, request: Request, prompts: Prompts, kept, targets_URA, lengths_UR):
+        """Return (prompts in the request's view, sequences, index i32 [U, R] of each row's first target)."""
         if request.view == "direct":
             bos_id = self.tokenizer.bos_id
-            prompts = _documents_alone(tasks.prompts, header_length=self.header_length, bos_id=bos_id)
-            tokens, lengths = targets
-            mask, first_UR = jnp.arange(tokens.shape[-1]) < lengths[..., None], jnp.zeros_like(lengths)
-        else:
-            prompts, (kept, keep_UR, which_UR) = tasks.prompts, _kept(request, rollouts, predictions.think_end_tokens)
-            tokens, mask, first_UR = _append(kept, keep_UR, *self._stubs(request), which_UR, *targets)
-        sequences = _completions(prompts, tokens, mask)
-        logprobs = score(self.config, params, sequences, temperature=1.0, trunks_at_once=at_once)
-        return _gather(prompts, logprobs, first_UR, targets[1], num_targets=targets[0].shape[-1])
+            prompts = _documents_alone(prompts, header_length=self.header_length, bos_id=bos_id)
+            mask, first_UR = jnp.arange(targets_URA.shape[-1]) < lengths_UR[..., None], jnp.zeros_like(lengths_UR)
+            return prompts, _completions(prompts, targets_URA, mask), first_UR
+        stubs = self._stubs(request.stub)
+        tokens, mask, first_UR = _append(kept.tokens, kept.length, *stubs, kept.stub, targets_URA, lengths_UR)
+        return prompts, _completions(prompts, tokens, mask), first_UR
+
+    def _at_once(self, prompts: Prompts) -> int:
+        return self.trunks_at_once(len(prompts.cuts)) if self.trunks_at_once else 0
 
     def _targets(self, request: Request, tasks: TaskBatch, predictions):
         """Return (tokens i32 [U, R, A], lengths i32 [U, R])."""
@@ -108,10 +145,57 @@ class Scorer:
             return jnp.maximum(chosen_UR, 0)[..., None], (chosen_UR >= 0).astype(jnp.int32)
         return _references(tasks, request.num_targets)
 
-    def _stubs(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
-        """Return the stubs after an open thought and after a closed one: (ids [2, W], lengths [2])."""
-        close, stub = (self.tokenizer.encode_continuation(text) for text in (THINK_CLOSE, request.stub))
-        return np.array([close + stub, stub + [0] * len(close)], np.int32), np.array([len(close + stub), len(stub)])
+    def kept(self, request: Request, rollouts: Rollouts, think_end_tokens_UR) -> Kept:
+        """Return the tokens of the rollouts to put before the stub, and which stub follows them."""
+        if request.keep == "nothing":
+            nothing = jnp.zeros_like(think_end_tokens_UR)
+            return Kept(tokens=rollouts.tokens[..., :0], length=nothing, stub=nothing)
+        is_thought = request.keep == "thought"
+        return _kept(rollouts, think_end_tokens_UR, self._closers, is_thought=is_thought)
+
+    def replaced_bytes(self, stub: np.ndarray) -> np.ndarray:
+        """Return how many bytes of the stub with this index stand for a token that ran past the </think>."""
+        return np.array([0, 0, *(len(start.encode()) for start in self._starts)])[stub]
+
+    @cached_property
+    def _closers(self) -> np.ndarray:
+        """Return the index of each token's stub, i32 [V], if that token completes a </think>; see `_stubs`."""
+        starts = self._starts
+        return np.array([_AFTER_CLOSE + starts.index(start) if start else CLOSED for start in self._starts_V], np.int32)
+
+    @cached_property
+    def _starts(self) -> list[str]:
+        return sorted({start for start in self._starts_V if start})
+
+    @cached_property
+    def _starts_V(self) -> list[str]:
+        """Return what each token holds of a </think> that it completes and runs past; empty: it does not."""
+        token_bytes = self.tokenizer.token_bytes
+        return [start_past_close(token_bytes(i)) for i in range(self.tokenizer.vocab_size)]
+
+    def _stubs(self, stub: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return all stubs, as (ids [S, W], lengths [S]): after an open thought, after a closed one, and in place of
+        each token that runs past the </think>."""
+        texts = [THINK_CLOSE + stub, stub, *(start + stub for start in self._starts)]
+        ids = [self.tokenizer.encode_continuation(text) for text in texts]
+        lengths = np.array([len(i) for i in ids], np.int32)
+        table = np.zeros((len(ids), max(1, lengths.max())), np.int32)
+        for row, of_row in zip(table, ids):
+            row[: len(of_row)] = of_row
+        return table, lengths
+
+
+def start_past_close(token: bytes) -> str:
+    """Return the start of a token that completes a </think> and runs past it, up to the end of the mark.
+
+    Such a token cannot be kept: ">\\" holds the backslash of a box. Empty: the token ends with the mark, or cannot
+    complete one.
+    """
+    mark = THINK_CLOSE.encode()
+    ends = [n for n in range(1, len(token) + 1) if mark.endswith(token[:n]) or token[:n].endswith(mark)]
+    if not ends or ends[-1] == len(token):
+        return ""
+    return token[: ends[-1]].decode(errors="ignore")
 
 
 _append, _completions = jax.jit(append_targets), jax.jit(completions)
@@ -126,17 +210,18 @@ def _references(tasks: TaskBatch, num_targets: int):
     return jnp.repeat(tokens_UMA, G, axis=1), jnp.repeat(lengths_UM, G, axis=1)
 
 
-@partial(jax.jit, static_argnames="request")
-def _kept(request: Request, rollouts: Rollouts, think_end_tokens_UR):
-    """Return (tokens [U, R, C], number to keep i32 [U, R], index of the stub i32 [U, R])."""
+@partial(jax.jit, static_argnames="is_thought")
+def _kept(rollouts: Rollouts, think_end_tokens_UR, closers_V, *, is_thought: bool) -> Kept:
     is_closed = think_end_tokens_UR > 0
     # An open thought keeps all its tokens except a stop token; padding keeps none.
     num_open = jnp.maximum(0, rollouts.mask.sum(-1) - ~rollouts.truncated)
-    if request.keep == "nothing":
-        nothing = jnp.zeros_like(num_open)
-        return rollouts.tokens[..., :0], nothing, nothing
-    keep_UR = num_open if request.keep == "completion" else jnp.where(is_closed, think_end_tokens_UR, num_open)
-    return rollouts.tokens, keep_UR, is_closed.astype(jnp.int32)
+    if not is_thought:
+        return Kept(tokens=rollouts.tokens, length=num_open, stub=is_closed.astype(jnp.int32))
+    last = jnp.maximum(think_end_tokens_UR - 1, 0)
+    closer_UR = closers_V[jnp.take_along_axis(rollouts.tokens, last[..., None], axis=-1)[..., 0]]
+    stub_UR = jnp.where(is_closed, closer_UR, OPEN)
+    closed_UR = jnp.where(closer_UR >= _AFTER_CLOSE, last, think_end_tokens_UR)
+    return Kept(tokens=rollouts.tokens, length=jnp.where(is_closed, closed_UR, num_open), stub=stub_UR)
 
 
 @partial(jax.jit, static_argnames=("header_length", "bos_id"))

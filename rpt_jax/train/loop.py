@@ -76,6 +76,7 @@ def fit(
                 at_boundary(done, state, recorder.flush)
                 if is_done := until.is_reached(done, recorder.flops):
                     break
+                recorder.begin()
                 state, outcome = training.step(state, done)
                 done, cursor = done + 1, training.get_cursor()
                 # If FLOPs set the end, wait for this step's; otherwise metrics are read one step late.

@@ -1,5 +1,6 @@
 """Records of steps: metrics read one step late, token and FLOP counts, sampled completions."""
 
+import time
 from collections.abc import Callable
 
 import jax
@@ -63,9 +64,14 @@ class Recorder:
     def __init__(self, name: str, run: RunDirectory | None):
         self._name, self._run = name, run
         self._pending: tuple[int, Outcome, bool] | None = None
+        self._began = time.perf_counter()
         self.flops = 0.0
         self.num_skipped = 0
         self.note = ""
+
+    def begin(self) -> None:
+        """Start the clock of a step."""
+        self._began = time.perf_counter()
 
     def add(self, step: int, outcome: Outcome, *, keep: bool) -> None:
         """Write the previous step's outcome and hold this one.
@@ -77,7 +83,10 @@ class Recorder:
         """
         self.flush()
         self._pending = (step, outcome, keep)
-        if self._run is not None and (found := take_compilations()).programs:
+        if self._run is None:
+            return
+        self._run.log_seconds(self._name, step, time.perf_counter() - self._began)
+        if (found := take_compilations()).programs:
             self._run.log_programs(self._name, step, found)
 
     def flops_with(self, outcome: Outcome) -> float:

@@ -72,9 +72,11 @@ class Run:
 
     def make_reward(self, source: Source) -> Reward:
         """Create the run's reward for tasks of the source."""
-        config = self.config
-        scorer = Scorer(config.model, self.tokenizer, len(self.template.header), _at_once(config))
-        return make_reward(config.reward, self.tokenizer, source.columns, scorer)
+        return make_reward(self.config.reward, self.tokenizer, source.columns, self.make_scorer())
+
+    def make_scorer(self) -> Scorer:
+        """Create the scorer of the run's requests."""
+        return Scorer(self.config.model, self.tokenizer, len(self.template.header), _at_once(self.config))
 
     def start_params(self) -> Any:
         """Return the policy's parameters before any training.

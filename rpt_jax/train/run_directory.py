@@ -34,12 +34,22 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_records(directory: Path) -> list[dict]:
-    """Read the records of metrics.jsonl, except a last line that an interruption cut off.
+    """Read the records of metrics.jsonl; see `_read_lines`."""
+    return _read_lines(directory / "metrics.jsonl")
+
+
+def read_seconds(directory: Path, stage: str) -> list[float]:
+    """Return the wall times of a stage's steps, in seconds and in order. A step that was done twice counts once."""
+    by_step = {r["step"]: r["seconds"] for r in _read_lines(directory / "times.jsonl") if r["stage"] == stage}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _read_lines(path: Path) -> list[dict]:
+    """Read the records of a JSONL file, except a last line that an interruption cut off.
 
     Raises:
         CheckpointError: another line is damaged.
     """
-    path = directory / "metrics.jsonl"
     complete = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     records = []
     for number, line in enumerate(complete, start=1):
@@ -206,6 +216,12 @@ class RunDirectory:
         if self._writes:
             with (self.path / "programs.jsonl").open("a") as file:
                 file.write(json.dumps(record | {"seconds": round(found.seconds, 2)}) + "\n")
+
+    def log_seconds(self, stage: str, step: int, seconds: float) -> None:
+        """Append the wall time of a step to times.jsonl. The last line of a step that was done twice counts."""
+        if self._writes:
+            with (self.path / "times.jsonl").open("a") as file:
+                file.write(json.dumps({"stage": stage, "step": step, "seconds": round(seconds, 3)}) + "\n")
 
     def write_completions(self, step: int, columns: dict[str, list]) -> None:
         """Write the rows of one rollout batch to completions/step_<n>.parquet."""

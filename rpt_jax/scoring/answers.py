@@ -1,0 +1,82 @@
+"""The answer that a policy gives after each thought, and after all thoughts of a prompt together, token by token.
+
+The mixture is the mean of the distributions after a prompt's G thoughts. It is what the policy believes once the
+thought is summed out: p(x | context) = mean_i p(x | context, thought_i).
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rpt_jax.config import DecoderConfig
+from rpt_jax.models.vocabulary_head import next_logits, without_unused
+from rpt_jax.parallel.mesh import on_mesh_of
+from rpt_jax.scoring.logprobs import in_rounds, predicting_states
+from rpt_jax.types import Sequences, record
+
+
+@record
+class Answers:
+    """The first token of answers, at temperature 1."""
+
+    tokens: Any  # i32 [U, R], most likely token after each thought
+    logprobs: Any  # f32 [U, R], of the reference's first token, nats
+    mixture_tokens: Any  # i32 [U, M], most likely token of the mixture
+    mixture_confidences: Any  # f32 [U, M], its probability
+    mixture_logprobs: Any  # f32 [U, M], of the reference's first token, nats
+
+
+def answer_statistics(
+    config: DecoderConfig,
+    params,
+    sequences: Sequences,
+    first_UR,
+    targets_UR,
+    *,
+    num_prompts: int,
+    trunks_at_once: int = 0,
+) -> Answers:
+    """Read the distribution at one place of each row.
+
+    Args:
+        config, params: of the model.
+        sequences: a row per thought, G rows for each prompt, with at least one token from `first` on.
+        first_UR: i32, index of the answer's first token in its row.
+        targets_UR: i32, the true first token.
+        num_prompts: M.
+        trunks_at_once: see `logprobs.in_rounds`.
+    """
+    with on_mesh_of(params):
+        return _answer_statistics(
+            config, params, (sequences, first_UR, targets_UR), num_prompts=num_prompts, trunks_at_once=trunks_at_once
+        )
+
+
+@partial(jax.jit, static_argnames=("config", "num_prompts", "trunks_at_once"))
+def _answer_statistics(config: DecoderConfig, params, rows, *, num_prompts: int, trunks_at_once: int) -> Answers:
+    def of_some(some) -> Answers:
+        sequences, first_nR, targets_nR = some
+        hidden_nRTD, _ = predicting_states(config, params, sequences)
+        hidden_nRD = jnp.take_along_axis(hidden_nRTD, first_nR[..., None, None], axis=2)[:, :, 0]
+        # One token per row, so [n, R, V] is small.
+        logprobs_nRV = jax.nn.log_softmax(without_unused(config, next_logits(params, hidden_nRD)))
+        n, R, V = logprobs_nRV.shape
+        by_prompt = logprobs_nRV.reshape(n, num_prompts, R // num_prompts, V)
+        mixture_nMV = jax.nn.logsumexp(by_prompt, axis=2) - jnp.log(R // num_prompts)
+        of_prompt_nM = targets_nR.reshape(n, num_prompts, -1)[..., 0]
+        return Answers(
+            tokens=jnp.argmax(logprobs_nRV, axis=-1),
+            logprobs=_chosen(logprobs_nRV, targets_nR),
+            mixture_tokens=jnp.argmax(mixture_nMV, axis=-1),
+            mixture_confidences=jnp.exp(mixture_nMV.max(-1)),
+            mixture_logprobs=_chosen(mixture_nMV, of_prompt_nM),
+        )
+
+    return in_rounds(of_some, rows, trunks_at_once)
+
+
+def _chosen(values_V, ids):
+    """Return values[..., ids]."""
+    return jnp.take_along_axis(values_V, ids[..., None], axis=-1)[..., 0]
