@@ -80,7 +80,8 @@ TEXT = Config(
 # SmolLM2-135M (experiments.fetch_smollm2), a pretrained policy that anyone can have, on 2 CPU cores.
 # experiments.recipes.smollm2_rpt runs it. The cold start on drafts teaches only the response format.
 SMOLLM2 = Config(
-    run=RunConfig(num_steps=50),
+    # runs/smollm2 holds the model.
+    run=RunConfig(directory="runs/smollm2_rpt", num_steps=50),
     data=DataConfig(template="minimal", trunk_length=192, window_stride=96),
     positions=PositionsConfig(entropy_threshold=0.5, unfiltered_fraction=0.3, max_tokens=2**16),
     policy=PolicyConfig(path="runs/smollm2"),

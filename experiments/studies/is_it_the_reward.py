@@ -201,7 +201,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--arms", nargs="+", default=[*RL_ARMS, *SUPERVISED_ARMS], choices=[*RL_ARMS, *SUPERVISED_ARMS])
     parser.add_argument("--splits", nargs="+", default=["all", "settled", "easy", "hard"])
     args, flags = parser.parse_known_args(argv)
-    config, _ = parse_config(flags, default_preset="tiny_worked")
+    config, _ = parse_config([*flags, "--run.directory", str(args.directory)], default_preset="tiny_worked")
     found = read_json(args.out) if args.out.exists() else {}
     for seed in args.seeds:
         directory, of_seed = args.directory / f"seed{seed}", found.setdefault(str(seed), {})
