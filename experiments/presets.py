@@ -101,6 +101,24 @@ SMOLLM2 = Config(
     ),
 )
 
+# The same on one GPU: 2,048 rollouts a step, longer contexts and thoughts.
+SMOLLM2_GPU = replace(
+    SMOLLM2,
+    run=replace(SMOLLM2.run, num_steps=200),
+    data=replace(SMOLLM2.data, trunk_length=512, window_stride=256),
+    positions=replace(SMOLLM2.positions, max_tokens=2**20),
+    model=DecoderConfig(activation_dtype=""),
+    rollout=replace(
+        SMOLLM2.rollout, num_trunks=32, prompts_per_trunk=8, max_completion_tokens=48, slots_per_trunk=-1
+    ),
+    mesh=MeshConfig(microbatch_trunks=-1),
+    checkpoint=CheckpointConfig(every_steps=50),
+    eval=replace(
+        SMOLLM2.eval, every_steps=50, num_positions=400, final_num_positions=400, num_samples=8, batch_trunks=32,
+        max_tokens=2**16,
+    ),
+)  # fmt: skip
+
 # Questions with answers: RL fine-tuning and zero-shot evaluation of the policy in --policy.path.
 QUESTIONS = Config(
     run=RunConfig(num_steps=100),
@@ -185,6 +203,7 @@ PRESETS = {
     "tiny_text": TINY_TEXT,
     "text": TEXT,
     "smollm2": SMOLLM2,
+    "smollm2_gpu": SMOLLM2_GPU,
     "questions": QUESTIONS,
     "rpt_qwen2_5_14b": RPT_QWEN2_5_14B,
     "rpt_qwen3_1_7b": RPT_QWEN3_1_7B,

@@ -12,6 +12,7 @@ from rpt_jax.parallel import distributed
 from rpt_jax.parallel.interruption import watching
 from rpt_jax.train.pipeline import run_stages
 from rpt_jax.train.progress import console
+from rpt_jax.train.run import Run
 
 
 def run(config: Config) -> None:
@@ -23,9 +24,13 @@ def run(config: Config) -> None:
     distributed.start(config.distributed)
     console.quiet = not distributed.is_main()
     with watching(config.distributed.deadline_seconds):
-        finished = run_stages(config)
-    if distributed.is_main() and config.run.num_steps:
-        page = REPORTS[finished.domain.name](finished.directory.path)
+        report(run_stages(config))
+
+
+def report(run: Run) -> None:
+    """Write the report of a finished run; a run without RL steps has none."""
+    if distributed.is_main() and run.config.run.num_steps:
+        page = REPORTS[run.domain.name](run.directory.path)
         console.print(f"report: [bold]{page}[/]   figures: {page.with_name('results.json')}")
 
 

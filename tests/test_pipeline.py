@@ -127,5 +127,5 @@ def test_invalid_recipes_are_refused(corpus, straight, tmp_path):  # noqa: F811
     prepare(dataclasses.replace(first, run=dataclasses.replace(first.run, directory=str(tmp_path / "begun"))))
     (tmp_path / "begun" / "checkpoints").mkdir()
     begun = dataclasses.replace(second, policy=dataclasses.replace(second.policy, path=str(tmp_path / "begun")))
-    with pytest.raises(CheckpointError, match="without an RL checkpoint"):
+    with pytest.raises(CheckpointError, match="without a checkpoint of rpt"):
         start_params(begun, make_mesh(MeshConfig()))

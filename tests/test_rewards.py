@@ -1,5 +1,6 @@
 """Answer extraction and rewards against their plain-Python oracles, and on worked examples."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from rpt_jax.config import RewardConfig
 from rpt_jax.errors import ConfigError
 from rpt_jax.models import decoder
+from rpt_jax.rewards import controls
 from rpt_jax.rewards.answer import answer_tables, extract_predictions
 from rpt_jax.rewards.base import earn
 from rpt_jax.rewards.catalog import make_reward
@@ -21,7 +23,7 @@ from rpt_jax.rewards.prefix import DIRECT_PREDICTION, first_token_reward, prefix
 from rpt_jax.scoring.requests import Request, Scorer, Scores
 from rpt_jax.scoring.vocabulary import longest_prefix_tokens, vocabulary_index
 from rpt_jax.sequences import Task, build_tasks
-from rpt_jax.types import Rollouts
+from rpt_jax.types import Earned, Rollouts, TaskBatch
 
 MODES = ("balanced", "tail", "balanced_then_tail")
 
@@ -355,6 +357,56 @@ def test_reward_variants_by_hand(letters):
     conditional = RewardConfig(terms=("conditional_dense",))
     np.testing.assert_allclose(judged(letters, texts, "cde", conditional, scores(texts))[0], dense, atol=1e-6)
     np.testing.assert_array_equal(judged(letters, texts[3:], "cde", conditional, scores(texts[3:]))[0], 0)
+
+
+def test_random_rewards_keep_each_groups_rate_and_tell_nothing(monkeypatch):
+    """Over many groups, a rollout's reward and its random one are uncorrelated; equal tokens get the same order."""
+    rng = np.random.default_rng(0)
+    U, M, G, C = 64, 8, 4, 3
+    tokens = jnp.asarray(rng.integers(0, 50, (U, M * G, C)), jnp.int32)
+    real = rng.integers(0, 2, (U, M, G)).astype(np.float32)
+    tasks = SimpleNamespace(references=SimpleNamespace(task_ids=jnp.arange(U * M).reshape(U, M)))
+    rollouts = SimpleNamespace(tokens=tokens, mask=jnp.ones((U, M * G, C), bool))
+    evidence = SimpleNamespace(tasks=tasks, rollouts=rollouts)
+    right = Earned(rewards=jnp.asarray(real), faults=jnp.zeros((U, M, G), bool), metrics={})
+    monkeypatch.setattr(controls, "prefix", lambda _: right)
+    earned, again = controls.random(evidence), controls.random(evidence)
+    got = np.asarray(earned.rewards)
+    np.testing.assert_array_equal(got, again.rewards)
+    np.testing.assert_array_equal(got.sum(-1), real.sum(-1))
+    np.testing.assert_array_equal(earned.metrics["prefix"], real)
+    # Advantages of 2,048 rollouts: their mean product has a deviation of about 1 / 45.
+    advantage = [(r - r.mean(-1, keepdims=True)) / (r.std(-1, keepdims=True) + 1e-6) for r in (got, real)]
+    assert abs((advantage[0] * advantage[1]).mean()) < 0.09 and (got != real).any()
+
+
+def test_shuffled_targets_belong_to_another_prompt(letters):
+    """Four real prompts of six: predictions right for the prompt two further on are rewarded, and only these."""
+    truths = ["ab", "cd", "ef", "gh"]
+    places = [(0, 0), (0, 1), (1, 0), (2, 1)]
+    tokens, mask = np.zeros((3, 4, 8), np.int32), np.zeros((3, 4, 8), bool)
+    for number, (u, m) in enumerate(places):
+        for g, truth in enumerate((truths[number], truths[(number + 2) % 4])):
+            ids = letters.encode(f"</think>\\boxed{{{truth}}}")
+            tokens[u, 2 * m + g, : len(ids)], mask[u, 2 * m + g, : len(ids)] = ids, True
+
+    def task(number):
+        return Task(id=number, cut=1, text=truths[number].encode(), boundaries=(1, 2), tokens=[1, 2])
+
+    # Trunk 2 has a padded prompt first: build it with one prompt, then move it.
+    trunks = [(np.zeros(1), [task(0), task(1)]), (np.zeros(1), [task(2)]), (np.zeros(1), [task(3)])]
+    tasks = build_tasks(trunks, tail=[1], row_ids=np.arange(12).reshape(3, 2, 2), trunk_length=1, num_tokens=2)
+    flip = lambda x: np.concatenate([x[:2], x[2:, ::-1]])  # noqa: E731
+    references = jax.tree.map(flip, tasks.references)
+    prompts = dataclasses.replace(tasks.prompts, prompt_mask=flip(tasks.prompts.prompt_mask))
+    rollouts = Rollouts(
+        tokens=tokens, mask=mask, sampler_logprobs=None, truncated=np.zeros((3, 4), bool), num_rejected=None
+    )
+    reward = make_reward(RewardConfig(terms=("shuffled_targets",)), letters)
+    _, earned, _ = earn(reward, {"current": None}, TaskBatch(prompts=prompts, references=references), rollouts)
+    for u, m in places:
+        assert np.asarray(earned.rewards)[u, m].tolist() == [0, 1]
+        assert np.asarray(earned.metrics["reward/shuffled_targets/prefix"])[u, m].tolist() == [1, 0]
 
 
 def test_rewards_name_the_passes_they_need(letters):

@@ -120,8 +120,9 @@ def main(argv: list[str]) -> None:
             found[str(directory)] = evaluate(run)
             write_atomically(args.out, json.dumps(found, indent=1))
     runs = [found[str(directory)] for directory in args.runs]
-    print(table(runs, args.splits))
-    plot(runs, args.splits).savefig(args.out.with_suffix(".png"), dpi=110, bbox_inches="tight")
+    splits = [split for split in args.splits if all(split in run["before"] for run in runs)]
+    print(table(runs, splits))
+    plot(runs, splits).savefig(args.out.with_suffix(".png"), dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":

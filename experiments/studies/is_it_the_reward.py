@@ -170,6 +170,7 @@ def _cell(figures: list[dict | None]) -> str:
 def plot(found: dict, splits: list[str]):
     """Draw sampled accuracy of the first seed's arms over FLOPs and over seconds; bars are two standard errors."""
     of_seed = next(iter(found.values()))
+    splits = [split for split in splits if all(split in arm["after"] for arm in of_seed.values())]
     figure, axes = subplots(2, len(splits), figsize=(3.8 * len(splits), 6.2), squeeze=False, layout="constrained")
     for column, split in enumerate(splits):
         for row, unit in enumerate(("flops", "seconds")):
@@ -185,7 +186,8 @@ def plot(found: dict, splits: list[str]):
             axis.set_xlabel("FLOPs after the warm start" if unit == "flops" else "seconds, without evaluations")
             axis.grid(alpha=0.3)
             axis.set_title(split if row == 0 else "", fontsize=10)
-        axes[0][0].set_ylabel("accuracy"), axes[1][0].set_ylabel("accuracy")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accuracy")
     axes[0][0].legend(fontsize=7)
     figure.suptitle("Held-out accuracy: thinking, sampled; for next_token: direct")
     return figure

@@ -112,8 +112,9 @@ class ThoughtEvaluator:
         mark = kept + starts - np.where(thoughts.stub == OPEN, 0, len(THINK_CLOSE))
         begins = ends - lengths_V[thoughts.tokens]
         inside = np.arange(thoughts.tokens.shape[-1]) < thoughts.length[..., None]
-        size = (inside & (begins < mark[..., None])).sum(-1)
-        (filler,) = self.tokenizer.encode_continuation(_FILLER)
+        # A token without bytes lies before the mark if it ends there.
+        size = (inside & ((begins < mark[..., None]) | (ends <= mark[..., None]))).sum(-1)
+        filler = self.tokenizer.encode_continuation(_FILLER)[0]
         size = size.astype(np.int32)
         return Kept(tokens=np.full_like(thoughts.tokens, filler), length=size, stub=np.full_like(size, OPEN))
 
