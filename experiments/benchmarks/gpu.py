@@ -1,7 +1,7 @@
 """Decode, update and whole steps of an accelerator, compared with its memory bandwidth and its matrix peak.
 
-python -m experiments.benchmarks.gpu [--parts steps,peaks,decode,update,numerics,lora,repeated] [--seconds 600]
-    [--rounds 3] [--json FILE] [--dry-run]
+python -m experiments.benchmarks.gpu [--parts steps,trl,peaks,decode,update,numerics,lora,repeated] [--seconds 600]
+    [--rounds 3] [--json FILE] [--trl-python PYTHON] [--dry-run]
 
 Each figure is printed as soon as it is measured. A part starts only if the time that is left allows for it, so that the
 script ends within --seconds. The policy is random: 1.5 B parameters (28 layers, width 1536, vocabulary 151,936, tied),
@@ -10,6 +10,9 @@ bfloat16 activations and caches.
 steps: a policy of 135 M parameters (SmolLM2's shape), 32 documents of 512 tokens, 8 positions x 8 rollouts, 48 new
     tokens: seconds from the start of the process to the end of the first RL step, without an evaluation before it, with
     an empty cache of programs and with the cache of the run before; then steps a minute.
+trl: GRPO steps of TRL on the batch of `decode`, in a process of --trl-python, which may belong to another environment
+    (peers_requirements_trl.txt, with torch's CUDA build; vLLM samples where it is installed). The first step does not
+    count. Without TRL, the part is skipped.
 peaks: a copy of 4 GiB and a bfloat16 product of 8192 x 8192 matrices; the other parts' limits refer to these.
 decode: 4 documents of 2,048 tokens, 8 positions x 8 rollouts each, 512 new tokens. Seconds are from the first to the
     last token, without the prefill. Limit: a step reads the weights once, and the keys and values of each document,
@@ -44,6 +47,7 @@ from experiments.presets import PRESETS
 from rpt_jax.config import DecoderConfig, LoraConfig, LossConfig, MeshConfig, OptimizerConfig
 from rpt_jax.models import lora
 from rpt_jax.models.decoder import init_params
+from rpt_jax.models.families import config_json
 from rpt_jax.models.lora import Frozen
 from rpt_jax.parallel.mesh import make_mesh, shard_batch
 from rpt_jax.rl.objective import objective_fn
@@ -191,11 +195,12 @@ class Bench:
         shape: sizes.
         rounds: repetitions of each timing.
         rank: of adapters; 0: all parameters are trained.
+        trl_python: interpreter that has TRL.
         figures: {part: figures} measured so far.
     """
 
-    def __init__(self, shape: Shape, rounds: int, rank: int = 0):
-        self.shape, self.rounds, self.rank, self.figures = shape, rounds, rank, {}
+    def __init__(self, shape: Shape, rounds: int, rank: int = 0, trl_python: str = sys.executable):
+        self.shape, self.rounds, self.rank, self.trl_python, self.figures = shape, rounds, rank, trl_python, {}
         self._optimizer, self._state, self._frozen = make_optimizer(OptimizerConfig(), 100), None, None
 
     @cached_property
@@ -333,10 +338,38 @@ class Bench:
                 figures[name] = {"first_step_seconds": ends[0], "steps_per_minute": 60 / later}
         return figures
 
+    def trl(self) -> dict:
+        """Time steps of TRL on the same batch."""
+        if subprocess.run([self.trl_python, "-c", "import trl"], stderr=subprocess.DEVNULL, check=False).returncode:
+            return {"skipped": f"{self.trl_python} has no TRL"}
+        prompts = self.shape.tasks().prompts
+        texts = [
+            [*prompts.trunk_tokens[u, : prompts.cuts[u, m]].tolist(), *prompts.tail_tokens[u, m].tolist()]
+            for u, m in np.ndindex(prompts.cuts.shape)
+        ]
+        spec = {
+            "model": config_json(self.shape.model, "float32", {}), "prompts": texts, "new": self.shape.new,
+            "group_size": self.shape.rollouts, "rows": 2, "steps": 1 + min(2, self.rounds),
+        }  # fmt: skip
+        command = [self.trl_python, "-m", "experiments.benchmarks.gpu_trl"]
+        done = subprocess.run(command, input=json.dumps(spec), stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        step, rollout = (statistics.median(found[name][1:]) for name in ("steps", "rollouts"))
+        return {"step": step, "rollout": rollout, "update": step - rollout, "vllm": found["vllm"]}
 
-# Part -> seconds that it takes at most, with compiling. The steps come first: their processes need the whole memory,
-# which this one takes with its first array.
-PARTS = {"steps": 150, "peaks": 15, "decode": 60, "update": 70, "numerics": 100, "lora": 160, "repeated": 150}
+
+# Part -> seconds that it takes at most, with compiling. The steps and TRL come first: their processes need the whole
+# memory, which this one takes with its first array.
+PARTS = {
+    "steps": 150,
+    "trl": 240,
+    "peaks": 15,
+    "decode": 60,
+    "update": 70,
+    "numerics": 100,
+    "lora": 160,
+    "repeated": 150,
+}
 
 
 def main() -> None:
@@ -345,12 +378,13 @@ def main() -> None:
     command = parser(__doc__, name="gpu", rounds=3)
     command.add_argument("--parts", default=",".join(PARTS))
     command.add_argument("--seconds", type=float, default=600)
+    command.add_argument("--trl-python", default=sys.executable)
     command.add_argument("--dry-run", action="store_true")
     args = command.parse_args()
     unknown = set(args.parts.split(",")) - set(PARTS)
     if unknown:
         command.error(f"--parts names {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
-    bench = Bench(DRY if args.dry_run else FULL, args.rounds)
+    bench = Bench(DRY if args.dry_run else FULL, args.rounds, trl_python=args.trl_python)
     chosen = [p for p in PARTS if p in {"peaks", *args.parts.split(",")}]
     if "repeated" in chosen:
         chosen = [p for p in PARTS if p in {*chosen, "decode", "update"}]
@@ -362,6 +396,9 @@ def main() -> None:
         bench.figures[part] = getattr(bench, part)()
         print(f"[{time.monotonic() - begin:.0f} s] {part}: {json.dumps(bench.figures[part])}", flush=True)
     figures = bench.figures
+    if "step" in figures.get("trl", {}) and {"decode", "update"} <= set(figures):
+        own = figures["decode"]["seconds"] + figures["decode"]["prefill_seconds"] + figures["update"]["seconds"]
+        print(f"a step of TRL takes {figures['trl']['step'] / own:.1f} times as long", flush=True)
 
     def draw(axes):
         bars = {part: figures[part]["share_of_limit"] for part in ("decode", "update") if part in figures}
