@@ -399,7 +399,7 @@ def test_a_proxy_at_chance_is_named_instead_of_the_threshold():
 def test_top_k_by_blocks_equals_sorting(size):
     x = np.random.default_rng(size).standard_normal((5, size)).astype(np.float32)
     k = min(16, size)
-    values, ids = entropy._top_k(x, k)
+    values, ids = entropy.top_k(x, k)
     np.testing.assert_array_equal(values, -np.sort(-x, axis=1)[:, :k])
     np.testing.assert_array_equal(np.take_along_axis(x, np.asarray(ids), axis=1), values)
 

@@ -24,12 +24,9 @@ from rpt_jax.rewards.base import Reward, earn
 from rpt_jax.rewards.prefix import first_token, prefix, prefix_match_reward
 from rpt_jax.scoring.companions import CURRENT
 from rpt_jax.scoring.entropy import Proxy
-from rpt_jax.scoring.requests import Request
-from rpt_jax.tokenizer import BOX_OPEN, Tokenizer
+from rpt_jax.scoring.requests import AFTER_THOUGHT
+from rpt_jax.tokenizer import Tokenizer
 from rpt_jax.types import Earned, Evidence, TaskBatch
-
-# log p(x_t | context, thought), with the true token inside the box.
-REASONED = Request(name="reasoned", keep="thought", stub=BOX_OPEN, target="reference", num_targets=1)
 
 
 def difficulty_splits(
@@ -180,7 +177,7 @@ class Evaluator:
             texts = predictions.bytes.reshape(U, M, G, -1)
             figures["pass@k"] = right.max(-1)
             figures["majority@k"] = _majority(texts, lengths, found, right)
-            scores = self.reward.scorer.score(REASONED, policies[CURRENT], tasks, rollouts, evidence.predictions)
+            scores = self.reward.scorer.score(AFTER_THOUGHT, policies[CURRENT], tasks, rollouts, evidence.predictions)
             figures["reasoned_logprob"] = to_host(_log_mean(scores.values[..., 0], num_prompts=M))
             figures["forced_close"] = (predictions.think_end_tokens.reshape(U, M, G) == 0).mean(-1)
         return figures

@@ -20,15 +20,12 @@ from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rewards.base import make_reader
 from rpt_jax.rewards.prefix import prefix_match_reward
-from rpt_jax.scoring.requests import OPEN, Kept, Request, Scorer
-from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE, Tokenizer
+from rpt_jax.scoring.requests import AFTER_THOUGHT, DIRECT_ANSWER, OPEN, Kept, Scorer
+from rpt_jax.tokenizer import THINK_CLOSE, Tokenizer
 from rpt_jax.types import TaskBatch
 
 OWN, OTHER, FILLER, NONE, DIRECT = "own thought", "other's thought", "filler", "no thought", "direct"
 CONDITIONS = (OWN, OTHER, FILLER, NONE, DIRECT)
-AFTER_THOUGHT = Request(name="answer", keep="thought", stub=BOX_OPEN, num_targets=1)
-# The document alone, without a template.
-_DIRECT = Request(name="direct_answer", view="direct", keep="nothing", num_targets=1)
 _FILLER = "."
 
 
@@ -121,7 +118,7 @@ class ThoughtEvaluator:
     def _answers(self, params, ids, thoughts: Kept | None) -> dict[str, np.ndarray]:
         """Return figures [n] of each position."""
         k = 1 if thoughts is None else thoughts.length.shape[1]
-        request = _DIRECT if thoughts is None else AFTER_THOUGHT
+        request = DIRECT_ANSWER if thoughts is None else AFTER_THOUGHT
         columns = {
             name: np.zeros(len(ids), np.float32) for name in ("correct", "mixture_correct", "logprob", "confidence")
         }
@@ -134,9 +131,9 @@ class ThoughtEvaluator:
             real = rows >= 0
             values = {
                 "correct": self._is_right(answers.tokens.reshape(*rows.shape, k), batch).mean(-1),
-                "mixture_correct": self._is_right(answers.mixture_tokens[..., None], batch)[..., 0],
+                "mixture_correct": self._is_right(answers.mixture_tokens[..., :1], batch)[..., 0],
                 "logprob": answers.mixture_logprobs,
-                "confidence": answers.mixture_confidences,
+                "confidence": answers.mixture_probabilities[..., 0],
             }
             for name, of_all in values.items():
                 columns[name][rows[real]] = of_all[real]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from rpt_jax.config import DecoderConfig
 from rpt_jax.models.vocabulary_head import next_logits, without_unused
 from rpt_jax.parallel.mesh import on_mesh_of
+from rpt_jax.scoring.entropy import NUM_TOP_TOKENS, top_k
 from rpt_jax.scoring.logprobs import in_rounds, predicting_states
 from rpt_jax.types import Sequences, record
 
@@ -23,8 +24,8 @@ class Answers:
 
     tokens: Any  # i32 [U, R], most likely token after each thought
     logprobs: Any  # f32 [U, R], of the reference's first token, nats
-    mixture_tokens: Any  # i32 [U, M], most likely token of the mixture
-    mixture_confidences: Any  # f32 [U, M], its probability
+    mixture_tokens: Any  # i32 [U, M, 16], most likely tokens of the mixture, the first one first
+    mixture_probabilities: Any  # f32 [U, M, 16], of these tokens
     mixture_logprobs: Any  # f32 [U, M], of the reference's first token, nats
 
 
@@ -66,11 +67,12 @@ def _answer_statistics(config: DecoderConfig, params, rows, *, num_prompts: int,
         by_prompt = logprobs_nRV.reshape(n, num_prompts, R // num_prompts, V)
         mixture_nMV = jax.nn.logsumexp(by_prompt, axis=2) - jnp.log(R // num_prompts)
         of_prompt_nM = targets_nR.reshape(n, num_prompts, -1)[..., 0]
+        top, tokens = top_k(mixture_nMV.reshape(-1, V), min(NUM_TOP_TOKENS, V))
         return Answers(
             tokens=jnp.argmax(logprobs_nRV, axis=-1),
             logprobs=_chosen(logprobs_nRV, targets_nR),
-            mixture_tokens=jnp.argmax(mixture_nMV, axis=-1),
-            mixture_confidences=jnp.exp(mixture_nMV.max(-1)),
+            mixture_tokens=tokens.reshape(n, num_prompts, -1),
+            mixture_probabilities=jnp.exp(top).reshape(n, num_prompts, -1),
             mixture_logprobs=_chosen(mixture_nMV, of_prompt_nM),
         )
 

@@ -68,7 +68,7 @@ def _direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize:
         logits_UV = jnp.einsum("ud,vd->uv", hidden_UD, head, preferred_element_type=jnp.float32)
         logits_UV = without_unused(config, logits_UV)
         total_U = jax.nn.logsumexp(logits_UV, axis=-1)
-        top, ids = _top_k(logits_UV, num_top)
+        top, ids = top_k(logits_UV, num_top)
         log_p = top - total_U[:, None]
         if renormalize:
             log_p = log_p - jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
@@ -83,7 +83,7 @@ def _direct_statistics(config: DecoderConfig, params, tokens_UL, *, renormalize:
 _TOP_K_BLOCK = 32
 
 
-def _top_k(x_UV, k: int):
+def top_k(x_UV, k: int):
     """Return the k largest values of each row and their indices. Only the k blocks with the largest maxima are
     searched: a sixth of the time at 152 thousand entries."""
     U, V = x_UV.shape

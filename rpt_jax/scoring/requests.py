@@ -17,7 +17,7 @@ from rpt_jax.scoring.answers import Answers, answer_statistics
 from rpt_jax.scoring.logprobs import score
 from rpt_jax.scoring.vocabulary import longest_prefix_tokens, vocabulary_index
 from rpt_jax.sequences import append_targets, completions
-from rpt_jax.tokenizer import THINK_CLOSE
+from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE
 from rpt_jax.types import Prompts, Rollouts, TaskBatch, record
 
 
@@ -46,6 +46,11 @@ class Request:
     def __post_init__(self):
         if self.view == "direct" and (self.keep != "nothing" or self.stub):
             raise ValueError(f"request {self.name!r}: the direct view has no template, so no thought and no stub")
+
+
+# The answer's first token, after a thought and in a box; and after the document alone.
+AFTER_THOUGHT = Request(name="answer", keep="thought", stub=BOX_OPEN, num_targets=1)
+DIRECT_ANSWER = Request(name="direct_answer", view="direct", keep="nothing", num_targets=1)
 
 
 @record
@@ -102,8 +107,16 @@ class Scorer:
         targets = self._targets(request, tasks, predictions)
         is_direct = request.view == "direct"
         kept = None if is_direct else self.kept(request, rollouts, predictions.think_end_tokens)
-        prompts, sequences, first_UR = self._sequences(request, tasks.prompts, kept, *targets)
-        logprobs = score(self.config, params, sequences, temperature=1.0, trunks_at_once=self._at_once(tasks.prompts))
+        return self._score(request, params, tasks.prompts, kept, targets)
+
+    def score_after(self, request: Request, params, tasks: TaskBatch, kept: Kept | None) -> Scores:
+        """Score the references after thoughts made by hand; arguments as in `answers`."""
+        return self._score(request, params, tasks.prompts, kept, _references(tasks, request.num_targets))
+
+    def _score(self, request: Request, params, prompts: Prompts, kept: Kept | None, targets) -> Scores:
+        at_once = self._at_once(prompts)
+        prompts, sequences, first_UR = self._sequences(request, prompts, kept, *targets)
+        logprobs = score(self.config, params, sequences, temperature=1.0, trunks_at_once=at_once)
         return _gather(prompts, logprobs, first_UR, targets[1], num_targets=targets[0].shape[-1])
 
     def answers(self, request: Request, params, tasks: TaskBatch, kept: Kept | None) -> Answers:
