@@ -1,11 +1,12 @@
 """The command line of the experiment scripts: a preset plus flags gives a Config."""
 
+import difflib
 import json
 import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import jax
 import tyro
 from rich.markup import escape
 
-from experiments.presets import PRESETS
+from experiments.presets import NEED_A_POLICY, PRESETS, PURPOSES
 from rpt_jax.config import Config
 from rpt_jax.config.schema import MOVES, from_json, help_texts, take_fields, walk
 from rpt_jax.errors import CheckpointError, ConfigError, DataError, Interrupted, RewardError
@@ -24,16 +25,17 @@ from rpt_jax.train.progress import console
 from rpt_jax.train.run_directory import read_config, read_json
 
 
-def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple[Config, bool]:
+def parse_config(argv: list[str], *, default_preset: str | None = None, trains: bool = False) -> tuple[Config, bool]:
     """Parse a command line. Flags override the preset, which overrides the defaults.
 
     Args:
         argv: arguments, without the program's name.
         default_preset: preset to use without --preset; None: --preset is required.
+        trains: the policy is sampled or trained, so that a preset for pretrained policies needs one.
     Returns:
         (config, whether --dry-run was given).
     Raises:
-        ConfigError: unknown preset or flag, no preset, or invalid settings.
+        ConfigError: unknown preset or flag, no preset, no policy, or invalid settings.
         SystemExit: --help, or a flag value that tyro rejects and reports.
     """
     flags, preset, dry_run = list(argv), default_preset, False
@@ -49,7 +51,9 @@ def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple
     if {"-h", "--help", "--help-all"} & set(flags):
         print_help(flags, PRESETS.get(preset, Config()))
     elif preset not in PRESETS:
-        raise ConfigError(f"--preset {preset}; it must be one of {', '.join(PRESETS)}. Choose one.")
+        raise ConfigError(
+            f"--preset {preset}; it must be one of {', '.join(PRESETS)}.{_did_you_mean(preset, PRESETS)} Choose one."
+        )
     base = PRESETS.get(preset, Config())
     config = _with_flags(base, flags)
     directory = config.run.directory or f"runs/{preset}"
@@ -58,6 +62,12 @@ def parse_config(argv: list[str], *, default_preset: str | None = None) -> tuple
         # Fields that the run lacks were added later: their defaults and presets do not change it, only flags do.
         before, notes = from_json(Config, json.dumps(read_json(saved)))
         config = _with_flags(take_fields(base, before, notes), flags)
+    if trains and preset in NEED_A_POLICY and not (config.policy.path or saved.exists()):
+        raise ConfigError(
+            f"--preset {preset} has no policy.path; it trains a pretrained policy, and a random one would never earn a "
+            "reward. Set --policy.path to a model or run directory (experiments.fetch_smollm2 writes a small one), or "
+            "use --preset tiny_text, which trains its own."
+        )
     return _ready(replace(config, run=replace(config.run, directory=directory))), dry_run
 
 
@@ -66,11 +76,21 @@ def _with_flags(config: Config, flags: list[str]) -> Config:
     if unknown:
         names = {argument.split("=")[0] for argument in unknown}
         moved = [f" {_flag(m.old)} is now {_flag(m.new)}." for m in MOVES if _flag(m.old) in names]
+        known = [_flag(path) for path, _, _ in walk(config)]
+        meant = [_did_you_mean(name, known) for name in sorted(names) if name.startswith("-")]
         raise ConfigError(
             f"unknown argument(s) {' '.join(unknown)}; flags must be --section.field VALUE. --help-all lists all."
-            + "".join(moved)
+            + "".join(moved or meant)
         )
     return config
+
+
+def _did_you_mean(word: str | None, known: Iterable[str]) -> str:
+    """Return a suggestion, or nothing: the most similar known word, also where a flag lacks its section."""
+    known = list(known)
+    same_field = [name for name in known if word and name.rpartition(".")[2] == word.lstrip("-").rpartition(".")[2]]
+    found = same_field[:3] or difflib.get_close_matches(word or "", known, n=1, cutoff=0.6)
+    return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
 def _flag(path: str) -> str:
@@ -87,15 +107,21 @@ def print_help(flags: list[str], config: Config) -> None:
         SystemExit: always.
     """
     print(sys.modules["__main__"].__doc__)
-    print(f"--preset: one of {', '.join(PRESETS)}\n--dry-run: print the resolved run and exit\n")
+    print("--preset:")
+    for name, purpose in PURPOSES.items():
+        print(f"    {name:<18}{purpose}")
+    print("--dry-run: print the resolved run and exit\n")
     if "--help-all" in flags:
         tyro.cli(Config, default=config, args=["--help"], prog="experiment")
-    texts = help_texts(config)
+    texts, others = help_texts(config), []
     for path, f, value in walk(config):
         if f.metadata.get("shown") and path.count(".") == 1:
             print(f"{_flag(path)} {json.dumps(value)}")
             print(textwrap.fill(texts[path], 110, initial_indent="    ", subsequent_indent="    "))
-    print("\n--help-all: print all settings")
+        else:
+            others.append(_flag(path))
+    print("\nOther settings, which --help-all explains:")
+    print(textwrap.fill(" ".join(others), 110, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False))
     sys.exit(0)
 
 
@@ -152,6 +178,10 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             f"latest (exit status {RESUMABLE})"
         )
         sys.exit(RESUMABLE)
+    except BrokenPipeError:
+        # The reader, such as head, has seen enough; a closing flush must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if isinstance(error, (ConfigError, DataError, CheckpointError, RewardError)):
             console.quiet = False  # processes that write no files print only errors

@@ -202,10 +202,23 @@ PRESETS = {
     "tiny_worked": TINY_WORKED,
     "tiny_text": TINY_TEXT,
     "text": TEXT,
+    "questions": QUESTIONS,
     "smollm2": SMOLLM2,
     "smollm2_gpu": SMOLLM2_GPU,
-    "questions": QUESTIONS,
     "rpt_qwen2_5_14b": RPT_QWEN2_5_14B,
     "rpt_qwen3_1_7b": RPT_QWEN3_1_7B,
     "rpt_llama3_8b": RPT_LLAMA3_8B,
 }
+PURPOSES = {
+    "tiny_worked": "puzzles, a 0.8 M policy of its own, minutes on 2 CPU cores (the quickstart)",
+    "tiny_text": "any text, a small policy and tokenizer of its own, minutes on 2 CPU cores",
+    "text": "any text, your pretrained policy, one GPU or TPU",
+    "questions": "questions with answers, your pretrained policy, one GPU or TPU",
+    "smollm2": "any text, SmolLM2-135M, under an hour on 2 CPU cores",
+    "smollm2_gpu": "the same with larger batches, one GPU",
+    "rpt_qwen2_5_14b": "the paper's run: R1-Distill-Qwen-14B on 64 TPU v5p chips",
+    "rpt_qwen3_1_7b": "the paper's batch with Qwen3-1.7B on 16 TPU v6e chips",
+    "rpt_llama3_8b": "the paper's batch with Llama-3.1-8B on 32 TPU v5p chips",
+}
+# Presets whose policy must be pretrained.
+NEED_A_POLICY = ("text", "questions", "rpt_qwen2_5_14b", "rpt_qwen3_1_7b", "rpt_llama3_8b")

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--per-prompt", type=int, default=2)
     parser.add_argument("--min-reward", type=float, default=1.0)
     args, rest = parser.parse_known_args(argv)
-    config, dry_run = parse_config(rest)
+    config, dry_run = parse_config(rest, trains=True)
     if dry_run:
         print(describe(config))
         return

@@ -36,7 +36,7 @@ def report(run: Run) -> None:
 
 def main(argv: list[str]) -> None:
     """Run all stages of the preset; with --dry-run, only print the resolved run."""
-    config, dry_run = parse_config(argv)
+    config, dry_run = parse_config(argv, trains=True)
     if dry_run:
         print(describe(config))
     else:

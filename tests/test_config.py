@@ -164,8 +164,9 @@ def test_help_shows_first_what_people_vary(capsys):
     for flag, has_all in (("--help", False), ("--help-all", True)):
         with pytest.raises(SystemExit):
             parse_config(["--preset", "tiny_worked", flag])
-        out = capsys.readouterr().out
-        assert "group-size" in out and ("norm-eps" in out) == has_all
+        out = " ".join(capsys.readouterr().out.split())
+        assert "--rollout.group-size" in out and "--model.norm-eps" in out
+        assert "Rollouts per position (G)" in out and ("Weight of the KL term" in out) == has_all
 
 
 def test_a_flag_that_moved_says_where_to():

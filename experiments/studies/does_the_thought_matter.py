@@ -19,6 +19,7 @@ from rpt_jax.analysis.reports.figures import subplots
 from rpt_jax.evals.next_token import difficulty_splits
 from rpt_jax.evals.thoughts import CONDITIONS, OWN, ThoughtEvaluator
 from rpt_jax.models.lora import join
+from rpt_jax.train.progress import tracked
 from rpt_jax.train.run import Run, newest_state, prepare
 from rpt_jax.train.run_directory import read_json, write_atomically
 from rpt_jax.train.sizes import fitted
@@ -47,6 +48,7 @@ def evaluate(run: Run) -> dict:
             seed=run.config.run.seed,
         ),
         scorer=run.make_scorer(),
+        progress=tracked,
     )  # fmt: skip
     state, frozen, step = newest_state(run, start)
     return {

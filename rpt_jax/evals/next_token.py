@@ -5,7 +5,7 @@ sample of its positions. Every figure comes with its number of positions and its
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -79,6 +79,7 @@ class Evaluator:
         source: held-out tasks.
         splits: {split: position ids}, from `difficulty_splits`.
         reward: of the run; its extraction rules apply.
+        progress: (name, batches) -> the same batches, shown as they are done.
     """
 
     config: Config
@@ -87,6 +88,7 @@ class Evaluator:
     source: TaskSource
     splits: dict[str, np.ndarray]
     reward: Reward
+    progress: Callable[[str, Iterable], Iterable] = lambda _, batches: batches
 
     def evaluate(self, params, *, start=None, thinking: bool = True) -> dict:
         """Return figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
@@ -146,7 +148,7 @@ class Evaluator:
         U, M = settings.eval.batch_trunks, settings.rollout.prompts_per_trunk
         trunks = self.source.group(ids, M)
         columns: dict[str, np.ndarray] = {}
-        for first in range(0, len(trunks), U):
+        for first in self.progress("evaluation", range(0, len(trunks), U)):
             group = [trunks[i] if i < len(trunks) else [] for i in range(first, first + U)]
             parts = {}
             for style, group_size, temperature in (("sampled", k, settings.rollout.temperature), ("greedy", 1, 0.0)):

@@ -6,6 +6,7 @@ its number of questions and standard error.
 
 import math
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +53,7 @@ class QuestionEvaluator:
         source: the questions.
         splits: {split: question numbers}, from `category_splits`.
         reward: of the run; 1 is correct.
+        progress: (name, batches) -> the same batches, shown as they are done.
     """
 
     config: Config
@@ -60,6 +62,7 @@ class QuestionEvaluator:
     source: QuestionSource
     splits: dict[str, np.ndarray]
     reward: Reward
+    progress: Callable[[str, Iterable], Iterable] = lambda _, batches: batches
 
     def evaluate(self, params, *, start=None, thinking: bool = True) -> dict:
         """Return figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
@@ -123,7 +126,7 @@ class QuestionEvaluator:
     def _thinking(self, policies, ids) -> dict[str, np.ndarray]:
         settings, k = self.config, self.config.eval.num_samples
         columns: dict[str, np.ndarray] = {}
-        for place, chosen in self._batches(ids):
+        for place, chosen in self.progress("evaluation", self._batches(ids)):
             trunks = [[] if i is None else [i] for i in chosen]
             for style, group_size, temperature in (("sampled", k, settings.rollout.temperature), ("greedy", 1, 0.0)):
                 batch = shard_batch(self.mesh, self.source.make(trunks, prompts_per_trunk=1, group_size=group_size))

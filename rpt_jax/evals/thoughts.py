@@ -6,6 +6,7 @@ thoughts (`scoring/answers.py`). If thoughts carry information about their own p
 only give time to compute, "filler" does as well.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import jax
@@ -40,6 +41,7 @@ class ThoughtEvaluator:
         source: held-out tasks.
         splits: {split: position ids}, from `next_token.difficulty_splits`.
         scorer: of the run.
+        progress: (name, batches) -> the same batches, shown as they are done.
     """
 
     config: Config
@@ -48,6 +50,7 @@ class ThoughtEvaluator:
     source: TaskSource
     splits: dict[str, np.ndarray]
     scorer: Scorer
+    progress: Callable[[str, Iterable], Iterable] = lambda _, batches: batches
 
     def evaluate(self, params) -> dict:
         """Return {split: {condition: {metric: {"value", "standard_error", "n"}}}}.
@@ -68,7 +71,7 @@ class ThoughtEvaluator:
             (NONE, _none(n)),
             (DIRECT, None),
         ):
-            columns[name] = self._answers(params, ids, of_all)
+            columns[name] = self._answers(params, ids, name, of_all)
         return {split: _figures(columns, np.searchsorted(ids, members)) for split, members in self.splits.items()}
 
     def _batches(self, ids, group_size: int):
@@ -90,7 +93,7 @@ class ThoughtEvaluator:
             tokens=np.zeros((*shape, C), np.int32), length=np.zeros(shape, np.int32), stub=np.zeros(shape, np.int32)
         )
         read = make_reader(settings.reward, self.tokenizer)
-        for batch, rows in self._batches(ids, k):
+        for batch, rows in self.progress("thoughts", self._batches(ids, k)):
             tasks = shard_batch(self.mesh, batch)
             rollouts = sample(settings, self.tokenizer, policies_of(params, None), tasks, settings.rollout.temperature)
             predictions, _ = read(rollouts, tasks.references.bytes.shape[-1])
@@ -115,14 +118,14 @@ class ThoughtEvaluator:
         size = size.astype(np.int32)
         return Kept(tokens=np.full_like(thoughts.tokens, filler), length=size, stub=np.full_like(size, OPEN))
 
-    def _answers(self, params, ids, thoughts: Kept | None) -> dict[str, np.ndarray]:
+    def _answers(self, params, ids, name: str, thoughts: Kept | None) -> dict[str, np.ndarray]:
         """Return figures [n] of each position."""
         k = 1 if thoughts is None else thoughts.length.shape[1]
         request = DIRECT_ANSWER if thoughts is None else AFTER_THOUGHT
         columns = {
             name: np.zeros(len(ids), np.float32) for name in ("correct", "mixture_correct", "logprob", "confidence")
         }
-        for batch, rows in self._batches(ids, k):
+        for batch, rows in self.progress(name, self._batches(ids, k)):
             tasks, kept = shard_batch(self.mesh, batch), None
             if thoughts is not None:
                 of_batch = _taken(thoughts, np.maximum(rows, 0))
@@ -135,8 +138,8 @@ class ThoughtEvaluator:
                 "logprob": answers.mixture_logprobs,
                 "confidence": answers.mixture_probabilities[..., 0],
             }
-            for name, of_all in values.items():
-                columns[name][rows[real]] = of_all[real]
+            for metric, of_all in values.items():
+                columns[metric][rows[real]] = of_all[real]
         return columns
 
     def _is_right(self, tokens_UMk: np.ndarray, batch: TaskBatch) -> np.ndarray:

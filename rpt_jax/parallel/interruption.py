@@ -49,6 +49,7 @@ def watching(deadline_seconds: float) -> Iterator[None]:
         yield
     finally:
         done.set()
+        _signals.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -56,6 +57,11 @@ def watching(deadline_seconds: float) -> Iterator[None]:
 def _note(number: int, frame) -> None:
     _signals.append(number)
     signal.signal(number, signal.SIG_DFL)
+    name = signal.Signals(number).name
+    # print() is not safe here, because the signal may have interrupted a print().
+    os.write(
+        2, f"{name}: stopping at the next boundary, keeping what is done; a second {name} kills at once\n".encode()
+    )
 
 
 def beat() -> None:

@@ -141,7 +141,7 @@ class Questions:
         splits = {which: category_splits(source.questions, limit, seed=seed) for which, limit in limits.items()}
         return QuestionEvaluator(
             config=run.config, mesh=run.mesh, tokenizer=run.tokenizer, source=source, splits=_named(splits),
-            reward=reward,
+            reward=reward, progress=tracked,
         )  # fmt: skip
 
 
@@ -254,7 +254,7 @@ class Documents:
         }
         return Evaluator(
             config=run.config, mesh=run.mesh, tokenizer=run.tokenizer, source=source, splits=_named(splits),
-            reward=reward,
+            reward=reward, progress=tracked,
         )  # fmt: skip
 
     def _source(self, run, documents: Sequence[Document], table: PositionTable) -> Source:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from rpt_jax.errors import CheckpointError, DataError, Interrupted, RewardError
 from rpt_jax.parallel.interruption import check
 from rpt_jax.train.checkpoint import Checkpoints
-from rpt_jax.train.progress import progress_bar
+from rpt_jax.train.progress import console, progress_bar
 from rpt_jax.train.recorder import Recorder
 from rpt_jax.train.run_directory import RunDirectory
 from rpt_jax.train.training import Training, Until
@@ -56,6 +56,7 @@ def fit(
         state, record = checkpoints.restore(state)
         done, recorder.flops = record["step"], record["flops"]
         training.set_cursor(record["cursor"])
+        console.print(f"{training.name} is resumed at step {done}", highlight=False)
     if until.steps is not None and done > until.steps:
         raise CheckpointError(
             f"{training.name} has done {done} steps; run.num_steps={until.steps} must be at least that. Raise "

@@ -1,5 +1,6 @@
 """A run's tokenizer, model shape and initial parameters: from a model directory, from another run, or new."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,22 @@ _TOKENIZER_CHARACTERS = 50_000_000
 def is_run(path: str | Path) -> bool:
     """Return whether a policy path is a run directory, not a model directory."""
     return (Path(path) / "checkpoints").is_dir() and (Path(path) / "config.json").exists()
+
+
+def check_path(path: str) -> None:
+    """Raise ConfigError if policy.path names nothing; say how to download what looks like a name on a hub."""
+    if not path or Path(path).exists():
+        return
+    message = f"policy.path={path!r} does not exist; it must be a Hugging Face model directory or a run directory. "
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        name = path.split("/")[1]
+        message += (
+            f"If it is a name on the Hugging Face hub: nothing is downloaded here. Run hf download {path} --local-dir "
+            f"{name}, and set --policy.path {name}."
+        )
+    else:
+        message += "Correct --policy.path."
+    raise ConfigError(message)
 
 
 def find_tokenizer(config: Config) -> Tokenizer:

@@ -28,7 +28,15 @@ from rpt_jax.scoring.requests import Scorer
 from rpt_jax.tokenizer import Tokenizer
 from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.domains import Domain, Source, open_domain
-from rpt_jax.train.policies import find_tokenizer, fingerprint, fresh_state, resolve, start_params, stop_sources
+from rpt_jax.train.policies import (
+    check_path,
+    find_tokenizer,
+    fingerprint,
+    fresh_state,
+    resolve,
+    start_params,
+    stop_sources,
+)
 from rpt_jax.train.progress import console
 from rpt_jax.train.resume import Resume, begin_as_copy
 from rpt_jax.train.run_directory import RunDirectory, read_config, read_json
@@ -112,6 +120,7 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     """
     config.validate()
     check_rewards(config)
+    check_path(config.policy.path)
     use_cache(config.run.compilation_cache)
     mesh, path = make_mesh(config.mesh), Path(config.run.directory)
     own = _config_of(path, say=not read_only)
@@ -224,6 +233,7 @@ def load_policy(config: Config, template_of) -> LoadedPolicy:
     Raises:
         ConfigError: prompts do not fit, or see `resolve`.
     """
+    check_path(config.policy.path)
     use_cache(config.run.compilation_cache)
     mesh, tokenizer = make_mesh(config.mesh), find_tokenizer(config)
     config = resolve(config, tokenizer)
