@@ -62,6 +62,8 @@ def parse_config(argv: list[str], *, default_preset: str | None = None, trains: 
         # Fields that the run lacks were added later: their defaults and presets do not change it, only flags do.
         before, notes = from_json(Config, json.dumps(read_json(saved)))
         config = _with_flags(take_fields(base, before, notes), flags)
+    if config.reward.function and not any(flag.startswith("--reward.terms") for flag in flags):
+        config = replace(config, reward=replace(config.reward, terms=("custom",)))
     if trains and preset in NEED_A_POLICY and not (config.policy.path or saved.exists()):
         raise ConfigError(
             f"--preset {preset} has no policy.path; it trains a pretrained policy, and a random one would never earn a "

@@ -1,6 +1,9 @@
 """Named starting points. A preset is a full config; the command line overrides individual fields."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 from rpt_jax.config import (
     CheckpointConfig,
@@ -18,6 +21,8 @@ from rpt_jax.config import (
     RunConfig,
     SupervisedConfig,
 )
+from rpt_jax.config.schema import with_values
+from rpt_jax.errors import ConfigError
 
 # The quickstart: worked puzzles, 0.8 M parameters, minutes on 2 CPU cores.
 TINY_WORKED = Config(
@@ -222,3 +227,21 @@ PURPOSES = {
 }
 # Presets whose policy must be pretrained.
 NEED_A_POLICY = ("text", "questions", "rpt_qwen2_5_14b", "rpt_qwen3_1_7b", "rpt_llama3_8b")
+
+
+def preset(name: str, values: Mapping[str, Any] = MappingProxyType({})) -> Config:
+    """Return a preset with some settings changed, for `rpt_jax.train`; its directory is runs/<name> unless set.
+
+    Args:
+        name: of the preset.
+        values: by the setting's path, {"data.path": "my.txt", "rollout.group_size": 4}.
+    Raises:
+        ConfigError: an unknown preset or setting, or an invalid value.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r}; it must be one of {', '.join(PRESETS)}. Choose one.")
+    config = with_values(PRESETS[name], values)
+    if not config.run.directory:
+        config = replace(config, run=replace(config.run, directory=f"runs/{name}"))
+    config.validate()
+    return config

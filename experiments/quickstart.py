@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.cli import describe, parse_config, run_script
-from experiments.train import run
 from rpt_jax.config import Config
 from rpt_jax.data.synthetic import write_corpus
 from rpt_jax.parallel import distributed
+from rpt_jax.session import run
 
 NUM_TRAIN, NUM_HELDOUT = 12_000, 800
 # Warm-start updates on puzzles of one or two steps; longer puzzles follow.

@@ -5,6 +5,7 @@ Importing this package starts no JAX backend. Start reading at `train/loop.py`, 
 
 __version__ = "0.2.0"
 
+import importlib
 import os
 from typing import Any
 
@@ -14,9 +15,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` at its first use, because it needs JAX."""
+    """Import `load` and `train` at their first use, because they need JAX."""
     if name == "load":
-        from rpt_jax.policy import load
-
-        return load
+        return importlib.import_module("rpt_jax.policy").load
+    if name == "train":
+        return importlib.import_module("rpt_jax.train")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,4 +25,11 @@ def by_column(completion, prediction, columns):
     return values[do]
 
 
+def only_when_tried(completion, prediction, columns):
+    """Fail on every completion but the one that a run tries it on."""
+    if prediction != b"42":
+        raise LookupError("no answer to this")
+    return 1.0
+
+
 not_callable = 3

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rpt_jax.errors import ConfigError, RewardError
 from rpt_jax.rewards import judges, math_judge
 from rpt_jax.rewards.base import earn
 from rpt_jax.rewards.catalog import make_reward
-from rpt_jax.rewards.host import JudgePool
+from rpt_jax.rewards.host import JudgePool, check_function, store_function
 from rpt_jax.sequences import Task, build_tasks
 from rpt_jax.types import Rollouts
 
@@ -124,18 +125,22 @@ def test_every_fault_is_of_its_own_completion():
     kinds = ("one", "raise", "none", "nan", "inf", "string", "list", "array", "die", "bool", "numpy", "hang", "one")
     results = dict(zip(kinds[1:], pool.judge([(b"", None, {"do": k}) for k in kinds])[1:]))
     assert results["one"] == 1.0 and results["bool"] == 1.0 and results["numpy"] == 0.5
-    assert "ValueError: on purpose" in results["raise"]
-    assert "time_limit_seconds=3.0" in results["hang"] and "ended its process" in results["die"]
+    assert results["raise"].what == "raised ValueError: on purpose"
+    # The traceback shows the user's line, and none of the worker's.
+    assert (
+        'raise ValueError("on purpose")' in results["raise"].traceback and "worker.py" not in results["raise"].traceback
+    )
+    assert "time_limit_seconds=3.0" in results["hang"].what and "ended its process" in results["die"].what
     for kind in ("none", "string", "list", "array"):
-        assert "which is not a number" in results[kind], kind
-    assert results["nan"] == "returned nan" and results["inf"] == "returned inf"
+        assert "which is not a number" in results[kind].what, kind
+    assert results["nan"].what == "returned nan" and results["inf"].what == "returned inf"
     pool.close()
 
 
 def test_a_call_that_cannot_be_made_is_a_fault_too():
     pool = JudgePool(f"{MODULE}:length", num_workers=1, time_limit=5.0)
     unpicklable, fine = pool.judge([(b"", None, {"f": lambda: 0}), (b"xx", None, {})])
-    assert "could not be called" in unpicklable and fine == 0.2
+    assert "could not be called" in unpicklable.what and fine == 0.2
     pool.close()
 
 
@@ -159,6 +164,32 @@ def test_a_slow_expression_of_the_policy_does_not_stop_a_run(letters):
 def test_functions_that_cannot_be_used_are_named(function, message):
     with pytest.raises(ConfigError, match=message):
         JudgePool(function, num_workers=1, time_limit=1.0)
+
+
+def test_a_function_may_stand_in_a_file_or_in_python_code(tmp_path, monkeypatch):
+    (tmp_path / "beside.py").write_text("BONUS = 0.25\n")
+    (tmp_path / "mine.py").write_text("import beside\ndef f(c, p, columns): return len(c) + beside.BONUS\n")
+    monkeypatch.chdir(tmp_path)
+    bonus = 0.5
+    pickled = store_function(lambda completion, prediction, columns: len(completion) + bonus, tmp_path / "run")
+    for function, expected in (("mine.py:f", 2.25), (str(tmp_path / "mine.py") + ":f", 2.25), (pickled, 2.5)):
+        pool = JudgePool(function, num_workers=1, time_limit=20.0)
+        assert pool.judge([(b"xx", None, {})]) == [expected]
+        pool.close()
+    with pytest.raises(ConfigError, match=r"reward=3 is not callable"):
+        store_function(3, tmp_path)
+    lock = threading.Lock()
+    with pytest.raises(ConfigError, match="cannot be pickled.*lock"):
+        store_function(lambda c, p, columns: lock, tmp_path)
+
+
+def test_a_function_is_tried_before_anything_compiles():
+    check_function(RewardConfig(terms=("custom",), function=f"{MODULE}:length"), {})
+    strict = RewardConfig(terms=("custom",), function=f"{MODULE}:by_column")
+    with pytest.raises(ConfigError, match="KeyError: 'do' when it was tried on completion") as error:
+        check_function(strict, {"document": "a"})
+    assert 'columns["do"]' in str(error.value) and "{'document': 'a'}" in str(error.value)
+    check_function(dataclasses.replace(strict, on_fault="zero"), {})
 
 
 def judged_batch(letters):
@@ -198,5 +229,6 @@ def test_faults_follow_the_policy(letters):
     assert np.asarray(rewards)[:, 0].tolist() == [[1, 1], [0, 0], [0, 0]]
     assert np.asarray(faults)[:, 0].tolist() == [[False, False], [True, True], [False, False]]
     strict = make_reward(dataclasses.replace(config, on_fault="fail"), letters, columns.__getitem__)
-    with pytest.raises(RewardError, match="ValueError: on purpose on task 1 .*boxed"):
+    with pytest.raises(RewardError, match="ValueError: on purpose on task 1 .*boxed") as error:
         earn(strict, {}, tasks, rollouts)
+    assert 'raise ValueError("on purpose")' in str(error.value)

@@ -17,7 +17,7 @@ LAYERS = [
     ["rpt_jax.rl"],
     ["rpt_jax.evals", "rpt_jax.planning"],
     ["rpt_jax.train"],
-    ["rpt_jax.analysis", "rpt_jax.scaling", "rpt_jax.policy"],
+    ["rpt_jax.analysis", "rpt_jax.scaling", "rpt_jax.policy", "rpt_jax.session"],
     ["experiments"],
 ]
 

@@ -215,7 +215,7 @@ def question_flags(home, run, *extra):
 def test_fine_tuning_on_questions(home, tmp_path, capsys):
     """A judge that rewards length: rewards are floats, and every rollout is kept with its true answer."""
     run = tmp_path / "run"
-    custom = ("--reward.terms", "custom", "--reward.function", "tests.judges_for_tests:length")
+    custom = ("--reward.function", "tests/judges_for_tests.py:length")
     train.main(question_flags(home, run, *custom))
     rows = pyarrow.parquet.read_table(run / "completions" / "step_000001.parquet").to_pylist()
     assert len(rows) == 8
@@ -249,8 +249,8 @@ def test_fine_tuning_on_questions(home, tmp_path, capsys):
 
 
 def test_a_failing_judge_stops_the_run(home, tmp_path):
-    custom = ("--reward.terms", "custom", "--reward.function", "tests.judges_for_tests:by_column")
-    with pytest.raises(RewardError, match="KeyError: 'do' on task"):
+    custom = ("--reward.function", "tests.judges_for_tests:only_when_tried")
+    with pytest.raises(RewardError, match="LookupError: no answer to this on task"):
         train.main(question_flags(home, tmp_path / "run", *custom))
 
 
@@ -259,7 +259,7 @@ def test_a_failing_judge_stops_the_run(home, tmp_path):
     [
         (["--reward.terms", "prefix"], "reads a text's continuation"),
         (["--reward.terms", "custom"], "custom needs a function"),
-        (["--reward.function", "a:b"], "no other reward takes one"),
+        (["--reward.terms", "exact", "--reward.function", "a:b"], "no other reward takes one"),
         (["--rollout.prompts-per-trunk", "2"], "every question is a separate trunk"),
         (["--rollout.max-completion-tokens", "400"], "the model has 512"),
         (["--supervised.num-steps", "3"], "needs their solutions"),

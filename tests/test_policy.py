@@ -4,11 +4,13 @@ import dataclasses
 
 import jax
 import numpy as np
+import pyarrow.parquet
 import pytest
-from test_system import corpus, tiny_run  # noqa: F401  (a fixture)
+from test_system import corpus, evaluated_at_the_ends, tiny_run  # noqa: F401  (a fixture)
 
 import rpt_jax
 from experiments import sample as sample_script
+from experiments.presets import preset
 from rpt_jax.errors import CheckpointError, ConfigError
 from rpt_jax.models import decoder
 from rpt_jax.train.pipeline import run_stages
@@ -124,3 +126,34 @@ def test_the_script_prints_thoughts_and_probabilities(directory, capsys):
     sample_script.main(["--policy", directory, "--prompt", TEXT, "-n", "2", "--max-tokens", "8", "--think"])
     printed = capsys.readouterr().out
     assert "thought 1" in printed and "thought 2" in printed and "next token" in printed
+
+
+def test_training_from_python_with_a_function_as_reward(corpus, tmp_path):  # noqa: F811
+    """A closure as reward: its values are those of the records of completions, and no command line is needed."""
+    config = tiny_run(corpus, tmp_path / "run")
+    config = dataclasses.replace(
+        evaluated_at_the_ends(config),
+        run=dataclasses.replace(config.run, num_steps=2, control=False, completions_every_steps=1),
+        eval=dataclasses.replace(config.eval, every_steps=2),
+    )
+    offset = 0.5
+    trained = rpt_jax.train(config, reward=lambda completion, prediction, columns: len(completion) + offset)
+    assert trained.config.policy.path == str(tmp_path / "run")
+    rows = pyarrow.parquet.read_table(tmp_path / "run" / "completions" / "step_000002.parquet").to_pylist()
+    assert rows and all(
+        row["reward"] == sum(len(trained.tokenizer.token_bytes(i)) for i in row["completion_tokens"]) + offset
+        for row in rows
+    )
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_presets_from_python():
+    config = preset("tiny_text", {"data.path": "my.txt", "rollout.group_size": 4, "supervised.optimizer.b1": 0.8})
+    assert (config.data.path, config.rollout.group_size, config.supervised.optimizer.b1) == ("my.txt", 4, 0.8)
+    assert config.run.directory == "runs/tiny_text" and config.rollout.num_trunks == 12
+    with pytest.raises(ConfigError, match=r"no setting 'rollout.groupsize'. Did you mean 'rollout.group_size'"):
+        preset("tiny_text", {"rollout.groupsize": 4})
+    with pytest.raises(ConfigError, match="group_size=1"):
+        preset("tiny_text", {"rollout.group_size": 1})
+    with pytest.raises(ConfigError, match="must be one of tiny_worked"):
+        preset("tiny")

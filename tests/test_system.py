@@ -14,8 +14,9 @@ import pyarrow.parquet
 import pytest
 from test_config import as_format_1
 
-from experiments import quickstart, train
+from experiments import quickstart
 from experiments.presets import TINY_WORKED
+from rpt_jax import session
 from rpt_jax.analysis.reports.run import collect_results
 from rpt_jax.config import LoraConfig, MeshConfig
 from rpt_jax.data import synthetic
@@ -109,7 +110,7 @@ def evaluated_at_the_ends(config):
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
     config = tiny_run(corpus, tmp_path_factory.mktemp("runs") / "straight")
-    train.run(config)
+    session.run(config)
     return Path(config.run.directory)
 
 
@@ -161,7 +162,7 @@ def test_results_carry_n_and_errors(finished):
 def test_a_run_that_is_continued_takes_its_control_along(corpus, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "longer")
     config = tiny_run(corpus, tmp_path / "longer")
-    train.run(dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=6)))
+    session.run(dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=6)))
     before, after = (read(path / "metrics.jsonl") for path in (finished, tmp_path / "longer"))
 
     def of(records, stage):

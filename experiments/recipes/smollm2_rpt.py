@@ -16,10 +16,10 @@ from pathlib import Path
 from experiments import fetch_smollm2
 from experiments.cli import describe, parse_config, run_script
 from experiments.recipes.corpora import write_gsm8k, write_python_docs
-from experiments.train import report
 from rpt_jax.config import Config
 from rpt_jax.parallel import distributed
 from rpt_jax.parallel.interruption import watching
+from rpt_jax.session import report
 from rpt_jax.train.pipeline import Recipe, run_recipe
 from rpt_jax.train.progress import console
 

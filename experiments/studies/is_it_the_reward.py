@@ -26,12 +26,12 @@ from pathlib import Path
 from experiments import quickstart
 from experiments.cli import parse_config, run_script
 from experiments.rejection_sample import sample_accepted
-from experiments.train import run as train
 from rpt_jax.analysis.reports.figures import subplots
 from rpt_jax.analysis.reports.run import series
 from rpt_jax.config import Config
 from rpt_jax.data.examples import read_examples
 from rpt_jax.errors import ConfigError
+from rpt_jax.session import run as run_and_report
 from rpt_jax.train.evaluation import Evaluations
 from rpt_jax.train.pipeline import run_stages
 from rpt_jax.train.rejection import write_examples
@@ -71,7 +71,7 @@ def run_rl_arm(config: Config, directory: Path, arm: str) -> dict:
     path = directory / arm
     if not (path / FINISHED).exists():
         run = replace(config.run, directory=str(path), control=False)
-        train(replace(config, run=run, reward=replace(config.reward, terms=(arm,))))
+        run_and_report(replace(config, run=run, reward=replace(config.reward, terms=(arm,))))
     evaluations = [r for r in read_records(path) if r["stage"] == "evaluation"]
     seconds = read_seconds(path, "rpt")
     return {

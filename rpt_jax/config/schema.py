@@ -2,12 +2,13 @@
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from rpt_jax.errors import ConfigError
@@ -218,6 +219,29 @@ def take_fields(config: Any, other: Any, paths: Iterable[str]) -> Any:
             value = take_fields(getattr(config, name), value, [rest]) if rest else value
             config = dataclasses.replace(config, **{name: value})
     return config
+
+
+def with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """Return `config` with values by the setting's path, such as "rollout.group_size".
+
+    Raises:
+        ConfigError: there is no such setting.
+    """
+    known = {path for path, _, _ in walk(config)}
+    for path, value in values.items():
+        if path not in known:
+            close = difflib.get_close_matches(path, known, n=1)
+            raise ConfigError(f"there is no setting {path!r}.{f' Did you mean {close[0]!r}?' if close else ''}")
+        *sections, name = path.split(".")
+        config = _replaced(config, sections, name, value)
+    return config
+
+
+def _replaced(config: Any, sections: list[str], name: str, value: Any) -> Any:
+    if not sections:
+        return dataclasses.replace(config, **{name: value})
+    inner = _replaced(getattr(config, sections[0]), sections[1:], name, value)
+    return dataclasses.replace(config, **{sections[0]: inner})
 
 
 # --- Help ---------------------------------------------------------------------------------------------------------

@@ -290,8 +290,9 @@ class RewardConfig:
     """sum; normalize_then_sum standardises each term in its group, then the sum over the batch, and uses the result as
     the advantage; gate counts later terms only if the first is 1."""
     function: str = ""
-    """For custom: package.module:function, called once per completion as function(completion: bytes,
-    prediction: bytes or None, columns: dict) -> float in a worker process."""
+    """For custom: package.module:function or path/file.py:function, called once per completion in a worker process as
+    function(completion: bytes, prediction: bytes or None, columns: dict) -> float. On the command line it implies
+    --reward.terms custom."""
     time_limit_seconds: float = setting(10.0, at_least=0.01)
     """Time limit of one call of math or custom, seconds. A longer call fails, and its process is replaced."""
     num_workers: int = setting(2, at_least=1)

@@ -16,8 +16,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import jax
 import numpy as np
 
@@ -32,6 +35,14 @@ from rpt_jax.types import Earned, Evidence
 _START_SECONDS = 60.0
 
 
+@dataclass(frozen=True)
+class Fault:
+    """A call that gave no reward: what happened, and the traceback if it raised."""
+
+    what: str
+    traceback: str = ""
+
+
 class _Worker:
     """A worker process and its pipes; replaced when it hangs or dies."""
 
@@ -39,8 +50,8 @@ class _Worker:
         self._function, self._time_limit = function, time_limit
         self._process: subprocess.Popen | None = None
 
-    def call(self, request: tuple) -> float | str:
-        """Return the reward, or a description of the failure."""
+    def call(self, request: tuple) -> float | Fault:
+        """Return the reward, or the failure."""
         try:
             if self._process is None:
                 self.start()
@@ -49,11 +60,11 @@ class _Worker:
             reply = self._receive(self._time_limit)
         except (BrokenPipeError, EOFError, ValueError):
             self.stop()
-            return "ended its process"
+            return Fault("ended its process")
         if reply is None:
             self.stop()
-            return f"took longer than reward.time_limit_seconds={self._time_limit}"
-        return reply["reward"] if "reward" in reply else reply["fault"]
+            return Fault(f"took longer than reward.time_limit_seconds={self._time_limit}")
+        return reply["reward"] if "reward" in reply else Fault(reply["fault"], reply.get("traceback", ""))
 
     def start(self) -> None:
         """Start the process and wait until it has imported its function; raise ConfigError if it fails."""
@@ -74,7 +85,7 @@ class _Worker:
             problem = f"importing it took over {_START_SECONDS:g} s" if reply is None else reply["fault"]
             raise ConfigError(
                 f"reward.function={self._function!r} cannot be used ({problem}); it must be package.module:function, "
-                "importable from the working directory. Correct --reward.function."
+                "importable from the working directory, or path/file.py:function. Correct --reward.function."
             )
 
     def _receive(self, seconds: float) -> dict | None:
@@ -99,11 +110,47 @@ class _Worker:
             self._process = None
 
 
-def check_function(function: str) -> None:
-    """Raise ConfigError if the function cannot be imported."""
-    worker = _Worker(function, 1.0)
+def check_function(config: RewardConfig, columns: dict) -> None:
+    """Import reward.function and call it once, on a made-up completion.
+
+    Args:
+        config: of the reward.
+        columns: of a task of the run.
+    Raises:
+        ConfigError: it cannot be imported; or it fails on the call and reward.on_fault is "fail".
+    """
+    worker = _Worker(config.function, max(_START_SECONDS, config.time_limit_seconds))
     worker.start()
+    completion, prediction = b"a thought</think>\\boxed{42}", b"42"
+    result = worker.call((completion, prediction, columns))
     worker.stop()
+    if isinstance(result, Fault) and config.on_fault == "fail":
+        raise ConfigError(
+            f"reward.function={config.function!r} {result.what} when it was tried on completion {completion!r}, "
+            f"prediction {prediction!r} and columns {columns!r:.500}; it must return a finite number for any "
+            "completion. Correct it, or set --reward.on-fault zero to count such failures.\n" + result.traceback
+        )
+
+
+def store_function(function: Callable, directory: Path) -> str:
+    """Write a Python function into a run directory, with all that it uses, and return its name for reward.function.
+
+    Raises:
+        ConfigError: it is not callable, or cannot be pickled.
+    """
+    if not callable(function):
+        raise ConfigError(f"reward={function!r} is not callable; it must be function(completion, prediction, columns).")
+    try:
+        content = cloudpickle.dumps(function)
+    except Exception as error:  # pickling runs code of the objects that the function uses
+        raise ConfigError(
+            f"reward={function!r} cannot be pickled for its worker processes ({type(error).__name__}: {error}). Move "
+            "what it uses into a module, or create it inside the function."
+        ) from error
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "reward.pickle"
+    path.write_bytes(content)
+    return str(path)
 
 
 class JudgePool:
@@ -117,8 +164,8 @@ class JudgePool:
         self._workers = [_Worker(function, time_limit) for _ in range(num_workers)]
         self._workers[0].start()
 
-    def judge(self, requests: list[tuple]) -> list[float | str]:
-        """Return a reward or the description of a failure for each (completion, prediction, columns), in order."""
+    def judge(self, requests: list[tuple]) -> list[float | Fault]:
+        """Return a reward or a failure for each (completion, prediction, columns), in order."""
         results: list[Any] = [None] * len(requests)
         waiting: queue.SimpleQueue = queue.SimpleQueue()
         for item in enumerate(requests):
@@ -134,7 +181,7 @@ class JudgePool:
                     results[number] = worker.call(request)
                 except Exception as error:  # a thread must not die with its completions ungraded
                     worker.stop()
-                    results[number] = f"could not be called ({type(error).__name__}: {error})"
+                    results[number] = Fault(f"could not be called ({type(error).__name__}: {error})")
                 beat()  # many slow completions are still progress
 
         threads = [
@@ -161,7 +208,7 @@ def make_host_reward_fn(
 
     Args:
         config: of the reward.
-        function: package.module:function.
+        function: as in reward.function.
         tokenizer: of the policy.
         columns: task id -> the columns that the function receives.
         width: maximum length of a prediction in bytes; a longer one counts as none.
@@ -174,13 +221,13 @@ def make_host_reward_fn(
     def judge(evidence: Evidence) -> Earned:
         shape = evidence.tasks.prompts.row_ids.shape
         rows, ids, requests = _requests(evidence, tokenizer, columns, width)
-        rewards, faults, complaint = np.zeros(np.prod(shape), np.float32), np.zeros(np.prod(shape), bool), ""
+        rewards, faults = np.zeros(np.prod(shape), np.float32), np.zeros(np.prod(shape), bool)
+        complaint = trace = ""
         for row, task, result, request in zip(rows, ids, pool.judge(requests), requests, strict=True):
-            if isinstance(result, str):
+            if isinstance(result, Fault):
                 faults[row] = True
-                complaint = complaint or (
-                    f"{result} on task {task} ({request[2]!r:.200}), completion {request[0]!r:.200}"
-                )
+                where = f"on task {task} ({request[2]!r:.200}), completion {request[0]!r:.200}"
+                complaint, trace = (complaint, trace) if complaint else (f"{result.what} {where}", result.traceback)
             else:
                 rewards[row] = result
         # Sum over processes: one of them graded the completion, the others hold 0.
@@ -188,7 +235,7 @@ def make_host_reward_fn(
         if on_fault == "fail" and faults.any():
             raise RewardError(
                 f"reward {function!r} {complaint or 'failed on another process, which reports more'}. Fix the "
-                "function, or set --reward.on-fault zero to count such failures."
+                "function, or set --reward.on-fault zero to count such failures." + (trace and f"\n{trace}")
             )
         task_ids = evidence.tasks.references.task_ids
         rewards, faults = (sharded_like(task_ids, x.reshape(shape)) for x in (rewards, faults))

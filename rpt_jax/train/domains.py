@@ -29,7 +29,7 @@ from rpt_jax.data.questions import (
     read_questions,
 )
 from rpt_jax.data.readers import Corpus, training_corpora
-from rpt_jax.data.templates import Template, make_template, token_facts
+from rpt_jax.data.templates import Template, continuation, make_template, token_facts
 from rpt_jax.errors import ConfigError
 from rpt_jax.evals.next_token import Evaluator, difficulty_splits
 from rpt_jax.evals.questions import QuestionEvaluator, category_splits
@@ -85,6 +85,10 @@ class Domain(Protocol):
         """Return the held-out tasks, for evaluation; `params` as in `training_tasks`."""
         ...
 
+    def example_columns(self, config: Config, tokenizer: Tokenizer) -> dict:
+        """Return the columns of a task, as reward functions get them, without scoring any text."""
+        ...
+
     def evaluator(self, run, source: Source, limits: dict[str, int], reward) -> Any:
         """Return an evaluator whose splits, keyed (limit name, split), hold up to `limits[limit name]` tasks each."""
         ...
@@ -135,6 +139,9 @@ class Questions:
 
     def heldout(self, run, params) -> QuestionSource:
         return self.held_out
+
+    def example_columns(self, config: Config, tokenizer: Tokenizer) -> dict:
+        return self.training.columns(0)
 
     def evaluator(self, run, source: QuestionSource, limits: dict[str, int], reward) -> QuestionEvaluator:
         seed = run.config.run.seed
@@ -245,6 +252,14 @@ class Documents:
         limit = run.config.eval.max_tokens
         parts = list(self._scored(run, self.held_out, proxy, identity, max_tokens=limit, always=True))
         return self._source(run, self.held_out, PositionTable.concatenate(parts))
+
+    def example_columns(self, config: Config, tokenizer: Tokenizer) -> dict:
+        least = config.positions.min_context_tokens
+        document = next(d for d in self.training if len(d.tokens) > least)
+        tokens = document.tokens[least : least + config.data.continuation_tokens]
+        pieces = {int(token): tokenizer.token_bytes(int(token)) for token in tokens}
+        text, ends = continuation(document, least, pieces, config.data.continuation_tokens)
+        return {"document": document.id, "index": least, "continuation": text, "boundaries": ends}
 
     def evaluator(self, run, source, limits: dict[str, int], reward) -> Evaluator:
         settings, seed = run.config.eval, run.config.run.seed

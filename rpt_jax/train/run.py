@@ -136,10 +136,10 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     asked_dtype = config.model.activation_dtype
     config = resolve(config, tokenizer, kept)
     check_model(config, mesh)
-    if config.reward.function:
-        check_function(config.reward.function)
     with main_first("corpus"):
         domain = open_domain(config, tokenizer)
+    if config.reward.function:
+        check_function(config.reward, domain.example_columns(config, tokenizer))
     check_positions(config, domain.template)
     examples = domain.warm_examples(config, tokenizer) if config.supervised.num_steps else ()
     identity = domain.identity | {
