@@ -13,9 +13,11 @@ from experiments.cli import load_run, run_script
 from rpt_jax.errors import ConfigError
 from rpt_jax.models.hf import save_hf
 from rpt_jax.models.lora import merge, save_adapters
+from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.parallel.programs import use_cache
+from rpt_jax.tokenizer import load_tokenizer
 from rpt_jax.tokenizer.stops import read_generation_config
-from rpt_jax.train.run import newest_state, prepare
-from rpt_jax.train.stages.warm_start import warm_start
+from rpt_jax.train.policies import newest_of_run
 
 
 def main(argv: list[str]) -> None:
@@ -28,8 +30,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--adapters", action="store_true", help="export only the RL stage's adapters, unmerged")
     args, flags = parser.parse_known_args(argv)
-    run = prepare(load_run(args.run, flags), read_only=True)
-    config = run.config
+    config = load_run(args.run, flags)
+    use_cache(config.run.compilation_cache)
+    mesh, tokenizer = make_mesh(config.mesh), load_tokenizer(args.run / "tokenizer")
     if args.adapters and not config.lora.rank:
         raise ConfigError(
             f"--adapters with --run {args.run}, which trained all parameters; it needs a LoRA run. Remove --adapters."
@@ -39,16 +42,16 @@ def main(argv: list[str]) -> None:
             f"--adapters with --run {args.run}, whose adapters sit on a warm-started policy; their base must be the "
             "weights of a checkpoint directory. Remove --adapters to export the merged policy."
         )
-    state, frozen, step = newest_state(run, warm_start(run))
+    state, frozen, step = newest_of_run(args.run, mesh)
     if args.adapters:
         save_adapters(args.out, config.lora, state.params, base=config.policy.path)
     else:
         policy = merge(frozen, state.params)
         source = read_generation_config(Path(config.policy.path)) if config.policy.path else {}
-        generation = source | {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": list(config.rollout.stop_ids)}
-        save_hf(args.out, config.model, policy, dtype=args.dtype, tokenizer=run.tokenizer, generation=generation)
+        stop_ids = config.rollout.stop_ids or (tokenizer.eos_id,)
+        generation = source | {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(stop_ids)}
+        save_hf(args.out, config.model, policy, dtype=args.dtype, tokenizer=tokenizer, generation=generation)
     print(f"step {step} of {args.run} -> {args.out}")
-    run.directory.close()
 
 
 if __name__ == "__main__":

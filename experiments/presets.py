@@ -46,7 +46,7 @@ TINY_WORKED = Config(
 
 # Any text on the same machine: a tokenizer trained on the text, and a warm start on drafts of it.
 TINY_TEXT = Config(
-    run=RunConfig(num_steps=60),
+    run=RunConfig(num_steps=60, on_diagnosis="stop"),
     data=DataConfig(template="minimal", trunk_length=128, window_stride=64),
     positions=PositionsConfig(entropy_threshold=1.5, unfiltered_fraction=0.15, max_documents=400, max_tokens=2**20),
     model=DecoderConfig(num_layers=4, width=128, mlp_width=384, num_heads=4, num_kv_heads=4, head_size=32),

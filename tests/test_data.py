@@ -11,11 +11,13 @@ import pyarrow.parquet
 import pytest
 
 from rpt_jax.config import DataConfig, PositionsConfig
+from rpt_jax.data import readers
 from rpt_jax.data.batches import TrainIterator, make_source
 from rpt_jax.data.documents import (
     Document,
     check_lengths,
     lengths_of,
+    open_documents,
     read_store,
     split_heldout,
     view_fingerprint,
@@ -33,7 +35,7 @@ from rpt_jax.data.positions import (
     select_positions,
     window_start,
 )
-from rpt_jax.data.readers import Text, read_texts
+from rpt_jax.data.readers import Corpus, Text, read_texts
 from rpt_jax.data.templates import Template, candidate_mask, continuation, make_template, token_facts
 from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.models import decoder
@@ -349,3 +351,35 @@ def test_selection():
     assert len(select(selector="random", max_positions_per_window=99)) == 60
     assert len(select(selector="random", max_positions_per_window=4)) == 3 * 2 * 4
     assert len(select(selector="pass_rate_band", max_positions_per_window=4)) == 3 * 2 * 4
+
+
+def test_paragraphs_of_a_text_file_may_be_documents(tmp_path, monkeypatch):
+    """Blank lines with spaces, at the ends, and across the reader's blocks; a document for each paragraph."""
+    text = "\n\none\ntwo\n \t\nthree\n\n\n\nfour\r\n\r\nfive"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    for size in (2**20, 9, 5):
+        monkeypatch.setattr(readers, "_BLOCK_BYTES", size)
+        found = list(read_texts(str(tmp_path / "a.txt"), text_template="{text}", split="paragraphs"))
+        assert [t.text.strip() for t in found] == ["one\ntwo", "three", "four", "five"], size
+        assert [t.id for t in found] == [f"a.txt:{n}" for n in (1, 2, 3, 4)]
+    monkeypatch.setattr(readers, "_BLOCK_BYTES", 2**20)
+    assert readers.count_paragraphs(str(tmp_path / "a.txt")) == 4
+    (whole,) = read_texts(str(tmp_path / "a.txt"), text_template="{text}")
+    assert whole.text == text
+    (tmp_path / "b.jsonl").write_text('{"text": "one\\n\\ntwo"}\n')
+    (record,) = read_texts(str(tmp_path / "b.jsonl"), text_template="{text}", split="paragraphs")
+    assert record.text == "one\n\ntwo"
+
+
+def test_stores_of_files_and_of_paragraphs_are_apart(tmp_path, letters):
+    (tmp_path / "a.txt").write_text("ab cd")
+    corpus = Corpus(path=str(tmp_path / "a.txt"), text_template="{text}")
+    apart = Corpus(path=str(tmp_path / "a.txt"), text_template="{text}", split="paragraphs")
+    stores = [open_documents([c], letters, tmp_path / "cache") for c in (corpus, apart)]
+    assert len(list((tmp_path / "cache").glob("documents-*"))) == 2 and len(stores[0]) == len(stores[1]) == 1
+    # Without the file, each is found again.
+    (tmp_path / "a.txt").unlink()
+    for c, store in zip((corpus, apart), stores):
+        assert open_documents([c], letters, tmp_path / "cache").fingerprint == store.fingerprint
+    with pytest.raises(DataError, match="matches no file"):
+        open_documents([corpus], letters, tmp_path / "other")

@@ -14,10 +14,11 @@ import pyarrow.parquet
 import pytest
 from test_config import as_format_1
 
-from experiments import quickstart
+import rpt_jax
+from experiments import convert_hf, evaluate, quickstart
 from experiments.presets import TINY_WORKED
 from rpt_jax import session
-from rpt_jax.analysis.reports.run import collect_results
+from rpt_jax.analysis.reports.run import collect_results, write_report
 from rpt_jax.config import LoraConfig, MeshConfig
 from rpt_jax.data import synthetic
 from rpt_jax.data.documents import Document
@@ -292,6 +293,37 @@ def test_resolved_values_are_kept_with_the_run(corpus, finished, tmp_path):
     beyond = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, stop_ids=(10**6,)))
     with pytest.raises(ConfigError, match="they must be ids of the tokenizer"):
         prepare(beyond)
+
+
+def tree_of(directory):
+    return {str(p): p.stat().st_mtime_ns for p in directory.rglob("*")}
+
+
+def test_a_run_lives_on_without_its_corpus(tmp_path, capsys):
+    """Corpus, warm start and tokenizer are gone: reading, exporting and judging work, and do not touch the run."""
+    synthetic.write_corpus(tmp_path / "c", seed=3, num_train=40, num_heldout=20, short_sequences=20, long_sequences=20)
+    other = tmp_path / "other.jsonl"
+    shutil.copy(tmp_path / "c" / "heldout.jsonl", other)
+    config = evaluated_at_the_ends(tiny_run(tmp_path / "c", tmp_path / "run"))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=2, control=False))
+    session.run(dataclasses.replace(config, eval=dataclasses.replace(config.eval, every_steps=2)))
+    shutil.move(tmp_path / "c", tmp_path / "away")
+    run, before = str(tmp_path / "run"), tree_of(tmp_path / "run")
+    capsys.readouterr()
+    evaluate.main(["--run", run])
+    first = capsys.readouterr().out
+    assert first.startswith("step 2:") and "\nall " in first
+    evaluate.main(["--run", run, "--eval.max-documents", "5", "--rollout.temperature", "0.5"])
+    assert "\nall " in capsys.readouterr().out
+    evaluate.main(["--run", run, "--data.heldout-path", str(other)])
+    # The same documents, from another file: the same figures.
+    assert capsys.readouterr().out == first
+    assert tree_of(tmp_path / "run") == before
+    convert_hf.main(["--run", run, "--out", str(tmp_path / "out")])
+    assert rpt_jax.load(run).next_token("It rained", 1) == rpt_jax.load(tmp_path / "out").next_token("It rained", 1)
+    write_report(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="another config.*model.num_layers"):
+        evaluate.main(["--run", run, "--model.num-layers", "3"])
 
 
 def test_a_report_needs_a_run(tmp_path):

@@ -22,6 +22,9 @@ class RunConfig:
     control: bool = True
     """Also train the control: next-token training on the same documents, from the same start, with the same compute.
     Questions have none."""
+    on_diagnosis: Literal["warn", "stop"] = setting("warn", free="always")
+    """If the tasks are too few, or if a dozen steps taught nothing: say why and go on, or stop. Completed steps are
+    saved."""
     max_skipped_updates: int = setting(5, at_least=1)
     """Stop after this many consecutive updates were skipped for a non-finite loss or gradient."""
     completions_every_steps: int = setting(10, at_least=0, free="always")
@@ -54,6 +57,8 @@ class DataConfig:
     """Share of documents kept for evaluation when `heldout_path` is empty; in (0, 1)."""
     text_template: str = "{text}"
     """Document text from a jsonl or parquet record, e.g. '{problem}\\n\\n{solution}'; backslash-n is a newline."""
+    split: Literal["files", "paragraphs"] = "files"
+    """A .txt file is one document; or each of its paragraphs is one, with blank lines between them."""
     tokenizer: str = setting("", shown=True)
     """Tokenizer directory. Empty: train a byte-level BPE on the training documents."""
     tokenizer_pattern: str = ""

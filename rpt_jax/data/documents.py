@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from rpt_jax.data.readers import Corpus, Text, file_stamps, read_texts
+from rpt_jax.data.readers import Corpus, Text, file_stamps, has_files, read_texts
 from rpt_jax.errors import DataError
 from rpt_jax.tokenizer import Tokenizer
 
@@ -88,6 +88,8 @@ class Documents(Sequence[Document]):
 def open_documents(corpora: list[Corpus], tokenizer: Tokenizer, cache: Path, progress=iter) -> Documents:
     """Open the documents of a corpus or mixture, from the cache or by reading and tokenising them.
 
+    If the files are gone, the cache's newest store of the same paths, templates and tokenizer is opened.
+
     Args:
         corpora: parts of the mixture.
         tokenizer: the policy's tokenizer.
@@ -96,25 +98,50 @@ def open_documents(corpora: list[Corpus], tokenizer: Tokenizer, cache: Path, pro
     Raises:
         DataError: see `readers.read_texts`; text that the tokenizer cannot spell; a label inside a token.
     """
-    stamps = [(c.text_template, file_stamps(c.path)) for c in corpora]
+    source = _source(corpora, tokenizer)
+    if not all(has_files(c.path) for c in corpora) and (kept := _newest_store(cache, source)):
+        return read_store(kept)
+    stamps = [(c.text_template, file_stamps(c.path), *_split_of(c)) for c in corpora]
     key = hashlib.sha256(repr((_VERSION, stamps, tokenizer.fingerprint)).encode()).hexdigest()[:16]
     directory = cache / f"documents-{key}"
     if not (directory / "meta.json").exists():
         texts = (
             (number, text)
             for number, c in enumerate(corpora)
-            for text in read_texts(c.path, text_template=c.text_template)
+            for text in read_texts(c.path, text_template=c.text_template, split=c.split)
         )
-        write_store(progress(texts), tokenizer, directory)
+        write_store(progress(texts), tokenizer, directory, source)
     return read_store(directory)
 
 
-def write_store(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, directory: Path) -> None:
-    """Tokenise (part of the mixture, text) pairs into a store directory, in bounded memory."""
+def _source(corpora: list[Corpus], tokenizer: Tokenizer) -> list:
+    """Return what a store is made from, JSON-able, whatever its files hold."""
+    return [*([c.path, c.text_template, *_split_of(c)] for c in corpora), tokenizer.fingerprint]
+
+
+def _split_of(corpus: Corpus) -> list[str]:
+    """Return what names a split in a store's key; nothing for the usual one, so that earlier stores are found."""
+    return [] if corpus.split == "files" else [corpus.split]
+
+
+def _newest_store(cache: Path, source: list) -> Path | None:
+    """Return the newest store in the cache that was made from `source`."""
+    found = []
+    for path in cache.glob("documents-*/meta.json"):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(path.read_text()).get("source") == source:
+                found.append((path.stat().st_mtime_ns, path.parent))
+    return max(found)[1] if found else None
+
+
+def write_store(
+    texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, directory: Path, source: Sequence = ()
+) -> None:
+    """Tokenise (part of the mixture, text) pairs into a store directory, in bounded memory. It keeps `source`."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{directory.name}.partial-", dir=directory.parent))
     try:
-        _write_files(texts, tokenizer, partial)
+        _write_files(texts, tokenizer, partial, source)
         # If several runs share the cache, the first one's store is kept; all are equal.
         with contextlib.suppress(OSError):
             partial.rename(directory)
@@ -122,7 +149,7 @@ def write_store(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, directo
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_files(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, partial: Path) -> None:
+def _write_files(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, partial: Path, source: Sequence) -> None:
     digest, columns = hashlib.sha256(), {"id": [], "length": [], "corpus": [], "labels": []}
     is_open = False  # True while the last document continues
     with (partial / "tokens.i32").open("wb") as file:
@@ -141,7 +168,7 @@ def _write_files(texts: Iterable[tuple[int, Text]], tokenizer: Tokenizer, partia
     kinds = (pyarrow.string(), pyarrow.int64(), pyarrow.int32(), labels)
     schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
     pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), partial / "documents.parquet")
-    meta = {"version": _VERSION, "sha256": digest.hexdigest(), "tokens": sum(columns["length"])}
+    meta = {"version": _VERSION, "sha256": digest.hexdigest(), "tokens": sum(columns["length"]), "source": source}
     (partial / "meta.json").write_text(json.dumps(meta))
 
 

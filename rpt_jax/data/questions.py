@@ -4,8 +4,11 @@ Records are jsonl, parquet or ArrayRecord in common layouts, recognised by their
 """
 
 import hashlib
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ import numpy as np
 from rpt_jax.config import DataConfig, QuestionsConfig
 from rpt_jax.data.batches import Trunks, row_ids
 from rpt_jax.data.layouts import LayoutError, parse_record
-from rpt_jax.data.readers import read_records
+from rpt_jax.data.readers import has_files, read_records
 from rpt_jax.data.templates import Template, check_marks, open_thought
 from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.sequences import Task, build_tasks
@@ -56,6 +59,24 @@ def read_questions(path: str) -> list[Question]:
     questions = [_question(record, f"{name}:{number}") for name, number, record in read_records(path)]
     if not questions:
         raise DataError(f"questions path {path!r} contains no question; it needs at least one. Check the file.")
+    return questions
+
+
+def read_or_recall(path: str, cache: Path) -> list[Question]:
+    """Read questions and keep their records in the cache; if the files are gone, return what the cache has kept.
+
+    Raises:
+        DataError: as `read_questions`.
+    """
+    kept = cache / f"questions-{hashlib.sha256(path.encode()).hexdigest()[:16]}.jsonl"
+    if not has_files(path) and kept.exists():
+        return [_question(record, where) for where, record in map(json.loads, kept.read_text().split("\n")[:-1])]
+    questions = read_questions(path)
+    if not kept.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(".partial")
+        partial.write_text("".join(json.dumps([q.id, q.record], default=str) + "\n" for q in questions))
+        os.replace(partial, kept)
     return questions
 
 

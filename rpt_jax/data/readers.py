@@ -7,6 +7,7 @@ import codecs
 import glob
 import json
 import os
+import re
 import string
 import warnings
 from collections.abc import Iterable, Iterator
@@ -45,6 +46,7 @@ class Corpus:
     path: str
     text_template: str
     weight: float = 1.0
+    split: str = "files"
 
 
 def training_corpora(data: DataConfig) -> list[Corpus]:
@@ -54,7 +56,7 @@ def training_corpora(data: DataConfig) -> list[Corpus]:
         ConfigError: an entry of data.mixture is not WEIGHT=PATH or WEIGHT=PATH=TEMPLATE.
     """
     if not data.mixture:
-        return [Corpus(path=data.path, text_template=data.text_template)]
+        return [Corpus(path=data.path, text_template=data.text_template, split=data.split)]
     parts = []
     for entry in data.mixture:
         weight, _, rest = entry.partition("=")
@@ -68,11 +70,11 @@ def training_corpora(data: DataConfig) -> list[Corpus]:
                 f"data.mixture contains {entry!r}; an entry is WEIGHT=PATH or WEIGHT=PATH=TEMPLATE with a weight "
                 "above 0. Correct it."
             )
-        parts.append(Corpus(path=path, text_template=template or data.text_template, weight=value))
+        parts.append(Corpus(path=path, text_template=template or data.text_template, weight=value, split=data.split))
     return parts
 
 
-def read_texts(path: str, *, text_template: str) -> Iterator[Text]:
+def read_texts(path: str, *, text_template: str, split: str = "files") -> Iterator[Text]:
     """Yield the texts of all files that `path` names, in the order of their names; blank texts are skipped.
 
     Args:
@@ -80,11 +82,14 @@ def read_texts(path: str, *, text_template: str) -> Iterator[Text]:
             per record), a glob of them, or hf:NAME[:CONFIG][:SPLIT], a dataset of the `datasets` package or a directory
             that it saved.
         text_template: str.format template over the fields of a record; backslash-n is a newline.
+        split: "paragraphs" makes a document of each paragraph of a .txt file; blank lines separate them.
     Raises:
         DataError: no such file, unknown kind, empty, not UTF-8, not JSON, or a record without a needed field.
     """
     num_texts = 0
     for name, records in _sources(path):
+        if is_text_file(name) and split == "paragraphs":
+            records = _paragraphs(records, name)
         for number, record in enumerate(records, start=1):
             if isinstance(record, Text):
                 num_texts += bool(record.text.strip())
@@ -125,6 +130,11 @@ def file_stamps(path: str) -> list[tuple[str, int, int]]:
         files = sorted(local.rglob("*")) if local.is_dir() else []
         return [(path, 0, 0), *((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
     return [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in matching_files(path)]
+
+
+def has_files(path: str) -> bool:
+    """Return whether a path or glob matches a file, or names a dataset."""
+    return path.startswith(_HUGGING_FACE) or any(Path(f).is_file() for f in glob.glob(path, recursive=True))
 
 
 def matching_files(path: str) -> list[str]:
@@ -186,6 +196,35 @@ def _read_blocks(path: Path, name: str) -> Iterator[Text]:
                 document, size = document + 1, 0
             start += cut
             held = held[cut:] + more
+
+
+_BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
+
+
+def is_text_file(path: str) -> bool:
+    """Return whether a file is plain text, without records."""
+    return path.endswith(".txt")
+
+
+def _paragraphs(pieces: Iterable[Text], name: str) -> Iterator[Text]:
+    """Yield the paragraphs of a file's pieces, each as a document."""
+    held, number = "", 0
+    for piece in pieces:
+        *whole, held = _BLANK_LINES.split(held + piece.text)
+        if len(held) > _DOCUMENT_BYTES:
+            whole, held = [*whole, held], ""
+        for text in whole:
+            if text.strip():
+                number += 1
+                yield Text(id=f"{name}:{number}", text=text)
+    if held.strip():
+        yield Text(id=f"{name}:{number + 1}", text=held)
+
+
+def count_paragraphs(path: str) -> int:
+    """Return the number of paragraphs in the first MiB of a .txt file."""
+    with open(path, "rb") as file:
+        return len(_BLANK_LINES.split(file.read(_BLOCK_BYTES).decode(errors="replace").strip()))
 
 
 def _last_character_start(data: bytes) -> int:

@@ -26,9 +26,10 @@ from rpt_jax.data.questions import (
     QuestionSource,
     make_question_source,
     make_question_template,
+    read_or_recall,
     read_questions,
 )
-from rpt_jax.data.readers import Corpus, training_corpora
+from rpt_jax.data.readers import Corpus, count_paragraphs, is_text_file, training_corpora
 from rpt_jax.data.templates import Template, continuation, make_template, token_facts
 from rpt_jax.errors import ConfigError
 from rpt_jax.evals.next_token import Evaluator, difficulty_splits
@@ -54,6 +55,10 @@ class Tasks:
     """i32 [trunks], part of the mixture that each trunk is from; None: there is one part."""
     band: tuple[float, float] | None = None
     """Lowest and highest pass rate at which a task is used again; None: any."""
+
+
+# A .txt file with that many paragraphs may be meant as that many documents.
+_MANY_PARAGRAPHS = 20
 
 
 class Domain(Protocol):
@@ -164,9 +169,9 @@ def open_questions(config: Config, tokenizer: Tokenizer) -> Questions:
             f"rollout.prompts_per_trunk={config.rollout.prompts_per_trunk}; every question is a separate trunk. "
             "Set --rollout.prompts-per-trunk 1."
         )
-    training = read_questions(config.questions.path)
+    training = read_or_recall(config.questions.path, cache_directory(config))
     if config.questions.heldout_path:
-        heldout = read_questions(config.questions.heldout_path)
+        heldout = read_or_recall(config.questions.heldout_path, cache_directory(config))
     else:
         cut = min(len(training) - 1, max(1, round(len(training) * (1 - config.data.heldout_fraction))))
         training, heldout = training[:cut], training[cut:]
@@ -325,8 +330,10 @@ def open_documents(config: Config, tokenizer: Tokenizer) -> Documents:
         progress=partial(counted, "tokenising"),
     )
     training = read(corpora)
+    _say_how_to_split(corpora)
     if config.data.heldout_path:
-        heldout = read([Corpus(path=config.data.heldout_path, text_template=config.data.text_template)])
+        data = config.data
+        heldout = read([Corpus(path=data.heldout_path, text_template=data.text_template, split=data.split)])
     else:
         training, heldout = documents_lib.split_heldout(training, config.data.heldout_fraction, tokenizer)
     heldout = documents_lib.first(heldout, config.eval.max_documents)
@@ -336,6 +343,18 @@ def open_documents(config: Config, tokenizer: Tokenizer) -> Documents:
         if short:
             console.print(f"{short} of {len(found)} {where} documents are too short to hold a position")
     return Documents(template=template, training=training, held_out=heldout, weights=tuple(c.weight for c in corpora))
+
+
+def _say_how_to_split(corpora: list[Corpus]) -> None:
+    """Say that a .txt file with paragraphs is one document, which some do not expect."""
+    for corpus in corpora:
+        if is_text_file(corpus.path) and corpus.split == "files" and Path(corpus.path).is_file():
+            count = count_paragraphs(corpus.path)
+            if count >= _MANY_PARAGRAPHS:
+                console.print(
+                    f"{corpus.path} has {count} paragraphs or more and is one document; positions see the paragraphs "
+                    "before their own. If the paragraphs are separate texts, set --data.split paragraphs."
+                )
 
 
 def _identity(documents: Sequence[Document]) -> dict:

@@ -26,6 +26,7 @@ def fit(
     save_every_steps: int,
     max_skipped_updates: int,
     at_boundary: Callable[[int, TrainState, Callable[[], float]], None] = lambda *_: None,
+    watch: Callable[[dict], None] = lambda _: None,
     stop_at_step: int | None = None,
 ) -> tuple[TrainState, float]:
     """Train until the end, from the newest checkpoint or, without one, from `state`.
@@ -42,6 +43,7 @@ def fit(
         max_skipped_updates: consecutive skipped updates that stop the run.
         at_boundary: called before each step and at the end with (steps done, state, function that returns the FLOPs so
             far).
+        watch: called with the record of each step, one step late; it may raise DataError.
         stop_at_step: save and stop here, as an interruption would.
     Returns:
         (state, FLOPs spent).
@@ -88,6 +90,8 @@ def fit(
                 _check_health(recorder, checkpoints, max_skipped_updates)
                 if is_done or done == stop_at_step or done % save_every_steps == 0:
                     save()
+                for written in recorder.take_written():
+                    watch(written)
                 check()
     except (Interrupted, RewardError, DataError) as stop:
         save()

@@ -66,13 +66,17 @@ def find_tokenizer(config: Config) -> Tokenizer:
 
 
 def _read_or_train(config: Config) -> Tokenizer:
+    own = Path(config.run.directory) / "tokenizer"
+    # A run keeps its tokenizer, so it does not need the place that it was read from.
+    named = config.data.tokenizer or config.policy.path
+    if named and not Path(named).exists() and (own / "tokenizer.json").exists():
+        return load_tokenizer(own)
     if config.data.tokenizer:
         return load_tokenizer(config.data.tokenizer, config.data.tokenizer_pattern)
     if config.policy.path:
         is_of_run = is_run(config.policy.path)
         directory = Path(config.policy.path) / "tokenizer" if is_of_run else config.policy.path
         return load_tokenizer(directory, config.data.tokenizer_pattern)
-    own = Path(config.run.directory) / "tokenizer"
     if (own / "tokenizer.json").exists():
         return load_tokenizer(own)
     if config.questions.path:
@@ -83,7 +87,7 @@ def _read_or_train(config: Config) -> Tokenizer:
     def texts():
         left = _TOKENIZER_CHARACTERS
         for corpus in training_corpora(config.data):
-            for text in read_texts(corpus.path, text_template=corpus.text_template):
+            for text in read_texts(corpus.path, text_template=corpus.text_template, split=corpus.split):
                 yield text.text
                 left -= len(text.text)
                 if left < 0:
@@ -170,30 +174,45 @@ def start_params(config: Config, mesh: Mesh) -> Any:
 
 
 def _policy_of_run(path: Path, mesh: Mesh) -> Any:
-    """Return the newest policy of a run directory, with its adapters merged.
+    """Return the newest policy of a run directory, with its adapters merged."""
+    state, frozen, _ = newest_of_run(path, mesh)
+    return merge(frozen, state.params)
+
+
+def newest_of_run(path: Path, mesh: Mesh) -> tuple[TrainState, Frozen | None, int]:
+    """Return (newest state of a run, base weights of its adapters, its step), from the run directory alone.
+
+    Only adapters need the model that the run started from. Of a run without RL steps, the warm start is the newest.
 
     Raises:
-        CheckpointError: RL has no checkpoint yet, or the model that the run started from has changed.
+        CheckpointError: there is no checkpoint yet, or the model that the run started from has changed.
     """
     config = read_config(path, say=False)
     last = "rpt" if config.run.num_steps else "warm_start"
     if _checkpoints(path, last, config).latest_step is None:
         raise CheckpointError(
-            f"policy.path={str(path)!r} is a run without a checkpoint of {last}, which would hold its policy. Continue "
-            "training it, or choose another --policy.path."
+            f"{path} is a run without a checkpoint of {last}, which would hold its policy. Continue training it, or "
+            "choose another run."
         )
-    params = start_params(config, mesh)
-    if config.policy.path and read_json(path / "policy.json")["checksum"] != fingerprint(params):
-        raise CheckpointError(
-            f"policy.path={str(path)!r} is a run that started from {config.policy.path}, whose weights have changed "
-            "since. Restore them, or choose another --policy.path."
-        )
-    # Adapters belong to the warm-started weights; without adapters, the last checkpoint holds all weights.
-    has_base = last == "rpt" and config.supervised.num_steps and config.lora.rank
-    for stage in ("warm_start", "rpt") if has_base else (last,):
-        state, frozen = fresh_state(config, mesh, params, stage)
-        params = merge(frozen, _checkpoints(path, stage, config).restore(state)[0].params)
-    return params
+    start = config.policy.path
+    if config.lora.rank or not start or Path(start).exists():
+        params = start_params(config, mesh)
+        if start and read_json(path / "policy.json")["checksum"] != fingerprint(params):
+            raise CheckpointError(
+                f"{path} is a run that started from {start}, whose weights have changed since. Restore them, or choose "
+                "another run."
+            )
+    else:
+        # Only their shapes matter, because the checkpoint holds all weights.
+        params = init_params(config.model, mesh, jax.random.key(0))
+        params = jax.tree.map(lambda x: x.astype(config.policy.param_dtype), params)
+    # Adapters belong to the warm-started weights.
+    if last == "rpt" and config.supervised.num_steps and config.lora.rank:
+        state, frozen = fresh_state(config, mesh, params, "warm_start")
+        params = merge(frozen, _checkpoints(path, "warm_start", config).restore(state)[0].params)
+    state, frozen = fresh_state(config, mesh, params, last)
+    state, record = _checkpoints(path, last, config).restore(state)
+    return state, frozen, record["step"]
 
 
 def _checkpoints(path: Path, stage: str, config: Config) -> Checkpoints:

@@ -29,11 +29,14 @@ def experience_metrics(experience: Experience) -> dict[str, jax.Array]:
         return jnp.sum(rows & flags_UR) / num_rows
 
     degenerate = degenerate_groups(earned.rewards)
+    tokens_UMGC = (rollouts.tokens * rollouts.mask).reshape(*earned.rewards.shape, -1)
+    identical = (tokens_UMGC == tokens_UMGC[:, :, :1]).all((-1, -2))
     return {
         "reward": jnp.sum(earned.rewards * groups[..., None]) / num_rows,
         "reward_any_in_group": jnp.sum(groups & (earned.rewards.max(-1) > 0)) / num_groups,
         "reward_fault_fraction": jnp.sum(earned.faults & groups[..., None]) / num_rows,
         "degenerate_group_fraction": jnp.sum(groups & degenerate) / num_groups,
+        "identical_group_fraction": jnp.sum(groups & identical) / num_groups,
         "completion_tokens": jnp.sum(lengths) / num_rows,
         "truncated_fraction": fraction(rollouts.truncated),
         "no_think_end_fraction": fraction(predictions.think_end_tokens == 0),
@@ -64,7 +67,7 @@ class Recorder:
     def __init__(self, name: str, run: RunDirectory | None):
         self._name, self._run = name, run
         self._pending: tuple[int, Outcome, bool] | None = None
-        self._began = time.perf_counter()
+        self._began, self._written = time.perf_counter(), []
         self.flops = 0.0
         self.num_skipped = 0
         self.note = ""
@@ -89,6 +92,11 @@ class Recorder:
         if (found := take_compilations()).programs:
             self._run.log_programs(self._name, step, found)
 
+    def take_written(self) -> list[dict]:
+        """Return the records written since the last call, with their steps."""
+        taken, self._written = self._written, []
+        return taken
+
     def flops_with(self, outcome: Outcome) -> float:
         """Return the FLOPs so far, plus those of an outcome that is not added yet."""
         return self.flush() + outcome.flops()
@@ -105,6 +113,7 @@ class Recorder:
         self.note = "  ".join(f"{name} {record[name]:.3f}" for name in names)
         if keep and self._run is not None:
             self._run.log(self._name, step, record | {"flops": self.flops})
+        self._written.append({"step": step} | record)
         return self.flops
 
 

@@ -109,30 +109,33 @@ def _at_once(config: Config):
     return number
 
 
-def prepare(config: Config, *, read_only: bool = False) -> Run:
+def prepare(config: Config, *, read_only: bool = False, judges: bool = False) -> Run:
     """Read and check a run's input; nothing compiles here.
 
     Args:
         config: of the run.
         read_only: write nothing, because the run exists and may be active elsewhere.
+        judges: the run's policy is judged, possibly with other settings and on other data than it was trained with;
+            needs read_only.
     Raises:
         ConfigError, DataError, CheckpointError: see the modules that read the input.
     """
     config.validate()
     check_rewards(config)
-    check_path(config.policy.path)
     use_cache(config.run.compilation_cache)
     mesh, path = make_mesh(config.mesh), Path(config.run.directory)
     own = _config_of(path, say=not read_only)
     if own is not None:
         # A preset may leave open what it set when the run began.
         config = with_sizes(config, sizes_of(own))
+    else:
+        check_path(config.policy.path)
     kept = own or _config_of(Resume.parse(config.run.resume).source, say=True)
     tokenizer = find_tokenizer(config)
     started = _start_of(path, Resume.parse(config.run.resume).source)
     # A chat template may write the date into every prompt: it is that of the run's first start.
     tokenizer.chat_date = started
-    sources = stop_sources(config, tokenizer)
+    sources = {} if own is not None else stop_sources(config, tokenizer)
     asked_dtype = config.model.activation_dtype
     config = resolve(config, tokenizer, kept)
     check_model(config, mesh)
@@ -141,13 +144,13 @@ def prepare(config: Config, *, read_only: bool = False) -> Run:
     if config.reward.function:
         check_function(config.reward, domain.example_columns(config, tokenizer))
     check_positions(config, domain.template)
-    examples = domain.warm_examples(config, tokenizer) if config.supervised.num_steps else ()
+    examples = domain.warm_examples(config, tokenizer) if config.supervised.num_steps and not judges else ()
     identity = domain.identity | {
         "tokenizer": {"sha256": tokenizer.fingerprint},
         "template": {"sha256": domain.template.fingerprint},
     }
     begin_as_copy(config, identity)
-    directory = RunDirectory(config, identity, read_only=read_only)
+    directory = RunDirectory(config, identity, read_only=read_only, judges=judges)
     run = Run(config=config, mesh=mesh, directory=directory, tokenizer=tokenizer, domain=domain, warm_examples=examples)
     if config.data.chat:
         directory.remember("chat", {"started": started.isoformat()})

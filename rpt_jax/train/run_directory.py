@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,18 +105,19 @@ class RunDirectory:
         CheckpointError: the directory holds a run with another config or corpus, or files that are not a run.
     """
 
-    def __init__(self, config: Config, corpus: dict, *, read_only: bool = False):
+    def __init__(self, config: Config, corpus: dict, *, read_only: bool = False, judges: bool = False):
         """
         Args:
             config: of the run.
             corpus: JSON-able, identifies the data; a run resumes only with the same data.
             read_only: write nothing to an existing run, because it may be active elsewhere.
+            judges: the data and all settings but those that made the policy may differ from the run's.
         """
         self.path = Path(config.run.directory)
         self._tensorboard = None
         self._writes = is_main() and not read_only
         self._use_tensorboard = config.run.tensorboard and self._writes
-        self._read_only = read_only
+        self._read_only, self._judges = read_only, judges
         with main_first("run directory"):
             self._open(config, corpus)
 
@@ -127,13 +129,11 @@ class RunDirectory:
                 "all processes must share a file system. Choose a shared --run.directory."
             )
         if saved.exists():
-            _check_same_run(
-                read_config(self.path, say=False),
-                config,
-                self.path,
-                {"always", "to readers"} if self._read_only else {"always"},
-            )
-            _check_same_corpus(read_json(self.path / "corpus.json"), corpus, self.path)
+            free = {"always", "to readers"} if self._read_only else {"always"}
+            sections = _OF_THE_POLICY if self._judges else ()
+            _check_same_run(read_config(self.path, say=False), config, self.path, free, sections)
+            if not self._judges:
+                _check_same_corpus(read_json(self.path / "corpus.json"), corpus, self.path)
         elif self.path.exists() and (not self.path.is_dir() or (self.path / "checkpoints").exists()):
             raise CheckpointError(
                 f"run directory {self.path} exists but is not a run (no config.json); it must be new or hold a run of "
@@ -249,9 +249,14 @@ def _check_same_corpus(old: dict, new: dict, path: Path) -> None:
         )
 
 
-def _check_same_run(old: Config, new: Config, path: Path, free: set[str]) -> None:
+# Sections of the settings that a policy depends on, besides the data; those of its training do not matter afterwards.
+_OF_THE_POLICY = ("model", "policy", "lora", "supervised")
+
+
+def _check_same_run(old: Config, new: Config, path: Path, free: set[str], sections: Sequence[str] = ()) -> None:
     def comparable(config: Config) -> dict:
         values = {name: value for name, f, value in walk(config) if f.metadata.get("free") not in free}
+        values = {n: value for n, value in values.items() if not sections or n.split(".")[0] in sections}
         # A linear schedule ends at num_steps, so another num_steps would change the steps already done.
         is_scheduled = config.optimizer.schedule != "constant"
         return values | {"run.num_steps": config.run.num_steps if is_scheduled else "free"}

@@ -15,6 +15,7 @@ from rpt_jax.rl.dynamic_sampling import collect
 from rpt_jax.rl.trainer import Trainer
 from rpt_jax.scoring.companions import START, follow
 from rpt_jax.train.ahead import compile_ahead
+from rpt_jax.train.diagnosis import Diagnosis, diagnose_tasks
 from rpt_jax.train.domains import Tasks
 from rpt_jax.train.evaluation import Evaluations
 from rpt_jax.train.loop import fit
@@ -146,6 +147,8 @@ def run_rl(run: Run, params, tasks: Tasks, evaluations: Evaluations, *, stop_at_
         band=tasks.band,
         rows=local_trunks(run.mesh, config.rollout.num_trunks),
     )
+    diagnosis = Diagnosis(config)
+    diagnosis.of_tasks(diagnose_tasks(tasks, config, len(run.warm_examples)))
     trainer, state = make_trainer(run, params, tasks)
     compile_ahead(trainer, state, len(run.template.tail))
 
@@ -162,6 +165,7 @@ def run_rl(run: Run, params, tasks: Tasks, evaluations: Evaluations, *, stop_at_
             save_every_steps=config.checkpoint.every_steps,
             max_skipped_updates=config.run.max_skipped_updates,
             at_boundary=at_boundary,
+            watch=diagnosis.add,
             stop_at_step=stop_at_step,
         )
     return flops
