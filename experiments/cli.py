@@ -1,6 +1,7 @@
 """The command line of the experiment scripts: a preset plus flags gives a Config."""
 
 import difflib
+import glob
 import json
 import os
 import sys
@@ -20,9 +21,12 @@ from rpt_jax.config.schema import MOVES, from_json, help_texts, take_fields, wal
 from rpt_jax.errors import CheckpointError, ConfigError, DataError, Interrupted, RewardError
 from rpt_jax.parallel.distributed import split_cpu
 from rpt_jax.parallel.interruption import RESUMABLE
+from rpt_jax.planning.estimate import estimate_rollout, estimate_update
 from rpt_jax.rewards.catalog import check_rewards
+from rpt_jax.train.policies import shape_of, with_shape
 from rpt_jax.train.progress import console
 from rpt_jax.train.run_directory import read_config, read_json
+from rpt_jax.work import Shape as WorkShape
 
 
 def parse_config(argv: list[str], *, default_preset: str | None = None, trains: bool = False) -> tuple[Config, bool]:
@@ -152,17 +156,53 @@ def load_run(directory: Path, flags: list[str]) -> Config:
 
 
 def describe(config: Config) -> str:
-    """Return the resolved run as text: config, batch size, mesh."""
+    """Return the resolved run as text: config, batch, mesh, what its paths hold, size of the policy, memory."""
     r, mesh = config.rollout, config.mesh
     prompts = r.num_trunks * r.prompts_per_trunk
     updates = config.loss.num_minibatches
-    return (
-        f"{config.to_json()}\n"
+    lines = [
+        config.to_json(),
         f"batch: {r.num_trunks} trunks x {r.prompts_per_trunk} positions x {r.group_size} rollouts = "
-        f"{prompts * r.group_size} rollouts of up to {r.max_completion_tokens} tokens, {updates} update(s) per batch\n"
+        f"{prompts * r.group_size} rollouts of up to {r.max_completion_tokens} tokens, {updates} update(s) per batch",
         f"mesh: data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor} = {mesh.num_devices} device(s), "
-        f"{r.num_trunks // mesh.trunk_shards} trunks per shard (data x fsdp)"
-    )
+        f"{r.num_trunks // mesh.trunk_shards} trunks per shard (data x fsdp)",
+        *(f"{name}: {_contents(path)}" for name, path in _paths(config)),
+    ]
+    path, model = config.policy.path, config.model
+    if not path or Path(path).exists():
+        model = with_shape(model, shape_of(path)) if path else model
+        model = replace(model, vocab_size=model.vocab_size or config.data.tokenizer_vocab_size)
+        sized = replace(config, model=model)
+        tokens = r.num_trunks * (
+            config.data.trunk_length + r.prompts_per_trunk * r.group_size * r.max_completion_tokens
+        )
+        # The tail's length depends on the tokenizer; it hardly matters here.
+        needed = [estimate(sized, 32) / 2**30 for estimate in (estimate_rollout, estimate_update)]
+        lines.append(
+            f"policy: {WorkShape(model).stored / 1e6:,.1f} M parameters; up to {tokens:,} tokens per step; about "
+            f"{needed[0]:.1f} GiB per device for rollouts and {needed[1]:.1f} GiB for updates, by an estimate"
+        )
+    return "\n".join(lines)
+
+
+def _paths(config: Config) -> list[tuple[str, str]]:
+    named = [
+        ("data.path", config.data.path), ("data.heldout_path", config.data.heldout_path),
+        ("data.tokenizer", config.data.tokenizer), ("policy.path", config.policy.path),
+        ("proxy.path", config.proxy.path), ("supervised.path", config.supervised.path),
+        ("questions.path", config.questions.path), ("questions.heldout_path", config.questions.heldout_path),
+    ]  # fmt: skip
+    return [(name, path) for name, path in named if path and not path.startswith("hf:")]
+
+
+def _contents(path: str) -> str:
+    """Return what a path or glob holds, in words."""
+    if Path(path).is_dir():
+        return f"{path} is a directory of {sum(1 for _ in Path(path).iterdir())} entries"
+    files = [f for f in glob.glob(path, recursive=True) if Path(f).is_file()]
+    if not files:
+        return f"{path} DOES NOT EXIST"
+    return f"{len(files)} file(s), {sum(Path(f).stat().st_size for f in files) / 1e6:,.1f} MB"
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:

@@ -8,15 +8,18 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from experiments.cli import describe
+from experiments.presets import PRESETS
 from rpt_jax.config import Config, DataConfig, DecoderConfig, EvalConfig, LossConfig, MeshConfig, RolloutConfig
 from rpt_jax.errors import ConfigError
 from rpt_jax.models import attention
 from rpt_jax.parallel.programs import needs_memory
 from rpt_jax.planning import fitting, programs
+from rpt_jax.planning.estimate import estimate_rollout
 from rpt_jax.planning.topologies import fit_mesh
 from rpt_jax.train import sizes
 
-TAIL = 3
+TAIL, GIB = 3, 2**30
 
 
 @pytest.fixture
@@ -150,3 +153,32 @@ def test_the_settings_to_lower_are_named_if_memory_runs_out():
         fail("RESOURCE_EXHAUSTED: 9 GiB\nmore")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         fail("INTERNAL: 9 GiB")
+
+
+def test_sizes_that_no_memory_holds_are_refused():
+    """4,096 x 64 rollouts of a tiny policy: the refusal names the sizes, the need and what to lower."""
+    config = changed(PRESETS["tiny_text"], "model", vocab_size=1024)
+    sizes.check_memory(config, TAIL, 8 * GIB)
+    large = changed(config, "rollout", num_trunks=4096, group_size=64)
+    with pytest.raises(
+        ConfigError, match=r"4096 trunks x 4 prompts x 64 rollouts needs about \d+.*--rollout.slots-per"
+    ):
+        sizes.check_memory(large, TAIL, 8 * GIB)
+    # Keys and values alone: 2 x 4 layers x 4 heads x 32 x 4 bytes for each of 4096 x (128 + 16 + 256 x 16) tokens.
+    assert estimate_rollout(large, TAIL) > 4096 * 4096 * (144 + 256 * 16)
+    few_slots = changed(large, "rollout", slots_per_trunk=1)
+    sizes.check_memory(few_slots, TAIL, 8 * GIB)
+    whole = changed(few_slots, "mesh", microbatch_trunks=4096)
+    with pytest.raises(ConfigError, match=r"update of 4096 trunks per pass.*--mesh.microbatch-trunks"):
+        sizes.check_memory(whole, TAIL, 8 * GIB)
+    assert sizes.host_memory() > 2**28
+
+
+def test_a_dry_run_says_what_a_run_needs(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1500)
+    paths = {"path": str(tmp_path / "*.txt"), "heldout_path": str(tmp_path / "none.txt")}
+    text = describe(changed(PRESETS["tiny_text"], "data", **paths))
+    assert "data.path: 1 file(s), 0.0 MB" in text and "none.txt DOES NOT EXIST" in text
+    # 4 layers of 128 x (128 x 4 + 384 x 3) and two matrices of 1024 x 128.
+    assert f"policy: {(4 * 128 * (128 * 4 + 384 * 3) + 2 * 1024 * 128) / 1e6:.1f} M parameters" in text
+    assert "GiB per device for rollouts" in text

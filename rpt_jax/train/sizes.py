@@ -1,19 +1,26 @@
 """Sizes that a run on GPUs or TPUs chooses by their memory, and keeps."""
 
+import contextlib
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Config
+from rpt_jax.errors import ConfigError
 from rpt_jax.parallel.distributed import gathered
+from rpt_jax.planning.estimate import estimate_rollout, estimate_update
 from rpt_jax.planning.fitting import fit_sizes, sizes_of, with_sizes
 from rpt_jax.train.progress import console
 from rpt_jax.train.run import Run
 from rpt_jax.train.run_directory import read_json
 
 _GIB = 2**30
+# An estimate may be somewhat too high; beyond this share of the memory, the sizes do not fit for sure.
+_CANNOT_FIT = 1.25
 
 
 def fitted(run: Run) -> Run:
@@ -23,10 +30,11 @@ def fitted(run: Run) -> Run:
     another microbatch are summed in another order. A run that is only read uses them too, and chooses none.
 
     Raises:
-        ConfigError: the smallest sizes need more memory.
+        ConfigError: the smallest sizes, or those that the config sets, need more memory.
     """
-    memory = device_memory(run.mesh) if -1 in sizes_of(run.config).values() else None
-    if memory is None:
+    memory = device_memory(run.mesh)
+    if memory is None or -1 not in sizes_of(run.config).values():
+        check_memory(run.config, len(run.template.tail), memory or host_memory() / len(run.mesh.local_devices))
         return run
     path, key = run.directory.path / "sizes.json", _key(run.config)
     kept = read_json(path) if path.exists() else None
@@ -37,6 +45,46 @@ def fitted(run: Run) -> Run:
     config = fit_sizes(run.config, run.mesh, len(run.template.tail), memory, console.print)
     run.directory.keep("sizes", {"key": key, "memory_gib": memory / _GIB, "sizes": sizes_of(config)})
     return replace(run, config=config)
+
+
+def check_memory(config: Config, num_tail: int, memory: float) -> None:
+    """Refuse sizes that no memory of this size can hold.
+
+    Args:
+        config: with its sizes resolved.
+        num_tail: tokens of the prompt after the text.
+        memory: bytes of each device.
+    Raises:
+        ConfigError: names the settings to lower.
+    """
+    rollout = config.rollout
+    rollouts = f"{rollout.num_trunks} trunks x {rollout.prompts_per_trunk} prompts x {rollout.group_size} rollouts"
+    if -1 in sizes_of(config).values():
+        config = with_sizes(config, {"microbatch_trunks": config.microbatch_trunks, "slots_per_trunk": 0})
+    for what, estimate, change in (
+        (f"sampling {rollouts}", estimate_rollout, "--rollout.slots-per-trunk, --rollout.num-trunks or "
+         "--rollout.max-completion-tokens"),
+        (f"an update of {config.microbatch_trunks} trunks per pass", estimate_update, "--mesh.microbatch-trunks"),
+    ):  # fmt: skip
+        needed = estimate(config, num_tail)
+        if needed > _CANNOT_FIT * memory:
+            raise ConfigError(
+                f"{what} needs about {needed / _GIB:.1f} GiB by an estimate; {memory / _GIB:.1f} GiB are available to "
+                f"each device. Lower {change}."
+            )
+
+
+def host_memory() -> float:
+    """Return the bytes of memory that this process may still take; infinity where that is unknown."""
+    found = [math.inf]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+        found.append(1024.0 * int(line.split()[1]))
+    with contextlib.suppress(OSError, ValueError):
+        # The limit of a container.
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(float(limit - used))
+    return min(found)
 
 
 def device_memory(mesh: Mesh) -> float | None:
