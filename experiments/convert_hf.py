@@ -1,4 +1,4 @@
-"""Export a run's newest policy as a Hugging Face model directory, including its tokenizer.
+"""Export a run's newest policy as a Hugging Face model directory, with its tokenizer and a model card.
 
 python -m experiments.convert_hf --run runs/tiny_text --out exported [--dtype bfloat16]
 python -m experiments.convert_hf --run runs/tiny_text --out adapters --adapters      # PEFT layout; LoRA runs only
@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from experiments.cli import load_run, run_script
+from rpt_jax.analysis.model_card import model_card
 from rpt_jax.errors import ConfigError
 from rpt_jax.models.hf import save_hf
 from rpt_jax.models.lora import merge, save_adapters
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> None:
         stop_ids = config.rollout.stop_ids or (tokenizer.eos_id,)
         generation = source | {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(stop_ids)}
         save_hf(args.out, config.model, policy, dtype=args.dtype, tokenizer=tokenizer, generation=generation)
+        (args.out / "README.md").write_text(model_card(args.run, config, step, args.out.name))
     print(f"step {step} of {args.run} -> {args.out}")
 
 

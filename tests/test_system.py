@@ -320,6 +320,9 @@ def test_a_run_lives_on_without_its_corpus(tmp_path, capsys):
     assert capsys.readouterr().out == first
     assert tree_of(tmp_path / "run") == before
     convert_hf.main(["--run", run, "--out", str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2 RL steps of 8 trunks x 1 prompts x\n  4 rollouts" in card and "(40 documents" in card
+    assert "On all held-out positions (n=12), thinking is right in" in card and "{" not in card.replace("boxed{}", "")
     assert rpt_jax.load(run).next_token("It rained", 1) == rpt_jax.load(tmp_path / "out").next_token("It rained", 1)
     write_report(tmp_path / "run")
     with pytest.raises(CheckpointError, match="another config.*model.num_layers"):

@@ -42,6 +42,7 @@ def _run_rest(run: Run, params, stop_at_step: int | None) -> None:
     """Run RL from `params`, and the control unless RL stops early."""
     tasks = run.domain.training_tasks(run, params)
     console.print(f"{len(tasks.ids):,} tasks")
+    run.directory.keep("tasks", {"tasks": len(tasks.ids)})
     evaluations = Evaluations(run=run, source=run.domain.heldout(run, params), start=params)
     flops = run_rl(run, params, tasks, evaluations, stop_at_step=stop_at_step)
     if run.config.run.control and stop_at_step is None:

@@ -130,10 +130,12 @@ class RunDirectory:
             )
         if saved.exists():
             free = {"always", "to readers"} if self._read_only else {"always"}
-            sections = _OF_THE_POLICY if self._judges else ()
-            _check_same_run(read_config(self.path, say=False), config, self.path, free, sections)
-            if not self._judges:
-                _check_same_corpus(read_json(self.path / "corpus.json"), corpus, self.path)
+            apart = _MAY_DIFFER_IN_JUDGING if self._judges else ()
+            _check_same_run(read_config(self.path, say=False), config, self.path, free, apart)
+            old = read_json(self.path / "corpus.json")
+            if self._judges:
+                old, corpus = ({"tokenizer": of.get("tokenizer")} for of in (old, corpus))
+            _check_same_corpus(old, corpus, self.path)
         elif self.path.exists() and (not self.path.is_dir() or (self.path / "checkpoints").exists()):
             raise CheckpointError(
                 f"run directory {self.path} exists but is not a run (no config.json); it must be new or hold a run of "
@@ -249,14 +251,14 @@ def _check_same_corpus(old: dict, new: dict, path: Path) -> None:
         )
 
 
-# Sections of the settings that a policy depends on, besides the data; those of its training do not matter afterwards.
-_OF_THE_POLICY = ("model", "policy", "lora", "supervised")
+# Sections of the settings that an evaluation reads. The policy was made with the others.
+_MAY_DIFFER_IN_JUDGING = ("run", "data", "questions", "positions", "proxy", "rollout", "reward", "eval")
 
 
-def _check_same_run(old: Config, new: Config, path: Path, free: set[str], sections: Sequence[str] = ()) -> None:
+def _check_same_run(old: Config, new: Config, path: Path, free: set[str], apart: Sequence[str] = ()) -> None:
     def comparable(config: Config) -> dict:
         values = {name: value for name, f, value in walk(config) if f.metadata.get("free") not in free}
-        values = {n: value for n, value in values.items() if not sections or n.split(".")[0] in sections}
+        values = {n: value for n, value in values.items() if n.split(".")[0] not in apart}
         # A linear schedule ends at num_steps, so another num_steps would change the steps already done.
         is_scheduled = config.optimizer.schedule != "constant"
         return values | {"run.num_steps": config.run.num_steps if is_scheduled else "free"}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rpt_jax.analysis.reports.figures import save_figures, subplots
+from rpt_jax.analysis.reports.headline import question_headline, training_summary
 from rpt_jax.analysis.reports.run import (
     PAGE_STYLE,
     completion_examples,
@@ -27,7 +28,7 @@ def write_report(directory: Path) -> Path:
     steps = [r for r in read_records(directory) if r["stage"] == "rpt"]
     pictures = save_figures(directory, {"learning": _plot_learning(results), "training": plot_training(steps)})
     page = directory / "report.html"
-    write_atomically(page, _page(directory, results, pictures))
+    write_atomically(page, _page(directory, results, steps, pictures))
     return page
 
 
@@ -63,12 +64,7 @@ def _table(results: dict) -> str:
     return f"<table><tr><th>category</th><th>n</th>{head}</tr>{''.join(rows)}</table>"
 
 
-def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
-    before, after = (results[k]["all"]["sampled"] for k in ("before", "after"))
-    gain = after["value"] - before["value"]
-    error = (before["standard_error"] ** 2 + after["standard_error"] ** 2) ** 0.5
-    word = "rose" if gain > 2 * error else "fell" if gain < -2 * error else "did not change beyond noise"
-
+def _page(directory: Path, results: dict, steps: list[dict], pictures: dict[str, Path]) -> str:
     def picture(name: str) -> str:
         data = base64.b64encode(pictures[name].read_bytes()).decode()
         return f"<img alt='{name}' src='data:image/png;base64,{data}'>"
@@ -78,10 +74,9 @@ def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>RL on questions</title>
 <style>{PAGE_STYLE}</style>
 <h1>Reinforcement learning on questions: results of this run</h1>
-<p class="lead">On {after["n"]} held-out questions, the accuracy of sampled answers {word}:
-<b>{before["value"]:.3f} → {after["value"]:.3f}</b> (change {gain:+.3f} ± {error:.3f}).</p>
+<p class="lead">{" ".join(map(html.escape, question_headline(results)))}</p>
 <p>{results["steps"][-1]} steps on {corpus["training"]["questions"]:,} questions,
-{config["rollout"]["group_size"]} rollouts each, graded by {html.escape(judge)}.</p>
+{config["rollout"]["group_size"]} rollouts each, graded by {html.escape(judge)}. {training_summary(steps)}</p>
 {picture("learning")}{_table(results)}
 <p>± is one standard error over questions. <b>sampled</b>: mean of {config["eval"]["num_samples"]} thoughts;
 <b>greedy</b>: one thought at temperature 0; <b>direct</b>: the most likely letter without thinking (multiple

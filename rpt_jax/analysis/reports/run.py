@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow.parquet
 
 from rpt_jax.analysis.reports.figures import save_figures, subplots
+from rpt_jax.analysis.reports.headline import headline, training_summary
 from rpt_jax.analysis.scaling import fit_power_law
 from rpt_jax.errors import CheckpointError, DataError
-from rpt_jax.train.run_directory import read_config, read_records, write_atomically
+from rpt_jax.train.run_directory import read_config, read_json, read_records, write_atomically
 
 _EXPLAIN = {
     "all": "every position of the held-out documents",
@@ -39,6 +40,7 @@ def read_evaluations(directory: Path) -> dict:
         "config": json.loads(read_config(directory, say=False).to_json()),
         "versions": json.loads((directory / "versions.json").read_text()),
         "corpus": json.loads((directory / "corpus.json").read_text()),
+        "num_tasks": read_json(directory / "tasks.json")["tasks"] if (directory / "tasks.json").exists() else None,
         "steps": [r["step"] for r in evaluations],
         "flops": [r["flops"] for r in evaluations],
         "before": evaluations[0]["splits"],
@@ -83,18 +85,19 @@ def write_report(directory: Path) -> Path:
         CheckpointError: the directory has fewer than two evaluations.
     """
     results = collect_results(directory)
-    write_atomically(directory / "results.json", json.dumps(results, indent=2))
     steps = [r for r in read_records(directory) if r["stage"] == "rpt"]
+    write_atomically(directory / "results.json", json.dumps(results, indent=2))
     figures = {
         "learning": _plot_learning(results),
-        "scaling": _plot_scaling(results),
         "training": plot_training(steps),
         "thought_length": _plot_thoughts(results, steps),
     }
+    if any("A" in fit for fit in results["scaling"].values()):
+        figures["scaling"] = _plot_scaling(results)
     if any("/" in split for split in results["after"]):
         figures["labels"] = _plot_labels(results)
     page = directory / "report.html"
-    write_atomically(page, _page(directory, results, save_figures(directory, figures)))
+    write_atomically(page, _page(directory, results, steps, save_figures(directory, figures)))
     return page
 
 
@@ -269,38 +272,6 @@ def _control_text(results: dict) -> str:
     )
 
 
-def _verdict(results: dict) -> str:
-    split = headline_split(results)
-    before, after = (results[k][split]["sampled_prefix"] for k in ("before", "after"))
-    gain = after["value"] - before["value"]
-    error = (before["standard_error"] ** 2 + after["standard_error"] ** 2) ** 0.5
-    word = "rose" if gain > 2 * error else "fell" if gain < -2 * error else "did not change beyond noise"
-    if after["n"] < 2:
-        word = "is measured on a single position, which shows nothing"
-    text = (
-        f"On <b>{split}</b> positions of held-out documents (n={after['n']}), the accuracy of sampled predictions "
-        f"{word}: <b>{before['value']:.3f} → {after['value']:.3f}</b> (change {gain:+.3f} ± {error:.3f})."
-    )
-    if results["control"]:
-        control = results["control"][split]["direct_prefix"]
-        text += (
-            f" The control (next-token training from the same start with the same compute) predicts "
-            f"<b>{control['value']:.3f} ± {control['standard_error']:.3f}</b> of them correctly without thinking."
-        )
-        ahead = [
-            s
-            for s in ("all", "settled", "easy", "medium", "hard")
-            if s in results["after"]
-            and results["control"][s]["direct_prefix"]["value"] > results["after"][s]["sampled_prefix"]["value"]
-        ]
-        if ahead:
-            text += (
-                f" Direct prediction by the control is more accurate on: {', '.join(ahead)}. Thinking costs some "
-                "accuracy where it is not needed."
-            )
-    return text
-
-
 def completion_examples(directory: Path, count: int = 4) -> str:
     """Return HTML with up to `count` rollouts of reward 1 or more, and of reward 0, from the last logged batch."""
     files = sorted((directory / "completions").glob("*.parquet"))
@@ -371,7 +342,7 @@ def _reward_text(reward: dict) -> str:
     return f"The reward is {html.escape(' + '.join(reward['terms']))} (compose: {html.escape(reward['compose'])})."
 
 
-def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
+def _page(directory: Path, results: dict, steps: list[dict], pictures: dict[str, Path]) -> str:
     config, corpus = results["config"], results["corpus"]
     thresholds = config["eval"]["difficulty_thresholds"]
 
@@ -387,14 +358,16 @@ def _page(directory: Path, results: dict, pictures: dict[str, Path]) -> str:
         explained += f"<dt>{', '.join(labels)}</dt><dd>positions that the corpus labels</dd>"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>RPT run</title><style>{PAGE_STYLE}</style>
 <h1>Reinforcement pre-training: results of this run</h1>
-<p class="lead">{_verdict(results)}</p>
+<p class="lead">{" ".join(map(html.escape, headline(results, headline_split(results))))}</p>
 <h2>What was trained</h2>
 <p>A decoder with {config["model"]["num_layers"]} layers of width {config["model"]["width"]} was trained on
 {corpus["training"]["documents"]:,} documents ({corpus["training"]["tokens"]:,} tokens). A warm start of
 {config["supervised"]["num_steps"]} supervised updates was followed by {results["steps"][-1]} steps of reinforcement
 pre-training: at a selected position of a document, the model sees the text so far, writes a thought, and boxes its
 prediction of what comes next. {_reward_text(config["reward"])}
-Each position was sampled {config["rollout"]["group_size"]} times, and training made the better samples more likely
+There were {results["num_tasks"] or "an unknown number of"} positions to train on. {training_summary(steps)}
+Each position was sampled
+{config["rollout"]["group_size"]} times, and training made the better samples more likely
 (advantage: {config["loss"]["advantage"]}). Accuracies are measured on {corpus["held-out"]["documents"]:,} documents
 that the model was not trained on.</p>
 <h2>Did it learn?</h2>{picture("learning")}
