@@ -35,7 +35,8 @@ class Request:
     view: Literal["prompt", "direct"] = "prompt"
     """prompt: after the template, like rollouts; direct: after document tokens alone, without a template."""
     keep: Literal["nothing", "thought", "completion"] = "thought"
-    """Tokens of the rollout to put before the stub. thought: up to the end of the last </think>."""
+    """Tokens of the rollout to put before the stub. thought: up to the end of the last </think>; a token that runs past
+    it is replaced by its part of the mark."""
     stub: str = ""
     """Text before the target; an open thought is closed before it."""
     target: Literal["reference", "prediction"] = "reference"
