@@ -49,6 +49,9 @@ COLUMNS = (
     ("direct", "direct_prefix"),
     ("log p, thinking", "reasoned_logprob"),
 )
+METRICS = (
+    *(metric for _, metric in COLUMNS), "pass@k", "direct_logprob", "sampled_no_prediction", "sampled_thought_tokens",
+)  # fmt: skip
 
 
 def shared_start(config: Config, directory: Path) -> Config:
@@ -77,9 +80,9 @@ def run_rl_arm(config: Config, directory: Path, arm: str) -> dict:
     return {
         "flops": [r["flops"] for r in evaluations],
         "seconds": [sum(seconds[: r["step"]]) for r in evaluations],
-        "curve": [r.get("curve", r["splits"]) for r in evaluations],
-        "before": evaluations[0]["splits"],
-        "after": evaluations[-1]["splits"],
+        "curve": [_brief(r.get("curve", r["splits"])) for r in evaluations],
+        "before": _brief(evaluations[0]["splits"]),
+        "after": _brief(evaluations[-1]["splits"]),
         "reward": [r["reward"] for r in read_records(path) if r["stage"] == "rpt"],
     }
 
@@ -99,10 +102,15 @@ def run_supervised_arm(run: Run, directory: Path, arm: str, of_prefix: dict) -> 
         "seconds": [0.0, seconds],
         "updates": steps,
         "examples": len(examples),
-        "curve": [of_prefix["curve"][0], figures["curve"]],
+        "curve": [of_prefix["curve"][0], _brief(figures["curve"])],
         "before": of_prefix["before"],
-        "after": figures["splits"],
+        "after": _brief(figures["splits"]),
     }
+
+
+def _brief(splits: dict) -> dict:
+    """Return the figures without those of no interest here, so that the file stays small."""
+    return {name: {m: cells[m] for m in METRICS if m in cells} for name, cells in splits.items()}
 
 
 def _documents(run: Run, directory: Path):
