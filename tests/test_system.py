@@ -127,9 +127,11 @@ def test_a_run_leaves_everything_behind(finished):
         "results.json",
         "report.html",
         "plots/learning.png",
-        "plots/scaling.png",
     ):
         assert (finished / name).stat().st_size > 0, name
+    # A plot without a fit would be empty.
+    scaling = json.loads((finished / "results.json").read_text())["scaling"]
+    assert (finished / "plots" / "scaling.png").exists() == any("A" in fit for fit in scaling.values())
     records = read(finished / "metrics.jsonl")
     assert [r["step"] for r in records if r["stage"] == "rpt"] == [1, 2, 3, 4]
     assert [r["step"] for r in records if r["stage"] == "evaluation"] == [0, 1, 2, 3, 4]
