@@ -17,6 +17,7 @@ and a finished arm is not run again. Supervised arms need the arm prefix, whose 
 """
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -221,6 +222,8 @@ def main(argv: list[str]) -> None:
         for arm in args.arms:
             if arm not in of_seed:
                 of_seed[arm] = run_arm(begun, directory, arm, of_seed)
+                # A run's objects refer to each other; its parameters must not outlive it.
+                gc.collect()
                 write_atomically(args.out, json.dumps(found, indent=1))
     print(table(found, args.splits))
     plot(found, args.splits).savefig(args.out.with_suffix(".png"), dpi=110, bbox_inches="tight")
