@@ -13,7 +13,7 @@ from rpt_jax.config.schema import MOVES, walk
 from rpt_jax.config.sections import Config
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # Scripts whose whole command line is a preset and settings: --dry-run prints the resolved run.
 CONFIGURED = ("experiments.train", "experiments.filter_positions", "experiments.quickstart")
 
