@@ -19,9 +19,11 @@ from experiments.presets import NEED_A_POLICY, PRESETS, PURPOSES
 from rpt_jax.config import Config
 from rpt_jax.config.schema import MOVES, from_json, help_texts, take_fields, walk
 from rpt_jax.errors import CheckpointError, ConfigError, DataError, Interrupted, RewardError
+from rpt_jax.models.attention import default_dtype
 from rpt_jax.parallel.distributed import split_cpu
 from rpt_jax.parallel.interruption import RESUMABLE
 from rpt_jax.planning.estimate import estimate_rollout, estimate_update
+from rpt_jax.planning.fitting import with_sizes
 from rpt_jax.rewards.catalog import check_rewards
 from rpt_jax.train.policies import shape_of, with_shape
 from rpt_jax.train.progress import console
@@ -139,7 +141,7 @@ def _ready(config: Config) -> Config:
 
 
 def load_run(directory: Path, flags: list[str]) -> Config:
-    """Load the config of an existing run, whose corpus and tokenizer must still be in place.
+    """Load the config of an existing run.
 
     Args:
         directory: the run directory.
@@ -172,7 +174,8 @@ def describe(config: Config) -> str:
     if not path or Path(path).exists():
         model = with_shape(model, shape_of(path)) if path else model
         model = replace(model, vocab_size=model.vocab_size or config.data.tokenizer_vocab_size)
-        sized = replace(config, model=model)
+        sized = replace(config, model=replace(model, activation_dtype=default_dtype(model)))
+        sized = with_sizes(sized, {"microbatch_trunks": config.microbatch_trunks, "slots_per_trunk": 0})
         tokens = r.num_trunks * (
             config.data.trunk_length + r.prompts_per_trunk * r.group_size * r.max_completion_tokens
         )

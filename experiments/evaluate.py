@@ -20,6 +20,7 @@ from rpt_jax.models.lora import join
 from rpt_jax.train.domains import cache_directory
 from rpt_jax.train.evaluation import Evaluations
 from rpt_jax.train.run import newest_state, prepare
+from rpt_jax.train.run_directory import read_config
 from rpt_jax.train.sizes import fitted
 from rpt_jax.train.stages.warm_start import warm_start
 
@@ -40,8 +41,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--run", type=Path, required=True, help="run directory with an RL checkpoint")
     args, flags = parser.parse_known_args(argv)
     config = load_run(args.run, flags)
-    if config.questions.path:
-        config = replace(config, rollout=replace(config.rollout, prompts_per_trunk=1))
+    questions = config.questions
+    if questions.path and not read_config(args.run, say=False).questions.path:
+        # All of these questions are to be judged, not the share that a training run would hold out.
+        config = replace(
+            config,
+            questions=replace(questions, heldout_path=questions.heldout_path or questions.path),
+            rollout=replace(config.rollout, prompts_per_trunk=1),
+        )
     with tempfile.TemporaryDirectory() as overlay:
         run = fitted(prepare(with_overlay(config, Path(overlay)), read_only=True, judges=True))
         start = warm_start(run)

@@ -109,7 +109,7 @@ SMOLLM2 = Config(
 # The same on one GPU: 2,048 rollouts a step, longer contexts and thoughts.
 SMOLLM2_GPU = replace(
     SMOLLM2,
-    run=replace(SMOLLM2.run, num_steps=200),
+    run=replace(SMOLLM2.run, directory="runs/smollm2_gpu_rpt", num_steps=200),
     data=replace(SMOLLM2.data, trunk_length=512, window_stride=256),
     positions=replace(SMOLLM2.positions, max_tokens=2**20),
     model=DecoderConfig(activation_dtype=""),

@@ -22,19 +22,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("-n", type=int, default=4, help="number of samples")
     parser.add_argument("--max-tokens", type=int, default=0, help="0: 256, or with --think as in training")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, help="default: 1, or with --think as in training")
+    parser.add_argument("--template", default="", help="of --think: minimal, v0 or v6; default: the run's, or minimal")
+    parser.add_argument("--chat-template", action="store_true", help="put the prompt of --think into it")
     parser.add_argument("--seed", type=int, default=0)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--think", action="store_true")
     kind.add_argument("--chat", action="store_true")
     args = parser.parse_args(argv)
-    policy = rpt_jax.load(args.policy)
+    policy = rpt_jax.load(args.policy, template=args.template, chat=True if args.chat_template else None)
+    temperature = 1.0 if args.temperature is None else args.temperature
     if not args.think:
         prompt = [{"role": "user", "content": args.prompt}] if args.chat else args.prompt
         # One at a time, so that each is printed as soon as it is there.
         for number in range(args.n):
             (sample,) = policy.sample(
-                prompt, max_tokens=args.max_tokens or 256, temperature=args.temperature, seed=args.seed + number
+                prompt, max_tokens=args.max_tokens or 256, temperature=temperature, seed=args.seed + number
             )
             print(f"sample {number + 1}: {sample.text!r}{'' if sample.is_finished else ' …'}", flush=True)
         return

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax.config import Config, DataConfig, MeshConfig, PolicyConfig, RewardConfig, RunConfig
+from rpt_jax.config import Config, DataConfig, MeshConfig, PolicyConfig, RunConfig
 from rpt_jax.data.templates import Template, make_template
 from rpt_jax.errors import CheckpointError, ConfigError
 from rpt_jax.parallel.distributed import to_host
@@ -222,7 +222,9 @@ class Policy:
         rollouts = self._generate(
             tasks, max_tokens=max_tokens, temperature=temperature, top_p=rollout.top_p, top_k=rollout.top_k, seed=seed
         )
-        predictions, _ = self._read(rollouts, 64)
+        # Wide enough for a completion that is one box.
+        _, lengths = self.tokenizer.byte_table()
+        predictions, _ = self._read(rollouts, min(1024, max_tokens * int(lengths.max())))
         kept = self._scorer.kept(AFTER_THOUGHT, rollouts, predictions.think_end_tokens)
         answers = self._scorer.answers(AFTER_THOUGHT, self.params, tasks, kept)
         samples, predictions = self._samples(to_host(rollouts)), to_host(predictions)
@@ -230,9 +232,8 @@ class Policy:
         for row, sample in enumerate(samples):
             found, length = predictions.found[0, row], predictions.lengths[0, row]
             text = predictions.bytes[0, row, :length].tobytes().decode(errors="replace") if found else None
-            thoughts.append(
-                Thought(text=sample.text.rpartition(THINK_CLOSE)[0] or sample.text, prediction=text, sample=sample)
-            )
+            before, mark, _ = sample.text.rpartition(THINK_CLOSE)
+            thoughts.append(Thought(text=before if mark else sample.text, prediction=text, sample=sample))
         return Thinking(thoughts=tuple(thoughts), probabilities=tuple(self._top(answers)))
 
     def score(self, text: str, continuation: str, *, thought: str | None = None) -> Score:
@@ -274,6 +275,8 @@ class Policy:
             completions: each with its thought, mark and box, as a rollout would write it.
             terms: as in `reward.terms`; judges need a run.
         """
+        if not completions or not continuation:
+            raise ConfigError("a reward needs completions and a continuation; one of them is empty. Pass some text.")
         tokens = self.tokenizer.encode_continuation(continuation)[: self.config.data.continuation_tokens]
         rows = [self.tokenizer.encode_continuation(completion) for completion in completions]
         width = max(map(len, rows))
@@ -296,7 +299,7 @@ class Policy:
 
     @cached_property
     def _read(self):
-        return make_reader(RewardConfig(), self.tokenizer)
+        return make_reader(self.config.reward, self.tokenizer)
 
     def _encode(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text)

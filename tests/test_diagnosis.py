@@ -41,24 +41,36 @@ HEALTHY = {
     ],
 )  # fmt: skip
 def test_a_failure_gets_its_cause_and_what_to_change(changes, cause, remedy):
-    found = diagnose_steps([HEALTHY | changes] * WINDOW)
+    _, found = diagnose_steps([HEALTHY | changes] * WINDOW)
     assert cause in found and remedy in found
 
 
 def test_a_run_that_learns_is_left_alone():
     assert diagnose_steps([HEALTHY] * WINDOW) is None
+    # A reward that needs no box, and whose values vary.
+    assert diagnose_steps([HEALTHY | {"no_prediction_fraction": 1.0}] * WINDOW) is None
     # A few empty batches among others, and a policy that forgets the format now and then.
     bad = HEALTHY | {"degenerate_group_fraction": 1.0, "no_prediction_fraction": 1.0, "reward_any_in_group": 0.0}
     assert diagnose_steps([bad] * (WINDOW // 3) + [HEALTHY] * (WINDOW - WINDOW // 3)) is None
 
 
-def test_a_diagnosis_is_said_once_and_stops_only_if_asked(monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [{"reward_any_in_group": 0.0}, {"no_prediction_fraction": 1.0}, {"identical_group_fraction": 1.0},
+     {"no_prediction_fraction": 1.0, "truncated_fraction": 0.9}, {"reward_fault_fraction": 0.7}],
+)  # fmt: skip
+def test_a_diagnosis_is_said_once_and_stops_only_if_asked(monkeypatch, changes):
+    """However its figures change from step to step."""
     said = []
     monkeypatch.setattr(diagnosis.console, "print", lambda text, **_: said.append(text))
     watch = Diagnosis(Config())
     for step in range(1, 3 * WINDOW):
-        watch.add(HEALTHY | {"step": step, "degenerate_group_fraction": 0.96 + step / 1000, "reward_any_in_group": 0.0})
+        drift = {name: value - step / 1000 if value else 0.0 for name, value in changes.items()}
+        watch.add(HEALTHY | {"step": step, "degenerate_group_fraction": 0.96 + step / 1000} | drift)
     assert len(said) == 1 and f"steps 1 to {WINDOW} taught little" in said[0]
+
+
+def test_a_run_may_stop_on_a_diagnosis():
     strict = Diagnosis(dataclasses.replace(Config(), run=dataclasses.replace(Config().run, on_diagnosis="stop")))
     with pytest.raises(DataError, match=f"steps 1 to {WINDOW} taught little.*too hard.*on-diagnosis warn goes on"):
         for step in range(1, 2 * WINDOW):

@@ -11,8 +11,8 @@ steps: a policy of 135 M parameters (SmolLM2's shape), 32 documents of 512 token
     tokens: seconds from the start of the process to the end of the first RL step, without an evaluation before it, with
     an empty cache of programs and with the cache of the run before; then steps a minute.
 trl: GRPO steps of TRL on the batch of `decode`, in a process of --trl-python, which may belong to another environment
-    (peers_requirements_trl.txt, with torch's CUDA build; vLLM samples where it is installed). The first step does not
-    count. Without TRL, the part is skipped.
+    (peers_requirements_trl.txt, with torch's CUDA build). Its rollouts use transformers' generate. The first step
+    does not count. Without TRL, the part is skipped.
 peaks: a copy of 4 GiB and a bfloat16 product of 8192 x 8192 matrices; the other parts' limits refer to these.
 decode: 4 documents of 2,048 tokens, 8 positions x 8 rollouts each, 512 new tokens. Seconds are from the first to the
     last token, without the prefill. Limit: a step reads the weights once, and the keys and values of each document,
@@ -352,10 +352,15 @@ class Bench:
             "group_size": self.shape.rollouts, "rows": 2, "steps": 1 + min(2, self.rounds),
         }  # fmt: skip
         command = [self.trl_python, "-m", "experiments.benchmarks.gpu_trl"]
-        done = subprocess.run(command, input=json.dumps(spec), stdout=subprocess.PIPE, text=True, check=True)
+        try:
+            done = subprocess.run(
+                command, input=json.dumps(spec), stdout=subprocess.PIPE, text=True, check=True, timeout=PARTS["trl"]
+            )
+        except subprocess.SubprocessError as error:
+            return {"skipped": str(error)}
         found = json.loads(done.stdout.splitlines()[-1])
         step, rollout = (statistics.median(found[name][1:]) for name in ("steps", "rollouts"))
-        return {"step": step, "rollout": rollout, "update": step - rollout, "vllm": found["vllm"]}
+        return {"step": step, "rollout": rollout, "update": step - rollout}
 
 
 # Part -> seconds that it takes at most, with compiling. The steps and TRL come first: their processes need the whole

@@ -1,11 +1,10 @@
 """TRL's worker for `experiments.benchmarks.gpu`: GRPO steps on the same batch, with prompts repeated for each rollout.
 
 It reads a JSON object from standard input and prints one, {"steps": [seconds of each step], "rollouts": [...]}. The
-rollouts use transformers' `generate` on the whole batch, or vLLM in the same process where it is installed. The update
-runs `rows` rows per pass in bfloat16, with gradient checkpointing. It imports nothing of this package.
+rollouts use transformers' `generate` on the whole batch. The update runs `rows` rows per pass in bfloat16, with
+gradient checkpointing. It imports nothing of this package.
 """
 
-import importlib.util
 import json
 import sys
 import tempfile
@@ -75,8 +74,6 @@ def make_arguments(spec: dict, directory: str) -> GRPOConfig:
         use_cpu=not on_gpu,
         bf16=on_gpu,
         gradient_checkpointing=on_gpu,
-        use_vllm=on_gpu and importlib.util.find_spec("vllm") is not None,
-        vllm_mode="colocate",
         beta=0.0,
         num_iterations=1,
         num_generations=spec["group_size"],
@@ -113,7 +110,7 @@ def main() -> None:
         trainer.rollout_seconds = []
         trainer.train()
     steps = [end - begin for begin, end in zip(clock.ends, clock.ends[1:])]
-    print(json.dumps({"steps": steps, "rollouts": trainer.rollout_seconds, "vllm": trainer.args.use_vllm}))
+    print(json.dumps({"steps": steps, "rollouts": trainer.rollout_seconds}))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ METRICS = (
 def shared_start(config: Config, directory: Path) -> Config:
     """Run the seed's warm start and return the config of RL arms, which begin from it."""
     base = replace(config, run=replace(config.run, directory=str(directory / "cold_start")))
-    if not base.data.path:
+    if not (base.data.path or base.data.mixture):
+        if base.policy.path:
+            raise ConfigError("the preset has a pretrained policy and no corpus; set --data.path or --data.mixture.")
         base = quickstart.with_corpus(base)
         quickstart.make_corpus_once(base)
     base = replace(base, data=replace(base.data, cache=str(directory / "cache")))

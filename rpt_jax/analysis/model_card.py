@@ -54,7 +54,7 @@ The policy writes a thought, `</think>`, and its prediction in `\\boxed{{}}`. Pr
 `{config.data.template}`{" inside the chat template" if config.data.chat else ""}; stop ids and sampling settings are in
 `generation_config.json`.
 
-    python -m experiments.sample --policy {name} --prompt "..." --think
+    python -m experiments.sample --policy {name} --prompt "..." --think{_prompt_flags(config)}
     vllm serve {name}
 
 The export was loaded with transformers 5.23; vLLM has not been tried.
@@ -64,6 +64,11 @@ nothing about tasks that were not measured. The licences of the start model and 
 """
 
 
+def _prompt_flags(config: Config) -> str:
+    chat = " --chat-template" if config.data.chat else ""
+    return f" --template {config.data.template}{chat} --max-tokens {config.rollout.max_completion_tokens}"
+
+
 def _figures(directory: Path) -> str:
     path = directory / "results.json"
     if not path.exists():
@@ -71,4 +76,4 @@ def _figures(directory: Path) -> str:
     results = json.loads(path.read_text())
     is_documents = "sampled_prefix" in results["after"]["all"]
     sentences = headline(results, headline_split(results)) if is_documents else question_headline(results)
-    return "\n".join(f"- {sentence}" for sentence in sentences) + "\n\n± is one standard error over positions."
+    return "\n".join(f"- {sentence}" for sentence in sentences) + "\n\n± is one standard error."

@@ -63,20 +63,23 @@ def read_questions(path: str) -> list[Question]:
 
 
 def read_or_recall(path: str, cache: Path) -> list[Question]:
-    """Read questions and keep their records in the cache; if the files are gone, return what the cache has kept.
+    """Read questions and keep their records in the cache; if the files are gone, return the newest kept ones.
 
     Raises:
         DataError: as `read_questions`.
     """
-    kept = cache / f"questions-{hashlib.sha256(path.encode()).hexdigest()[:16]}.jsonl"
-    if not has_files(path) and kept.exists():
-        return [_question(record, where) for where, record in map(json.loads, kept.read_text().split("\n")[:-1])]
+    stem = f"questions-{hashlib.sha256(path.encode()).hexdigest()[:16]}"
+    kept = sorted(cache.glob(f"{stem}-*.jsonl"), key=lambda p: p.stat().st_mtime_ns)
+    if not has_files(path) and kept:
+        return [_question(record, where) for where, record in map(json.loads, kept[-1].read_text().split("\n")[:-1])]
     questions = read_questions(path)
-    if not kept.exists():
+    text = "".join(json.dumps([q.id, q.record], default=str) + "\n" for q in questions)
+    file = cache / f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+    if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(".partial")
-        partial.write_text("".join(json.dumps([q.id, q.record], default=str) + "\n" for q in questions))
-        os.replace(partial, kept)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(text)
+        os.replace(partial, file)
     return questions
 
 

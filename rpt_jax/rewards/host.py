@@ -6,6 +6,7 @@ machine.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -68,7 +69,8 @@ class _Worker:
 
     def start(self) -> None:
         """Start the process and wait until it has imported its function; raise ConfigError if it fails."""
-        paths = os.pathsep.join([os.getcwd(), *(p for p in [os.environ.get("PYTHONPATH")] if p)])
+        # What this process can import, the worker can: a callable may come from a script's own directory.
+        paths = os.pathsep.join([os.getcwd(), *(path for path in sys.path if path)])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "rpt_jax.rewards.worker", self._function],
             stdin=subprocess.PIPE,
@@ -119,9 +121,9 @@ def check_function(config: RewardConfig, columns: dict) -> None:
     Raises:
         ConfigError: it cannot be imported; or it fails on the call and reward.on_fault is "fail".
     """
-    worker = _Worker(config.function, max(_START_SECONDS, config.time_limit_seconds))
-    worker.start()
     completion, prediction = b"a thought</think>\\boxed{42}", b"42"
+    worker = _Worker(config.function, config.time_limit_seconds)
+    worker.start()
     result = worker.call((completion, prediction, columns))
     worker.stop()
     if isinstance(result, Fault) and config.on_fault == "fail":
@@ -148,8 +150,11 @@ def store_function(function: Callable, directory: Path) -> str:
             "what it uses into a module, or create it inside the function."
         ) from error
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "reward.pickle"
-    path.write_bytes(content)
+    # Named by its content, so that a run notices another function.
+    path = directory / f"reward-{hashlib.sha256(content).hexdigest()[:16]}.pickle"
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    os.replace(partial, path)
     return str(path)
 
 

@@ -49,51 +49,52 @@ def diagnose_tasks(tasks: Tasks, config: Config, num_examples: int) -> list[str]
     return found
 
 
-def diagnose_steps(records: list[dict]) -> str | None:
-    """Return why steps taught nothing, with what to change; None: they taught something.
+def diagnose_steps(records: list[dict]) -> tuple[str, str] | None:
+    """Return (cause, why steps taught nothing and what to change); None: they taught something.
 
     Args:
         records: of consecutive RL steps.
     """
     mean = {name: float(np.mean([r[name] for r in records])) for name in _READ}
     if mean["reward_fault_fraction"] > _MOST:
-        return (
+        return "faults", (
             f"the reward function fails on {mean['reward_fault_fraction']:.0%} of the completions, which earn 0. "
             "Correct the function; --reward.on-fault fail shows a traceback."
         )
+    # A reward of one's own may not need a box, so groups whose rewards vary are left alone.
+    if mean["degenerate_group_fraction"] <= _ALMOST_ALL:
+        return None
     if mean["no_prediction_fraction"] > _ALMOST_ALL:
         none = f"{mean['no_prediction_fraction']:.0%} of the completions have no closed box after </think>"
         if mean["truncated_fraction"] > _MOST:
-            return (
+            return "limit", (
                 f"{none}, and {mean['truncated_fraction']:.0%} reach rollout.max_completion_tokens before they end. "
                 "Raise --rollout.max-completion-tokens, or teach shorter thoughts in a cold start."
             )
-        return (
+        return "format", (
             f"{none}: the policy does not know the response format. Give it a cold start (--supervised.num-steps with "
             "--supervised.draft-fraction or --supervised.path), or a prompt that asks for it (--data.template v6)."
         )
-    if mean["degenerate_group_fraction"] <= _ALMOST_ALL:
-        return None
     equal = (
         f"in {mean['degenerate_group_fraction']:.0%} of the groups all rollouts earn the same, so nothing is learned"
     )
     if mean["identical_group_fraction"] > _MOST:
-        return (
+        return "collapse", (
             f"{equal}: the policy has collapsed, and in {mean['identical_group_fraction']:.0%} of the groups all "
             "completions are the same. Raise --rollout.temperature, or start again with a lower "
             "--optimizer.learning-rate."
         )
     if mean["reward_any_in_group"] < 1 - _ALMOST_ALL:
-        return (
+        return "hard", (
             f"{equal}: hardly any rollout is right, the tasks are too hard. Use a better policy or a longer cold "
             "start, raise --rollout.group-size, or for positions lower --positions.entropy-threshold."
         )
     if mean["reward_any_in_group"] > _ALMOST_ALL:
-        return (
+        return "easy", (
             f"{equal}: almost every rollout is right, the tasks are too easy. Raise --positions.entropy-threshold, or "
             "use harder questions."
         )
-    return (
+    return "fixed", (
         f"{equal}: each task is always solved or never. Raise --rollout.temperature or --rollout.group-size, or select "
         "with --positions.selector pass_rate_band."
     )
@@ -124,7 +125,7 @@ class Diagnosis:
             DataError: something is, and the run stops on a diagnosis.
         """
         for message in messages:
-            self._say("this run may not learn", message)
+            self._say("this run may not learn", message, message)
 
     def add(self, record: dict) -> None:
         """Judge the last steps, with the record of another one.
@@ -133,13 +134,10 @@ class Diagnosis:
             DataError: they taught nothing, and the run stops on a diagnosis.
         """
         self._records.append(record)
-        if len(self._records) < WINDOW or not (message := diagnose_steps(list(self._records))):
-            return
-        self._say(f"steps {record['step'] - WINDOW + 1} to {record['step']} taught little", message)
+        if len(self._records) == WINDOW and (found := diagnose_steps(list(self._records))):
+            self._say(f"steps {record['step'] - WINDOW + 1} to {record['step']} taught little", *found)
 
-    def _say(self, what: str, message: str) -> None:
-        # Figures in a message change with every step; its cause does not.
-        cause = message.split(":")[-1]
+    def _say(self, what: str, cause: str, message: str) -> None:
         if self._stops:
             raise DataError(f"{what}: {message} (--run.on-diagnosis warn goes on.)")
         if cause not in self._said:

@@ -43,7 +43,9 @@ def check_path(path: str) -> None:
     if not path or Path(path).exists():
         return
     message = f"policy.path={path!r} does not exist; it must be a Hugging Face model directory or a run directory. "
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+    if Path(path) == Path("runs/smollm2"):
+        message += "Write it with python -m experiments.fetch_smollm2 --out runs/smollm2, or run make real-run."
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         name = path.split("/")[1]
         message += (
             f"If it is a name on the Hugging Face hub: nothing is downloaded here. Run hf download {path} --local-dir "
@@ -188,7 +190,8 @@ def newest_of_run(path: Path, mesh: Mesh) -> tuple[TrainState, Frozen | None, in
         CheckpointError: there is no checkpoint yet, or the model that the run started from has changed.
     """
     config = read_config(path, say=False)
-    last = "rpt" if config.run.num_steps else "warm_start"
+    has_rl = _checkpoints(path, "rpt", config).latest_step is not None
+    last = "rpt" if has_rl or config.run.num_steps else "warm_start"
     if _checkpoints(path, last, config).latest_step is None:
         raise CheckpointError(
             f"{path} is a run without a checkpoint of {last}, which would hold its policy. Continue training it, or "

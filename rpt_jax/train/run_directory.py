@@ -133,7 +133,7 @@ class RunDirectory:
             apart = _MAY_DIFFER_IN_JUDGING if self._judges else ()
             _check_same_run(read_config(self.path, say=False), config, self.path, free, apart)
             old = read_json(self.path / "corpus.json")
-            if self._judges:
+            if self._judges and _reads_other_data(read_config(self.path, say=False), config):
                 old, corpus = ({"tokenizer": of.get("tokenizer")} for of in (old, corpus))
             _check_same_corpus(old, corpus, self.path)
         elif self.path.exists() and (not self.path.is_dir() or (self.path / "checkpoints").exists()):
@@ -165,7 +165,7 @@ class RunDirectory:
         if not path.exists():
             if self._writes:
                 write_atomically(path, json.dumps(value, indent=2))
-        elif (old := read_json(path)) != value:
+        elif (old := read_json(path)) != value and not (self._judges and name == "proxy"):
             raise CheckpointError(
                 f"run directory {self.path} was made with another {name}: {old} -> {value}; it must stay the "
                 "same. Restore it, or choose another --run.directory."
@@ -272,6 +272,17 @@ def _check_same_run(old: Config, new: Config, path: Path, free: set[str], apart:
             f"run directory {path} holds a run with another config ({'; '.join(differing)}); a run must keep "
             "its config. Choose another --run.directory, or undo these changes."
         )
+
+
+def _reads_other_data(old: Config, new: Config) -> bool:
+    """Return whether the settings name other texts or questions, so that other data are meant."""
+
+    def named(config: Config) -> tuple:
+        # The cache is where tokens are kept, not what they are.
+        data = replace(config.data, cache="", tokenizer="")
+        return data, config.questions, config.eval.max_documents
+
+    return named(old) != named(new)
 
 
 def _versions() -> dict:

@@ -32,9 +32,14 @@ def fitted(run: Run) -> Run:
     Raises:
         ConfigError: the smallest sizes, or those that the config sets, need more memory.
     """
+    if run.directory.is_read_only and -1 not in sizes_of(run.config).values():
+        return run
     memory = device_memory(run.mesh)
     if memory is None or -1 not in sizes_of(run.config).values():
-        check_memory(run.config, len(run.template.tail), memory or host_memory() / len(run.mesh.local_devices))
+        if memory is None:
+            of_host = np.array([host_memory() / len(run.mesh.local_devices) / _GIB], np.float32)
+            memory = float(gathered(of_host).min()) * _GIB
+        check_memory(run.config, len(run.template.tail), memory)
         return run
     path, key = run.directory.path / "sizes.json", _key(run.config)
     kept = read_json(path) if path.exists() else None
@@ -80,10 +85,13 @@ def host_memory() -> float:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
         found.append(1024.0 * int(line.split()[1]))
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         # The limit of a container.
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(float(limit - used))
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        # Pages of files that nobody uses are given back on demand.
+        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        found.append(float(limit - used + int(kept["inactive_file"])))
     return min(found)
 
 

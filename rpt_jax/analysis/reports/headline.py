@@ -34,8 +34,9 @@ class Difference:
 
     @property
     def is_shown(self) -> bool:
-        """Return whether the figures show a difference: at least two errors, on more than one position."""
-        return self.n > 1 and abs(self.value) >= 2 * self.error and self.value != 0
+        """Return whether the figures show a difference: at least two errors, on ten positions or more."""
+        # Ten figures that agree may have no error and still show little.
+        return self.n >= 10 and abs(self.value) >= 2 * self.error and self.value != 0
 
     @property
     def size(self) -> str:
