@@ -219,7 +219,7 @@ PURPOSES = {
     "tiny_text": "any text, a small policy and tokenizer of its own, minutes on 2 CPU cores",
     "text": "any text, your pretrained policy, one GPU or TPU",
     "questions": "questions with answers, your pretrained policy, one GPU or TPU",
-    "smollm2": "any text, SmolLM2-135M, under an hour on 2 CPU cores",
+    "smollm2": "any text, SmolLM2-135M, sized for 2 CPU cores",
     "smollm2_gpu": "the same with larger batches, one GPU",
     "rpt_qwen2_5_14b": "the paper's run: R1-Distill-Qwen-14B on 64 TPU v5p chips",
     "rpt_qwen3_1_7b": "the paper's batch with Qwen3-1.7B on 16 TPU v6e chips",

@@ -112,8 +112,11 @@ def run_supervised_arm(run: Run, directory: Path, arm: str, of_prefix: dict) -> 
 
 
 def _brief(splits: dict) -> dict:
-    """Return the figures without those of no interest here, so that the file stays small."""
-    return {name: {m: cells[m] for m in METRICS if m in cells} for name, cells in splits.items()}
+    """Return the figures of interest to five places, so that the file stays small."""
+    return {
+        split: {m: {k: round(v, 5) for k, v in cells[m].items()} for m in METRICS if m in cells}
+        for split, cells in splits.items()
+    }
 
 
 def _documents(run: Run, directory: Path):
@@ -226,7 +229,7 @@ def main(argv: list[str]) -> None:
                 of_seed[arm] = run_arm(begun, directory, arm, of_seed)
                 # A run's objects refer to each other; its parameters must not outlive it.
                 gc.collect()
-                write_atomically(args.out, json.dumps(found, indent=1))
+                write_atomically(args.out, json.dumps(found))
     print(table(found, args.splits))
     plot(found, args.splits).savefig(args.out.with_suffix(".png"), dpi=110, bbox_inches="tight")
 
