@@ -131,8 +131,11 @@ def test_a_run_that_has_begun_rl_is_not_finished_by_asking_for_no_steps(arms, co
     none = dataclasses.replace(
         begun, run=dataclasses.replace(base.run, directory=str(directory / "prefix"), num_steps=0, control=False)
     )
+    before = (directory / "prefix" / "config.json").read_bytes()
     with pytest.raises(CheckpointError, match="has done 2 steps"):
         pipeline.run_stages(none)
+    assert (directory / "prefix" / "config.json").read_bytes() == before
+    assert (directory / "prefix" / "finished.json").exists()
 
 
 def test_the_study_of_thoughts_keeps_what_it_has(arms, tmp_path, capsys):

@@ -13,7 +13,6 @@ from rpt_jax.train.run import Run, prepare
 from rpt_jax.train.run_directory import FINISHED
 from rpt_jax.train.sizes import fitted
 from rpt_jax.train.stages.control import run_control
-from rpt_jax.train.stages.rl import NAME as RL
 from rpt_jax.train.stages.rl import run_rl
 from rpt_jax.train.stages.warm_start import warm_start
 
@@ -29,8 +28,7 @@ def run_stages(config: Config, *, stop_at_step: int | None = None) -> Run:
     """
     run = fitted(prepare(config))
     params = warm_start(run)
-    # A run that has begun RL is refused there if it is now asked for none.
-    if config.run.num_steps or run.checkpoints(RL, read_only=True).latest_step is not None:
+    if config.run.num_steps:
         _run_rest(run, params, stop_at_step)
     if stop_at_step is None:
         run.directory.finish()

@@ -128,6 +128,8 @@ def prepare(config: Config, *, read_only: bool = False, judges: bool = False) ->
     if own is not None:
         # A preset may leave open what it set when the run began.
         config = with_sizes(config, sizes_of(own))
+        if not read_only:
+            _check_steps(config)
     else:
         check_path(config.policy.path)
     kept = own or _config_of(Resume.parse(config.run.resume).source, say=True)
@@ -169,6 +171,21 @@ def prepare(config: Config, *, read_only: bool = False, judges: bool = False) ->
         if is_main():
             tokenizer.save(directory.path / "tokenizer")
     return run
+
+
+def _check_steps(config: Config) -> None:
+    """Refuse fewer steps than the run has done, before its config is written.
+
+    Raises:
+        CheckpointError: names the steps; going back needs run.resume.
+    """
+    checkpoints = Checkpoints(Path(config.run.directory) / "checkpoints" / "rpt", keep=1, read_only=True)
+    done, wanted = checkpoints.latest_step or 0, config.run.num_steps
+    if config.run.resume == "latest" and wanted < done:
+        raise CheckpointError(
+            f"rpt has done {done} steps; run.num_steps={wanted} must be at least that. Raise --run.num-steps, or go "
+            f"back with --run.resume {wanted}."
+        )
 
 
 def _start_of(*directories: Path | None) -> datetime:
