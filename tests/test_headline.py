@@ -88,7 +88,7 @@ def test_questions_have_their_own_words():
 
 
 def test_training_is_summed_up():
-    steps = [{"degenerate_group_fraction": 0.5, "padded_prompt_fraction": 0.0}, {"degenerate_group_fraction": 0.7}]
+    steps = [{"degenerate_group_fraction": 0.5, "padded_prompt_fraction": -1e-8}, {"degenerate_group_fraction": 0.7}]
     text = training_summary(steps)
-    assert "in 60% of the groups" in text and "0% of the prompts" in text
+    assert "in 60% of the groups" in text and "and 0% of the prompts" in text
     assert "an unknown share" in training_summary([])

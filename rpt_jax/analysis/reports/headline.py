@@ -138,7 +138,7 @@ def training_summary(steps: list[dict]) -> str:
 
     def mean(name: str) -> str:
         values = [r[name] for r in steps if name in r]
-        return f"{sum(values) / len(values):.0%}" if values else "an unknown share"
+        return f"{max(0.0, sum(values) / len(values)):.0%}" if values else "an unknown share"
 
     return (
         f"On average, all rollouts earned the same in {mean('degenerate_group_fraction')} of the groups, which then "
