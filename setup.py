@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["rpt_jax", "rpt_jax.*", "experiments", "experiments.*"]),
-    package_data={"rpt_jax": ["py.typed"]},
+    package_data={"rpt_jax": ["py.typed"], "rpt_jax.analysis.reports": ["browser.js"]},
     install_requires=required,
     extras_require=extras,
     project_urls={"Paper": "https://arxiv.org/abs/2506.08007"},

@@ -18,6 +18,7 @@ from rich.markup import escape
 from experiments.presets import NEED_A_POLICY, PRESETS, PURPOSES
 from rpt_jax.config import Config
 from rpt_jax.config.schema import MOVES, from_json, help_texts, take_fields, walk
+from rpt_jax.data.templates import with_prompt_texts
 from rpt_jax.errors import CheckpointError, ConfigError, DataError, Interrupted, RewardError
 from rpt_jax.models.attention import default_dtype
 from rpt_jax.parallel.distributed import split_cpu
@@ -135,6 +136,7 @@ def print_help(flags: list[str], config: Config) -> None:
 
 def _ready(config: Config) -> Config:
     config.validate()
+    config = with_prompt_texts(config)
     check_rewards(config)
     split_cpu(config.mesh, config.distributed)
     return config

@@ -16,9 +16,10 @@ from experiments.cli import describe, parse_config, run_script
 from rpt_jax.data.batches import TrainIterator
 from rpt_jax.errors import DataError
 from rpt_jax.parallel.mesh import shard_batch
+from rpt_jax.rollout.completions import completion_columns
 from rpt_jax.scoring.companions import CURRENT
 from rpt_jax.train.progress import progress_bar
-from rpt_jax.train.recorder import completion_columns, to_floats
+from rpt_jax.train.recorder import to_floats
 from rpt_jax.train.rejection import accepted_rows, write_examples
 from rpt_jax.train.run import Run, newest_state, prepare
 from rpt_jax.train.sizes import fitted
@@ -96,7 +97,10 @@ def sample_accepted(
                 num_parameters(policies[CURRENT]), [to_floats(count_tokens(experience))], 0.0, has_adapters=False,
                 num_scorings=0,
             )  # fmt: skip
-            columns = completion_columns(experience, run.tokenizer, tasks.source.columns)
+            columns = completion_columns(
+                experience.tasks, experience.rollouts, experience.predictions, experience.earned.rewards,
+                run.tokenizer, tasks.source.columns,
+            )  # fmt: skip
             rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             progress(number + 1)
     kept, counts = accepted_rows(rows, min_reward=min_reward, per_prompt=per_prompt)

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("-n", type=int, default=4, help="number of samples")
     parser.add_argument("--max-tokens", type=int, default=0, help="0: 256, or with --think as in training")
     parser.add_argument("--temperature", type=float, help="default: 1, or with --think as in training")
-    parser.add_argument("--template", default="", help="of --think: minimal, v0 or v6; default: the run's, or minimal")
+    parser.add_argument("--template", default="", help="of --think, as --data.template; default: the run's, or minimal")
     parser.add_argument("--chat-template", action="store_true", help="put the prompt of --think into it")
     parser.add_argument("--seed", type=int, default=0)
     kind = parser.add_mutually_exclusive_group()

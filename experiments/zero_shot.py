@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
     if dry_run:
         print(describe(config))
         return
-    model = load_policy(config, lambda t: make_question_template(t, config.questions, config.data))
-    source = question_source(config.questions.path, "evaluation", config, model.tokenizer)
+    model = load_policy(config, lambda t, resolved: make_question_template(t, resolved.questions, resolved.data))
+    source = question_source(config.questions.path, "evaluation", model.config, model.tokenizer)
     evaluator = QuestionEvaluator(
         config=model.config,
         mesh=model.mesh,

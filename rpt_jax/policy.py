@@ -111,7 +111,7 @@ def load(
 
     Args:
         path: run directory, whose newest policy is loaded, or model directory.
-        template: of the prompts of `think`: minimal, v0 or v6; empty: the run's, or minimal for a model.
+        template: of the prompts of `think`, as data.template; empty: the run's, or minimal for a model.
         chat: wrap these prompts in the chat template; None: as in the run, or False for a model.
         dtype: of activations, float32 or bfloat16; empty: that of the platform.
         mesh: of the devices; None: one device.
@@ -140,7 +140,7 @@ def load(
         model=replace(base.model, activation_dtype=dtype),
     )
     config.validate()
-    loaded = load_policy(config, lambda tokenizer: make_template(tokenizer, data))
+    loaded = load_policy(config, lambda tokenizer, resolved: make_template(tokenizer, resolved.data))
     return Policy(config=loaded.config, mesh=loaded.mesh, tokenizer=loaded.tokenizer, params=loaded.params)
 
 

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rpt_jax.config import DataConfig, PositionsConfig
+from rpt_jax.config import Config, DataConfig, PositionsConfig, QuestionsConfig
 from rpt_jax.data import readers
 from rpt_jax.data.batches import TrainIterator, make_source
 from rpt_jax.data.documents import (
@@ -36,7 +36,14 @@ from rpt_jax.data.positions import (
     window_start,
 )
 from rpt_jax.data.readers import Corpus, Text, read_texts
-from rpt_jax.data.templates import Template, candidate_mask, continuation, make_template, token_facts
+from rpt_jax.data.templates import (
+    Template,
+    candidate_mask,
+    continuation,
+    make_template,
+    token_facts,
+    with_prompt_texts,
+)
 from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.models import decoder
 from rpt_jax.tokenizer import train_byte_level
@@ -199,10 +206,36 @@ def test_templates_are_split_around_the_context(letters):
         header, tail = tokenizer.decode(template.header), tokenizer.decode(template.tail)
         assert "\\boxed{}" in header and "### Context" in header and tail.endswith("<think>\n")
     assert "candidates" in tail and "```````" in tail
+    own = make_template(tokenizer, DataConfig(template="Read {this}.\n{context}\nNext?\n", trunk_length=2048))
+    assert tokenizer.decode(own.header) == "Read {this}.\n" and tokenizer.decode(own.tail) == "\nNext?\n<think>\n"
     with pytest.raises(ConfigError, match="trunk_length=64"):
         make_template(tokenizer, DataConfig(template="v6", trunk_length=64))
     with pytest.raises(DataError, match="no chat template"):
         make_template(tokenizer, DataConfig(chat=True))
+
+
+def test_a_prompt_may_be_a_file(tmp_path):
+    path = tmp_path / "prompt.txt"
+
+    def texts(content: bytes):
+        path.write_bytes(content)
+        named = Config(data=DataConfig(template=str(path)), questions=QuestionsConfig(template="Q: {question}"))
+        config = with_prompt_texts(named)
+        return config.data.template, config.questions.template
+
+    assert texts(b"Text: {context}\n\n") == ("Text: {context}\n", "Q: {question}")
+    for content, message in (
+        (b"no place", "holds {context} 0 times"),
+        (b"{context} {context}", "holds {context} 2 times"),
+        (b"\xff{context}", "is not UTF-8"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            texts(content)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"must be minimal, v0, v6, or a text file.*Correct --data.template"):
+        with_prompt_texts(Config(data=DataConfig(template=str(path))))
+    with pytest.raises(ConfigError, match=r"must be boxed, none, or a text file.*--questions.template"):
+        with_prompt_texts(Config(questions=QuestionsConfig(template="box")))
 
 
 @pytest.mark.parametrize("real_tokenizer", ["qwen3"], indirect=True)

@@ -219,6 +219,9 @@ def test_prompts_and_tasks():
     np.testing.assert_array_equal(batch.prompts.trunk_tokens[0, :length], source.prompts[1])
     assert batch.prompts.row_ids[0].tolist() == [[2, 3]]
     assert source.columns(1)["answers"] == ("B",)
+    own, _ = make_question_source(questions[:1], tokenizer, QuestionsConfig(template="Q: {question}\nBox it."), data)
+    assert tokenizer.decode(own.prompts[0]) == "Q: what is one?\nBox it."
+    assert tokenizer.decode(own.direct_prompts[0]) == "what is one?"
     with pytest.raises(ConfigError, match="prompts of the others are longer"):
         make_question_source(questions[1:2], tokenizer, QuestionsConfig(), data)
 

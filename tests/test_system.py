@@ -142,8 +142,24 @@ def test_a_run_leaves_everything_behind(finished):
         ends = [len("".join(pieces)) for pieces in prefixes(synthetic._PIECES.findall(row["truth"]))]
         right = row["prediction"] is not None and row["truth"].startswith(row["prediction"])
         assert row["reward"] == float(right and len(row["prediction"]) in ends)
+        assert "".join(row["completion_pieces"]) == row["completion"]
+        assert len(row["logprobs"]) == len(row["completion_pieces"]) == row["tokens"] and max(row["logprobs"]) <= 0
     page = (finished / "report.html").read_text()
     assert "http://" not in page and "https://" not in page and page.count("data:image/png") >= 4
+
+
+def test_the_completions_of_an_evaluation_give_its_figures(finished):
+    (figures,) = [r for r in read(finished / "metrics.jsonl") if r["stage"] == "evaluation" and r["step"] == 4]
+    rows = pyarrow.parquet.read_table(finished / "completions" / "evaluation_000004.parquet").to_pylist()
+    for split, metrics in figures["splits"].items():
+        for style, samples in (("sampled", 2), ("greedy", 1)):
+            own = [r for r in rows if split in r["splits"] and r["style"] == style]
+            assert len(own) == samples * metrics["sampled_prefix"]["n"]
+            assert np.mean([r["reward"] for r in own]) == pytest.approx(metrics[f"{style}_prefix"]["value"])
+            assert np.mean([r["tokens"] for r in own]) == pytest.approx(metrics[f"{style}_thought_tokens"]["value"])
+    # The page shows them all.
+    page = (finished / "report.html").read_text()
+    assert "logged completions" in page and page.count("id='completion-data'") == 1
 
 
 def test_results_carry_n_and_errors(finished):
@@ -302,12 +318,15 @@ def tree_of(directory):
 
 
 def test_a_run_lives_on_without_its_corpus(tmp_path, capsys):
-    """Corpus, warm start and tokenizer are gone: reading, exporting and judging work, and do not touch the run."""
+    """Corpus, examples, tokenizer, prompt are gone: reading, exporting and judging work, and do not touch the run."""
     synthetic.write_corpus(tmp_path / "c", seed=3, num_train=40, num_heldout=20, short_sequences=20, long_sequences=20)
     other = tmp_path / "other.jsonl"
     shutil.copy(tmp_path / "c" / "heldout.jsonl", other)
     config = evaluated_at_the_ends(tiny_run(tmp_path / "c", tmp_path / "run"))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=2, control=False))
+    (tmp_path / "c" / "prompt.txt").write_text("{context}<think>\n")
+    prompt = str(tmp_path / "c" / "prompt.txt")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, template=prompt))
     session.run(dataclasses.replace(config, eval=dataclasses.replace(config.eval, every_steps=2)))
     shutil.move(tmp_path / "c", tmp_path / "away")
     run, before = str(tmp_path / "run"), tree_of(tmp_path / "run")
@@ -324,7 +343,11 @@ def test_a_run_lives_on_without_its_corpus(tmp_path, capsys):
     convert_hf.main(["--run", run, "--out", str(tmp_path / "out")])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "2 RL steps of 8 trunks x 1 prompts x\n  4 rollouts" in card and "(40 documents" in card
-    assert "On all held-out positions (n=12), thinking is right in" in card and "{" not in card.replace("boxed{}", "")
+    assert (
+        "On all held-out positions (n=12), thinking is right in" in card
+        and "Prompts are those of the template `'{context}<think>'`" in card
+    )
+    assert "{" not in card.replace("boxed{}", "").replace("{context}", "")
     assert rpt_jax.load(run).next_token("It rained", 1) == rpt_jax.load(tmp_path / "out").next_token("It rained", 1)
     write_report(tmp_path / "run")
     with pytest.raises(CheckpointError, match="another config.*model.num_layers"):

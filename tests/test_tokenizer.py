@@ -74,6 +74,11 @@ def test_trained_byte_level_reads_any_text_and_keeps_the_marks_whole(tmp_path):
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("</think>\\boxed{")) == 2
+    # A character's bytes are four tokens here; the last one shows it. Broken characters are as in `decode`.
+    assert tokenizer.pieces(tokenizer.encode("a\U0001f600b")) == ["a", "", "", "", "\U0001f600", "b"]
+    for seed in range(50):
+        ids = np.random.default_rng(seed).integers(0, tokenizer.vocab_size, 30).tolist()
+        assert len(tokenizer.pieces(ids)) == 30 and "".join(tokenizer.pieces(ids)) == tokenizer.decode(ids)
     assert tokenizer.vocab_size <= 300
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint

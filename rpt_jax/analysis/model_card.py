@@ -1,6 +1,7 @@
 """The model card of an export: what the policy is, how it was trained, what was measured, how to use it."""
 
 import json
+import shlex
 from pathlib import Path
 
 from rpt_jax.analysis.reports.headline import headline, question_headline
@@ -50,11 +51,10 @@ pre-training ([arXiv:2506.08007](https://arxiv.org/abs/2506.08007)).
 
 ## Use
 
-The policy writes a thought, `</think>`, and its prediction in `\\boxed{{}}`. Prompts are those of the template
-`{config.data.template}`{" inside the chat template" if config.data.chat else ""}; stop ids and sampling settings are in
-`generation_config.json`.
+The policy writes a thought, `</think>`, and its answer in `\\boxed{{}}`. {_prompts(config)}
+Stop ids and sampling settings are in `generation_config.json`.
 
-    python -m experiments.sample --policy {name} --prompt "..." --think{_prompt_flags(config)}
+    python -m experiments.sample --policy {name} --prompt "..."{_flags(config)}
     vllm serve {name}
 
 The export was loaded with transformers 5.23; vLLM has not been tried.
@@ -64,9 +64,19 @@ nothing about tasks that were not measured. The licences of the start model and 
 """
 
 
-def _prompt_flags(config: Config) -> str:
+def _prompts(config: Config) -> str:
+    template = config.questions.template if config.questions.path else config.data.template
+    chat = " inside the chat template" if config.data.chat else ""
+    # A text, unlike a name, may have several lines.
+    return f"Prompts are those of the template `{template if template.isidentifier() else repr(template)}`{chat}."
+
+
+def _flags(config: Config) -> str:
+    limit = f" --max-tokens {config.rollout.max_completion_tokens}"
+    if config.questions.path:
+        return (" --chat" if config.data.chat else "") + limit
     chat = " --chat-template" if config.data.chat else ""
-    return f" --template {config.data.template}{chat} --max-tokens {config.rollout.max_completion_tokens}"
+    return f" --think --template {shlex.quote(config.data.template)}{chat}{limit}"
 
 
 def _figures(directory: Path) -> str:

@@ -28,7 +28,7 @@ class RunConfig:
     max_skipped_updates: int = setting(5, at_least=1)
     """Stop after this many consecutive updates were skipped for a non-finite loss or gradient."""
     completions_every_steps: int = setting(10, at_least=0, free="always")
-    """Write one rollout batch's completions (parquet) every N steps. 0: never."""
+    """Write the completions (parquet) of a rollout batch every N steps, and of every evaluation. 0: never."""
     tensorboard: bool = setting(True, free="always")
     """Write TensorBoard event files in addition to metrics.jsonl."""
     shapes: Literal["", "many", "few"] = setting("", free="always")
@@ -66,8 +66,9 @@ class DataConfig:
     qwen, cl100k, o200k, llama3 or a regular expression."""
     tokenizer_vocab_size: int = setting(1024, at_least=300)
     """Vocabulary size of the trained tokenizer when `tokenizer` is empty."""
-    template: Literal["minimal", "v0", "v6"] = "v6"
-    """Prompt around a context: minimal (text, then <think>), or the paper's v0-like or v6-like wording."""
+    template: str = "v6"
+    """Prompt around a context: minimal (text, then <think>), v0 or v6 (wordings like the paper's), or a text file with
+    {context} where the text goes. <think> is added unless the prompt ends with it."""
     chat: bool = setting(False, shown=True)
     """Wrap the prompt in the tokenizer's chat template."""
     chat_template_kwargs: tuple[str, ...] = ()
@@ -87,8 +88,9 @@ class QuestionsConfig:
     question or problem and answer, or multiple choice in the MMLU-Pro or ARC layout."""
     heldout_path: str = ""
     """Questions for evaluation. Empty: the last `data.heldout_fraction` of the training questions."""
-    template: Literal["boxed", "none"] = "boxed"
-    """boxed asks for reasoning and for the answer, or its letter, in \\boxed{}; use none if the prompts already do."""
+    template: str = "boxed"
+    """boxed asks for reasoning and for the answer, or its letter, in \\boxed{}; none adds nothing; or a text file with
+    {question} where the question goes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from rpt_jax.config import DataConfig, QuestionsConfig
 from rpt_jax.data.batches import Trunks, row_ids
 from rpt_jax.data.layouts import LayoutError, parse_record
 from rpt_jax.data.readers import has_files, read_records
-from rpt_jax.data.templates import Template, check_marks, open_thought
+from rpt_jax.data.templates import QUESTION, Template, check_marks, open_thought
 from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.sequences import Task, build_tasks
 from rpt_jax.tokenizer import THINK_OPEN, Tokenizer
@@ -213,12 +213,13 @@ def make_question_source(
             f"are longer than data.trunk_length={data.trunk_length} tokens (shortest: {min(map(len, prompts))}). "
             "Raise --data.trunk-length."
         )
-    longest = max(len(prompts[i]) for i in kept)  # the direct prompts are prefixes of these
+    direct = [encode(questions[i], replace(config, template="none")) for i in kept]
+    longest = max(map(len, [*(prompts[i] for i in kept), *direct]))
     source = QuestionSource(
         questions=[questions[i] for i in kept],
         prompts=[prompts[i] for i in kept],
         tail=template.tail,
-        direct_prompts=[encode(questions[i], replace(config, template="none")) for i in kept],
+        direct_prompts=direct,
         direct_tail=np.asarray(_encode_tail(tokenizer, direct_tail, data), np.int32),
         answer_tokens=[tokenizer.encode_continuation(questions[i].answers[0]) for i in kept],
         trunk_length=-(-longest // 16) * 16,
@@ -227,9 +228,12 @@ def make_question_source(
 
 
 def _prompt(question: Question, tokenizer: Tokenizer, config: QuestionsConfig, data: DataConfig) -> list[int]:
-    ask = "" if config.template == "none" else (_ASK_LETTER if question.choices else _ASK_BOXED)
     *before, (role, last) = question.messages
-    messages = [*before, (role, last + ask)]
+    if QUESTION in config.template:
+        last = config.template.replace(QUESTION, last)
+    elif config.template == "boxed":
+        last += _ASK_LETTER if question.choices else _ASK_BOXED
+    messages = [*before, (role, last)]
     if data.chat:
         return tokenizer.chat_prompt(messages)
     return tokenizer.encode("\n\n".join(content for _, content in messages))

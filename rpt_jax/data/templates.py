@@ -6,12 +6,13 @@ and the document keeps the corpus's tokens. The templates keep the meaning, not 
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from rpt_jax.config import DataConfig
+from rpt_jax.config import Config, DataConfig
 from rpt_jax.data.documents import Document
 from rpt_jax.errors import ConfigError
 from rpt_jax.tokenizer import THINK_CLOSE, THINK_OPEN, Tokenizer
@@ -41,6 +42,48 @@ _TEMPLATES = {
 }
 
 
+_QUESTION_TEMPLATES = ("boxed", "none")
+CONTEXT, QUESTION = "{context}", "{question}"
+
+
+def with_prompt_texts(config: Config) -> Config:
+    """Return the config with the texts of prompt files instead of their names, so that a run does not need the files.
+
+    Raises:
+        ConfigError: data.template or questions.template names neither a template nor a text file with one place for the
+            context or the question.
+    """
+    template = _prompt_text("data.template", config.data.template, tuple(_TEMPLATES), CONTEXT)
+    question = _prompt_text("questions.template", config.questions.template, _QUESTION_TEMPLATES, QUESTION)
+    return replace(
+        config,
+        data=replace(config.data, template=template),
+        questions=replace(config.questions, template=question),
+    )
+
+
+def _prompt_text(setting: str, value: str, names: tuple[str, ...], place: str) -> str:
+    """Return the name of a template, or the text of one; a file's last newline is not part of it."""
+    if value in names:
+        return value
+    text = value
+    if place not in value:
+        flag = "--" + setting.replace("_", "-")
+        required = f"it must be {', '.join(names)}, or a text file that holds {place} once"
+        if not Path(value).is_file():
+            raise ConfigError(f"{setting}={value!r}; {required}, and there is no such file. Correct {flag}.")
+        try:
+            text = Path(value).read_text(encoding="utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{setting}={value!r} is not UTF-8 ({error}); {required}. Convert the file.") from error
+    if text.count(place) != 1:
+        raise ConfigError(
+            f"the prompt of {setting} holds {place} {text.count(place)} times; it must hold it once. Correct the text: "
+            f"{text[:80]!r}."
+        )
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Template:
     """Token ids around a context.
@@ -62,12 +105,15 @@ class Template:
 def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
     """Tokenise the configured template.
 
+    Args:
+        tokenizer: of the policy.
+        config: whose template is a name or a text, as `with_prompt_texts` leaves it.
     Raises:
         ConfigError: the header leaves no tokens for text, or fewer than the window stride; or the tokenizer cannot
             spell the response marks.
         DataError: data.chat without a usable chat template.
     """
-    header, tail = _TEMPLATES[config.template]
+    header, tail = _TEMPLATES.get(config.template) or config.template.split(CONTEXT)
     if config.chat:
         before, after = tokenizer.chat_parts()
         header, tail = before + header, tail + after
@@ -82,7 +128,7 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
     )
     if len(template.header) >= config.trunk_length:
         raise ConfigError(
-            f"template {config.template!r} takes {len(template.header)} of data.trunk_length={config.trunk_length} "
+            f"the prompt before the text takes {len(template.header)} of data.trunk_length={config.trunk_length} "
             "tokens; at least one must be left for text. Raise --data.trunk-length."
         )
     window = config.trunk_length - len(template.header)

@@ -22,6 +22,7 @@ from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rewards.base import Reward, earn
 from rpt_jax.rewards.prefix import first_token, prefix, prefix_match_reward
+from rpt_jax.rollout.completions import completion_columns
 from rpt_jax.scoring.companions import CURRENT
 from rpt_jax.scoring.entropy import Proxy
 from rpt_jax.scoring.requests import AFTER_THOUGHT
@@ -80,6 +81,7 @@ class Evaluator:
         splits: {split: position ids}, from `difficulty_splits`.
         reward: of the run; its extraction rules apply.
         progress: (name, batches) -> the same batches, shown as they are done.
+        keep: called with the completions of each batch (`rollout.completions`) and their style; None: not called.
     """
 
     config: Config
@@ -89,6 +91,7 @@ class Evaluator:
     splits: dict[str, np.ndarray]
     reward: Reward
     progress: Callable[[str, Iterable], Iterable] = lambda _, batches: batches
+    keep: Callable[[dict[str, list]], None] | None = None
 
     def evaluate(self, params, *, start=None, thinking: bool = True) -> dict:
         """Return figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
@@ -167,6 +170,10 @@ class Evaluator:
         tasks = shard_batch(self.mesh, batch)
         rollouts = sample(self.config, self.tokenizer, policies, tasks, temperature)
         evidence, earned, _ = earn(self.reward, policies, tasks, rollouts)
+        if self.keep:
+            predictions, columns_of = evidence.predictions, self.source.columns
+            rows = completion_columns(tasks, rollouts, predictions, earned.rewards, self.tokenizer, columns_of)
+            self.keep(rows | {"style": [style] * len(rows["reward"])})
         means, right, tokens_UR = to_host(_rewards(evidence, earned))
         predictions = to_host(evidence.predictions)
         found, lengths = (a.reshape(U, M, G) for a in (predictions.found, predictions.lengths))

@@ -21,6 +21,7 @@ from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rewards.base import Reward, earn
 from rpt_jax.rewards.judges import named_letter
+from rpt_jax.rollout.completions import completion_columns
 from rpt_jax.scoring.logprobs import score
 from rpt_jax.sequences import shared_branches
 from rpt_jax.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ class QuestionEvaluator:
         splits: {split: question numbers}, from `category_splits`.
         reward: of the run; 1 is correct.
         progress: (name, batches) -> the same batches, shown as they are done.
+        keep: see `next_token.Evaluator`.
     """
 
     config: Config
@@ -63,6 +65,7 @@ class QuestionEvaluator:
     splits: dict[str, np.ndarray]
     reward: Reward
     progress: Callable[[str, Iterable], Iterable] = lambda _, batches: batches
+    keep: Callable[[dict[str, list]], None] | None = None
 
     def evaluate(self, params, *, start=None, thinking: bool = True) -> dict:
         """Return figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
@@ -133,6 +136,10 @@ class QuestionEvaluator:
                 rollouts = sample(settings, self.tokenizer, policies, batch, temperature)
                 evidence, earned, _ = earn(self.reward, policies, batch, rollouts)
                 rewards, predictions = earned.rewards, evidence.predictions
+                if self.keep:
+                    columns_of = self.source.columns
+                    rows = completion_columns(batch, rollouts, predictions, rewards, self.tokenizer, columns_of)
+                    self.keep(rows | {"style": [style] * len(rows["reward"])})
                 rollouts, rewards, predictions = to_host((rollouts, rewards, predictions))
                 figures = self._figures(style, rollouts, rewards[:, 0], predictions, chosen)
                 for metric, values in figures.items():

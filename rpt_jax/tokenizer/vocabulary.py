@@ -4,11 +4,12 @@ The reward compares bytes, so each id needs the bytes that it stands for in runn
 entry, never from `decode([id])`: half of a UTF-8 character decodes to U+FFFD and loses its bytes.
 """
 
+import codecs
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -178,6 +179,15 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Decode `ids`: their bytes as UTF-8, without special tokens; invalid bytes become U+FFFD."""
         return self._join(int(i) for i in ids).decode("utf-8", errors="replace")
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each id; joined, the texts are `decode(ids)`.
+
+        A character whose bytes are spread over several ids is in the text of the last one.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        last = len(ids) - 1
+        return [decoder.decode(self.token_bytes(int(i)), final=number == last) for number, i in enumerate(ids)]
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that `token_id` stands for in running text; b"" for special tokens.

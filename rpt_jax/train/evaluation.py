@@ -1,7 +1,7 @@
 """Evaluations of a run on its held-out tasks, by split, logged at fixed steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,11 +37,18 @@ class Evaluations:
         is_last = step == config.run.num_steps
         if not (is_last or step % config.eval.every_steps == 0) or directory.has_record("evaluation", step):
             return
-        figures = self.evaluate(params, thinking=True, final=is_last or step == 0)
+        kept: list[dict[str, list]] = []
+        keep = kept.append if config.run.completions_every_steps else None
+        figures = self.evaluate(params, thinking=True, final=is_last or step == 0, keep=keep)
+        if kept:
+            rows = {name: [value for columns in kept for value in columns[name]] for name in kept[0]}
+            directory.write_completions("evaluation", step, rows)
         directory.log("evaluation", step, {"flops": flops()} | figures)
 
     @needs_memory("an evaluation", "--rollout.slots-per-trunk, or --eval.batch-trunks in a new run")
-    def evaluate(self, params, *, thinking: bool, final: bool) -> dict[str, dict]:
+    def evaluate(
+        self, params, *, thinking: bool, final: bool, keep: Callable[[dict[str, list]], None] | None = None
+    ) -> dict[str, dict]:
         """Return {"splits": {split: figures}}, on up to eval.num_positions tasks of each split.
 
         Args:
@@ -49,12 +56,21 @@ class Evaluations:
             thinking: False computes the direct figures only.
             final: "splits" use eval.final_num_positions tasks instead, and "curve" is added with the usual number, for
                 curves over steps.
+            keep: called with the completions of each batch (`rollout.completions`), their style (sampled or greedy) and
+                the splits of their tasks.
         """
         settings = self.run.config.eval
         limits = {"splits": settings.num_positions}
         if final:
             limits = {"splits": settings.final_num_positions, "curve": settings.num_positions}
         evaluator = self.run.domain.evaluator(self.run, self.source, limits, self._reward)
+        members = {name: set(ids.tolist()) for (which, name), ids in evaluator.splits.items() if which == "splits"}
+
+        def with_splits(columns: dict[str, list]) -> None:
+            splits = [[name for name, ids in members.items() if i in ids] for i in columns["position_id"]]
+            keep(columns | {"splits": splits})
+
+        evaluator = replace(evaluator, keep=keep and with_splits)
         figures = evaluator.evaluate(params, start=self.start, thinking=thinking)
         return {which: {name: cells for (w, name), cells in figures.items() if w == which} for which in limits}
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Config, DecoderConfig
 from rpt_jax.data.readers import read_texts, training_corpora
+from rpt_jax.data.templates import with_prompt_texts
 from rpt_jax.errors import CheckpointError, ConfigError
 from rpt_jax.models import lora
 from rpt_jax.models.attention import default_dtype
@@ -99,7 +100,7 @@ def _read_or_train(config: Config) -> Tokenizer:
 
 
 def resolve(config: Config, tokenizer: Tokenizer, kept: Config | None = None) -> Config:
-    """Return the config with the values that a run's first start resolves: the model and the stop ids.
+    """Return the config with the values that a run's first start resolves: the model, the stop ids and prompt files.
 
     The shape is that of policy.path. Without one, model.vocab_size=0 becomes at least one entry for every id.
     An empty model.activation_dtype becomes that of the platform.
@@ -109,8 +110,9 @@ def resolve(config: Config, tokenizer: Tokenizer, kept: Config | None = None) ->
         tokenizer: of the run.
         kept: config of the existing run, or of the run to copy, whose resolved values are used again; None: a new run.
     Raises:
-        ConfigError: fewer entries than ids, invalid stop ids, or sizes that do not fit each other.
+        ConfigError: fewer entries than ids, invalid stop ids, sizes that do not fit each other, or no such prompt.
     """
+    config = with_prompt_texts(config)
     model, path = config.model, config.policy.path
     if path:
         is_same = kept is not None and kept.policy.path == path

@@ -1,13 +1,11 @@
-"""Records of steps: metrics read one step late, token and FLOP counts, sampled completions."""
+"""Records of steps: metrics read one step late, token and FLOP counts."""
 
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.programs import take_compilations
 from rpt_jax.rl.advantages import degenerate_groups
 from rpt_jax.train.run_directory import RunDirectory
@@ -143,53 +141,6 @@ def step_record(rounds: list[dict], counts: list[dict], updates: list[dict], mas
     }
 
 
-def completion_columns(experience: Experience, tokenizer, columns: Callable[[int], dict]) -> dict[str, list]:
-    """Return columns, one row per rollout of a real prompt: context, completion, prediction, truth, reward, token ids.
-
-    Args:
-        experience: of one batch.
-        tokenizer: of the policy.
-        columns: task id -> what is known of the task (`batches.Source.columns`).
-    """
-    tasks, rollouts, predictions, rewards = to_host(
-        (experience.tasks, experience.rollouts, experience.predictions, experience.earned.rewards)
-    )
-    U, M, G = rewards.shape
-    rows = []
-    for u, m, g in np.ndindex(U, M, G):
-        if not tasks.prompts.prompt_mask[u, m]:
-            continue
-        r, task_id = m * G + g, int(tasks.references.task_ids[u, m])
-        trunk, completion = (
-            tasks.prompts.trunk_tokens[u, : tasks.prompts.cuts[u, m]],
-            rollouts.tokens[u, r][rollouts.mask[u, r]],
-        )
-        prediction = predictions.bytes[u, r, : predictions.lengths[u, r]].tobytes()
-        rows.append(
-            {
-                "position_id": task_id,
-                "rollout": g,
-                "context": tokenizer.decode(trunk),
-                "completion": tokenizer.decode(completion),
-                "prediction": prediction.decode("utf-8", errors="replace") if predictions.found[u, r] else None,
-                "truth": _truth(columns(task_id)),
-                "reward": float(rewards[u, m, g]),
-                "tokens": len(completion),
-                "truncated": bool(rollouts.truncated[u, r]),
-                "trunk_tokens": trunk.tolist(),
-                "completion_tokens": completion.tolist(),
-            }
-        )
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
 def to_floats(metrics: dict) -> dict:
     """Convert device scalars to Python floats."""
     return {name: float(np.asarray(value)) for name, value in metrics.items()}
-
-
-def _truth(columns: dict) -> str:
-    """Return the true continuation, as far as a prediction may reach, or the accepted answers."""
-    if "answers" in columns:
-        return " or ".join(columns["answers"])
-    return columns["continuation"][: columns["boundaries"][-1]].decode("utf-8", errors="replace")

@@ -10,7 +10,7 @@ def accepted_rows(rows: Iterable[dict], *, min_reward: float, per_prompt: int) -
     """Select rows to learn from: correct, finished, distinct, at most `per_prompt` of a prompt, shortest first.
 
     Args:
-        rows: with the fields of `recorder.completion_columns`.
+        rows: with the fields of `rollout.completions.completion_columns`.
         min_reward: lowest accepted reward.
         per_prompt: maximum number of rows of a prompt.
     Returns:

@@ -249,7 +249,7 @@ def load_policy(config: Config, template_of) -> LoadedPolicy:
 
     Args:
         config: names the model and the tokenizer.
-        template_of: tokenizer -> Template whose prompts must fit.
+        template_of: (tokenizer, resolved config) -> Template whose prompts must fit.
     Raises:
         ConfigError: prompts do not fit, or see `resolve`.
     """
@@ -257,7 +257,7 @@ def load_policy(config: Config, template_of) -> LoadedPolicy:
     use_cache(config.run.compilation_cache)
     mesh, tokenizer = make_mesh(config.mesh), find_tokenizer(config)
     config = resolve(config, tokenizer)
-    check_positions(config, template_of(tokenizer))
+    check_positions(config, template_of(tokenizer, config))
     return LoadedPolicy(config=config, mesh=mesh, tokenizer=tokenizer, params=start_params(config, mesh))
 
 

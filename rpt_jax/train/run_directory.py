@@ -225,11 +225,15 @@ class RunDirectory:
             with (self.path / "times.jsonl").open("a") as file:
                 file.write(json.dumps({"stage": stage, "step": step, "seconds": round(seconds, 3)}) + "\n")
 
-    def write_completions(self, step: int, columns: dict[str, list]) -> None:
-        """Write the rows of one rollout batch to completions/step_<n>.parquet."""
-        directory = self.path / "completions"
-        directory.mkdir(exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.table(columns), directory / f"step_{step:06d}.parquet")
+    def write_completions(self, name: str, step: int, columns: dict[str, list]) -> None:
+        """Write rows (`rollout.completions`) to completions/<name>_<step>.parquet, as a whole or not at all."""
+        if not self._writes:
+            return
+        path = self.path / "completions" / f"{name}_{step:06d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        pyarrow.parquet.write_table(pyarrow.table(columns), partial, compression="zstd")
+        os.replace(partial, path)
 
     def finish(self) -> None:
         """Mark all stages of the run as done."""

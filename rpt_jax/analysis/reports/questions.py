@@ -5,16 +5,27 @@ import html
 import json
 from pathlib import Path
 
+from rpt_jax.analysis.reports.browser import completion_browser
 from rpt_jax.analysis.reports.figures import save_figures, subplots
-from rpt_jax.analysis.reports.headline import question_headline, training_summary
+from rpt_jax.analysis.reports.headline import Difference, question_headline, training_summary
 from rpt_jax.analysis.reports.run import (
     PAGE_STYLE,
-    completion_examples,
+    cell,
     plot_training,
     read_evaluations,
     series,
 )
 from rpt_jax.train.run_directory import read_records, write_atomically
+
+# What a metric is called in the table; others keep their names.
+_WORDS = {
+    "sampled": "sampled answers right",
+    "greedy": "greedy answers right",
+    "direct": "most likely letter right, without thinking",
+    "thought_tokens": "tokens of a completion",
+    "truncated": "cut off by the limit",
+    "no_prediction": "no answer in a box",
+}
 
 
 def write_report(directory: Path) -> Path:
@@ -47,21 +58,28 @@ def _plot_learning(results: dict):
 
 
 def _table(results: dict) -> str:
-    metrics = [m for m in results["after"]["all"] if m not in ("truncated", "no_prediction")]
-    head = "".join(f"<th>{html.escape(m)}: before</th><th>after</th>" for m in metrics)
-    rows = []
-    for split, after in results["after"].items():
-        cells = ""
-        for metric in metrics:
-            for figures in (results["before"].get(split, {}), after):
-                f = figures.get(metric)
-                cells += (
-                    "<td>–</td>"
-                    if f is None
-                    else f"<td>{f['value']:.3f} <small>± {f['standard_error']:.3f}</small></td>"
-                )
-        rows.append(f"<tr><th>{html.escape(split)}</th><td>{after['sampled']['n']}</td>{cells}</tr>")
-    return f"<table><tr><th>category</th><th>n</th>{head}</tr>{''.join(rows)}</table>"
+    """Return the table of all questions by metric, and one by category if there are several."""
+    before, after = results["before"], results["after"]
+    rows = [
+        f"<tr><th>{html.escape(_WORDS.get(metric, metric))}</th>{_cells(before['all'].get(metric), figures)}</tr>"
+        for metric, figures in after["all"].items()
+    ]
+    head = "<th>before</th><th>after</th><th>change</th>"
+    tables = f"<table><tr><th>all {after['all']['sampled']['n']} questions</th>{head}</tr>{''.join(rows)}</table>"
+    categories = [split for split in after if split != "all"]
+    if categories:
+        rows = [
+            f"<tr><th>{html.escape(c)}</th><td>{after[c]['sampled']['n']}</td>"
+            f"{_cells(before.get(c, {}).get('sampled'), after[c]['sampled'])}</tr>"
+            for c in categories
+        ]
+        tables += f"<table><tr><th>sampled answers by category</th><th>n</th>{head}</tr>{''.join(rows)}</table>"
+    return tables
+
+
+def _cells(before: dict | None, after: dict) -> str:
+    change = f"<td>{Difference.of(after, before)}</td>" if before else "<td>–</td>"
+    return cell(before) + cell(after) + change
 
 
 def _page(directory: Path, results: dict, steps: list[dict], pictures: dict[str, Path]) -> str:
@@ -82,7 +100,7 @@ def _page(directory: Path, results: dict, steps: list[dict], pictures: dict[str,
 <b>greedy</b>: one thought at temperature 0; <b>direct</b>: the most likely letter without thinking (multiple
 choice only).</p>
 <h2>How training went</h2>{picture("training")}
-<h2>Thoughts from the last logged batch</h2>{completion_examples(directory)}
+<h2>Thoughts and answers</h2>{completion_browser(directory)}
 <h2>The run</h2><p>seed {config["run"]["seed"]} · {html.escape(results["versions"]["devices"])} · code
 {html.escape(results["versions"]["commit"][:12])}</p>
 <details><summary>configuration</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre></details></html>

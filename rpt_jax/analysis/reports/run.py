@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 
+from rpt_jax.analysis.reports.browser import completion_browser
 from rpt_jax.analysis.reports.figures import save_figures, subplots
 from rpt_jax.analysis.reports.headline import headline, training_summary
 from rpt_jax.analysis.scaling import fit_power_law
@@ -235,11 +235,11 @@ def _plot_labels(results: dict):
     return figure
 
 
-def _cell(figures: dict | None, split: str, metric: str) -> str:
-    if figures is None or metric not in figures.get(split, {}):
+def cell(figure: dict | None) -> str:
+    """Return a table cell with value and standard error; None: a dash."""
+    if figure is None:
         return "<td>–</td>"
-    f = figures[split][metric]
-    return f"<td>{f['value']:.3f} <small>± {f['standard_error']:.3f}</small></td>"
+    return f"<td>{figure['value']:.3f} <small>± {figure['standard_error']:.3f}</small></td>"
 
 
 def _table(results: dict) -> str:
@@ -257,7 +257,7 @@ def _table(results: dict) -> str:
     rows = []
     for split in results["after"]:
         n = results["after"][split]["sampled_prefix"]["n"]
-        cells = "".join(_cell(results[source], split, metric) for _, source, metric in columns)
+        cells = "".join(cell((results[source] or {}).get(split, {}).get(metric)) for _, source, metric in columns)
         rows.append(f"<tr><th>{html.escape(split)}</th><td>{n}</td>{cells}</tr>")
     return f"<table><tr><th>split</th><th>n</th>{head}</tr>{''.join(rows)}</table>"
 
@@ -269,34 +269,6 @@ def _control_text(results: dict) -> str:
         f"The control starts from the same model and spends {results['control_flops'][-1]:.3g} FLOPs (RPT: "
         f"{results['flops'][-1]:.3g}) on ordinary next-token training on the same documents. It is evaluated by direct "
         "prediction, because that is what this training improves."
-    )
-
-
-def completion_examples(directory: Path, count: int = 4) -> str:
-    """Return HTML with up to `count` rollouts of reward 1 or more, and of reward 0, from the last logged batch."""
-    files = sorted((directory / "completions").glob("*.parquet"))
-    if not files:
-        return "<p>No completions were written.</p>"
-    rows = pyarrow.parquet.read_table(files[-1]).to_pylist()
-    # Shortest contexts first, because they are quick to read.
-    won = sorted((r for r in rows if r["reward"] >= 1), key=lambda r: len(r["context"]))
-    lost = sorted((r for r in rows if r["reward"] == 0), key=lambda r: len(r["context"]))
-    spread = lambda group: group[:: max(1, len(group) // count)][:count]  # noqa: E731
-
-    def show(row: dict, mark: str) -> str:
-        prediction = "none" if row["prediction"] is None else repr(row["prediction"])
-        context = row["context"] if len(row["context"]) < 500 else "… " + row["context"][-500:]
-        completion = row["completion"] if len(row["completion"]) < 1500 else row["completion"][:1500] + " …"
-        return (
-            f"<div class='example {mark}'><p class='context'>{html.escape(context)}<b>▌</b></p>"
-            f"<p class='thought'>{html.escape(completion)}</p>"
-            f"<p>predicted <code>{html.escape(prediction)}</code> · expected "
-            f"<code>{html.escape(repr(row['truth']))}</code> · reward {row['reward']:g}</p></div>"
-        )
-
-    return (
-        f"<h3>Rewarded</h3>{''.join(show(r, 'won') for r in spread(won)) or '<p>none</p>'}"
-        f"<h3>Not rewarded</h3>{''.join(show(r, 'lost') for r in spread(lost)) or '<p>none</p>'}"
     )
 
 
@@ -325,10 +297,19 @@ th:first-child { text-align: left }
 small { color: #656d76 }
 .lead { font-size: 17px; background: #eef5ff; border-left: 4px solid #1f6feb; padding: .8em 1em }
 .example { border-left: 4px solid #ccc; margin: 1em 0; padding: .1em 1em; background: #fafbfc }
+.example p { margin: .4em 0 }
 .won { border-color: #2da44e }
+.partly { border-color: #bf8700 }
 .lost { border-color: #cf222e }
-.context { color: #57606a; white-space: pre-wrap }
-.thought { white-space: pre-wrap; font-family: ui-monospace, monospace }
+.context { color: #57606a; white-space: pre-wrap; overflow-wrap: anywhere }
+.thought { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: 13px }
+.stop { color: #8c959f }
+.controls { display: flex; flex-wrap: wrap; gap: .5em 1.2em; background: #f6f8fa; padding: .6em }
+.controls [hidden] { display: none }
+.position { border-top: 1px solid #d0d7de; margin-top: 1.2em }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1em }
+.pair > div { min-width: 0 }
+output { display: block; font-weight: 600; margin-top: .5em }
 dt { font-weight: 600 }
 pre { background: #f6f8fa; padding: 1em; overflow-x: auto; font-size: 12px }
 """
@@ -379,7 +360,7 @@ that the model was not trained on.</p>
 <h2>The control</h2><p>{_control_text(results)}</p>
 <h2>Compute and accuracy</h2>{picture("scaling")}{_scaling_text(results)}
 <h2>How training went</h2>{picture("training")}{picture("thought_length")}
-<h2>Thoughts from the last logged batch</h2>{completion_examples(directory)}
+<h2>Thoughts and predictions</h2>{completion_browser(directory)}
 <h2>The run</h2><p>seed {config["run"]["seed"]} · {html.escape(results["versions"]["devices"])} · code
 {html.escape(results["versions"]["commit"][:12])}</p>
 <details><summary>configuration</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre></details></html>

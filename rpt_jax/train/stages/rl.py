@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from rpt_jax.data.batches import TrainIterator
 from rpt_jax.models.lora import join
-from rpt_jax.parallel.distributed import is_main
 from rpt_jax.parallel.mesh import local_trunks, shard_batch
 from rpt_jax.rewards.catalog import requested_policies
 from rpt_jax.rl.dynamic_sampling import collect
 from rpt_jax.rl.trainer import Trainer
+from rpt_jax.rollout.completions import completion_columns
 from rpt_jax.scoring.companions import START, follow
 from rpt_jax.train.ahead import compile_ahead
 from rpt_jax.train.diagnosis import Diagnosis, diagnose_tasks
@@ -20,7 +20,7 @@ from rpt_jax.train.domains import Tasks
 from rpt_jax.train.evaluation import Evaluations
 from rpt_jax.train.loop import fit
 from rpt_jax.train.policies import fresh_state, stage_optimizer
-from rpt_jax.train.recorder import completion_columns, experience_metrics, step_record, to_floats
+from rpt_jax.train.recorder import experience_metrics, step_record, to_floats
 from rpt_jax.train.run import Run
 from rpt_jax.train.run_directory import RunDirectory
 from rpt_jax.train.training import Outcome, Until
@@ -71,9 +71,11 @@ class ReinforcementLearning:
         masked = _masked_fraction(experience)
         every = config.run.completions_every_steps
         if every and number % every == 0:
-            columns = completion_columns(experience, self.trainer.tokenizer, self.trainer.columns)
-            if is_main():
-                self.directory.write_completions(number + 1, columns)
+            columns = completion_columns(
+                experience.tasks, experience.rollouts, experience.predictions, experience.earned.rewards,
+                self.trainer.tokenizer, self.trainer.columns,
+            )  # fmt: skip
+            self.directory.write_completions("step", number + 1, columns)
 
         def flops() -> float:
             return step_flops(
