@@ -17,12 +17,13 @@ from rich.markup import escape
 
 from experiments.presets import NEED_A_POLICY, PRESETS, PURPOSES
 from rpt_jax.config import Config
-from rpt_jax.config.schema import MOVES, from_json, help_texts, take_fields, walk
+from rpt_jax.config.schema import MOVES, flag_of, from_json, help_texts, take_fields, walk
 from rpt_jax.data.templates import with_prompt_texts
 from rpt_jax.errors import CheckpointError, ConfigError, DataError, Interrupted, RewardError
 from rpt_jax.models.attention import default_dtype
 from rpt_jax.parallel.distributed import split_cpu
 from rpt_jax.parallel.interruption import RESUMABLE
+from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.planning.estimate import estimate_rollout, estimate_update
 from rpt_jax.planning.fitting import with_sizes
 from rpt_jax.rewards.catalog import check_rewards
@@ -58,8 +59,9 @@ def parse_config(argv: list[str], *, default_preset: str | None = None, trains: 
     if {"-h", "--help", "--help-all"} & set(flags):
         print_help(flags, PRESETS.get(preset, Config()))
     elif preset not in PRESETS:
+        received = f"--preset {preset}" if preset else "no --preset"
         raise ConfigError(
-            f"--preset {preset}; it must be one of {', '.join(PRESETS)}.{_did_you_mean(preset, PRESETS)} Choose one."
+            f"{received}; it must be one of {', '.join(PRESETS)}.{_did_you_mean(preset, PRESETS)} Choose one."
         )
     base = PRESETS.get(preset, Config())
     config = _with_flags(base, flags)
@@ -74,18 +76,18 @@ def parse_config(argv: list[str], *, default_preset: str | None = None, trains: 
     if trains and preset in NEED_A_POLICY and not (config.policy.path or saved.exists()):
         raise ConfigError(
             f"--preset {preset} has no policy.path; it trains a pretrained policy, and a random one would never earn a "
-            "reward. Set --policy.path to a model or run directory (experiments.fetch_smollm2 writes a small one), or "
-            "use --preset tiny_text, which trains its own."
+            "reward. Set --policy.path to a model or run directory (experiments.fetch_smollm2 writes a small one)"
+            + (", or use --preset tiny_text, which trains its own." if preset == "text" else ".")
         )
-    return _ready(replace(config, run=replace(config.run, directory=directory))), dry_run
+    return _ready(replace(config, run=replace(config.run, directory=directory)), runs_here=not dry_run), dry_run
 
 
 def _with_flags(config: Config, flags: list[str]) -> Config:
     config, unknown = tyro.cli(Config, default=config, args=flags, return_unknown_args=True, prog="experiment")
     if unknown:
         names = {argument.split("=")[0] for argument in unknown}
-        moved = [f" {_flag(m.old)} is now {_flag(m.new)}." for m in MOVES if _flag(m.old) in names]
-        known = [_flag(path) for path, _, _ in walk(config)]
+        moved = [f" {flag_of(m.old)} is now {flag_of(m.new)}." for m in MOVES if flag_of(m.old) in names]
+        known = [flag_of(path) for path, _, _ in walk(config)]
         meant = [_did_you_mean(name, known) for name in sorted(names) if name.startswith("-")]
         raise ConfigError(
             f"unknown argument(s) {' '.join(unknown)}; flags must be --section.field VALUE. --help-all lists all."
@@ -100,10 +102,6 @@ def _did_you_mean(word: str | None, known: Iterable[str]) -> str:
     same_field = [name for name in known if word and name.rpartition(".")[2] == word.lstrip("-").rpartition(".")[2]]
     found = same_field[:3] or difflib.get_close_matches(word or "", known, n=1, cutoff=0.6)
     return f" Did you mean {' or '.join(found)}?" if found else ""
-
-
-def _flag(path: str) -> str:
-    return "--" + path.replace("_", "-")
 
 
 def print_help(flags: list[str], config: Config) -> None:
@@ -125,17 +123,25 @@ def print_help(flags: list[str], config: Config) -> None:
     texts, others = help_texts(config), []
     for path, f, value in walk(config):
         if f.metadata.get("shown") and path.count(".") == 1:
-            print(f"{_flag(path)} {json.dumps(value)}")
+            print(f"{flag_of(path)} {json.dumps(value)}")
             print(textwrap.fill(texts[path], 110, initial_indent="    ", subsequent_indent="    "))
         else:
-            others.append(_flag(path))
+            others.append(flag_of(path))
     print("\nOther settings, which --help-all explains:")
     print(textwrap.fill(" ".join(others), 110, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False))
     sys.exit(0)
 
 
-def _ready(config: Config) -> Config:
-    config.validate()
+def _ready(config: Config, *, runs_here: bool = True) -> Config:
+    is_alone = not (config.distributed.coordinator or config.distributed.join)
+    try:
+        config.validate()
+    except ConfigError:
+        if runs_here and is_alone and config.mesh.num_devices > 1:
+            # Missing devices explain more than batches that they do not divide.
+            split_cpu(config.mesh, config.distributed)
+            make_mesh(config.mesh)
+        raise
     config = with_prompt_texts(config)
     check_rewards(config)
     split_cpu(config.mesh, config.distributed)

@@ -32,11 +32,12 @@ def test_presets_are_valid_and_survive_json(preset):
         ("data", {"heldout_fraction": 1.0}, "data.heldout_fraction=1.0; it must be between 0 and 1"),
         ("eval", {"difficulty_thresholds": (1.0, 0.5, 2.0)}, "must not decrease"),
         ("positions", {"unfiltered_fraction": 1.0}, "unfiltered_fraction"),
-        ("model", {"num_heads": 5}, "model.num_heads=5 is not divisible by model.num_kv_heads=2"),
+        ("positions", {"entropy_threshold": 2.8}, "at most ln 16 = 2.77.*Lower --positions.entropy-threshold"),
+        ("model", {"num_heads": 5}, "model.num_heads=5; it must be divisible by model.num_kv_heads=2"),
         ("model", {"head_size": 7}, "model.head_size=7"),
-        ("mesh", {"tensor": 4}, "model.num_kv_heads=2 is not divisible by mesh.tensor=4"),
-        ("mesh", {"fsdp": 3}, "not divisible"),
-        ("loss", {"num_minibatches": 5}, "rollout.num_trunks=32 is not divisible by loss.num_minibatches=5"),
+        ("mesh", {"tensor": 4}, "model.num_kv_heads=2; it must be divisible by mesh.tensor=4"),
+        ("mesh", {"fsdp": 3}, "must be divisible"),
+        ("loss", {"num_minibatches": 5}, "rollout.num_trunks=32; it must be divisible by loss.num_minibatches=5"),
         ("mesh", {"microbatch_trunks": 5}, "mesh.microbatch_trunks=5"),
         ("eval", {"num_positions": 1}, "eval.num_positions=1"),
         ("checkpoint", {"keep": 0}, "checkpoint.keep=0"),
@@ -54,7 +55,7 @@ def test_microbatch_must_fill_the_mesh():
     config = Config(mesh=MeshConfig(data=2, fsdp=2))
     config.validate()
     broken = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, microbatch_trunks=2))
-    with pytest.raises(ConfigError, match="trunks of a microbatch=2 is not divisible by mesh.data"):
+    with pytest.raises(ConfigError, match="trunks of a microbatch=2; it must be divisible by mesh.data"):
         broken.validate()
 
 
@@ -201,7 +202,7 @@ def test_command_line_precedence():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "--preset None; it must be one of tiny_worked, tiny_text"),
+        ([], "no --preset; it must be one of tiny_worked, tiny_text"),
         (["--preset", "huge"], "--preset huge"),
         (["--preset", "tiny_worked", "--loss.epsilon", "3"], "unknown argument"),
         (["--preset", "tiny_worked", "--rollout.group-size", "1"], "group_size=1"),

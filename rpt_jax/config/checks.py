@@ -1,7 +1,9 @@
 """Checks across settings of different sections."""
 
+import math
 from typing import Any
 
+from rpt_jax.config.schema import flag_of
 from rpt_jax.errors import ConfigError
 
 
@@ -14,7 +16,7 @@ def check_relations(config: Any) -> None:
     if config.supervised.control_optimizer.schedule == "linear":
         raise ConfigError(
             "supervised.control_optimizer.schedule='linear'; compute determines the control's length, so it must be "
-            "'constant'. Change it."
+            "'constant'. Remove --supervised.control-optimizer.schedule."
         )
     thresholds = config.eval.difficulty_thresholds
     if list(thresholds) != sorted(thresholds):
@@ -23,22 +25,30 @@ def check_relations(config: Any) -> None:
         )
     if config.data.path and config.data.mixture:
         raise ConfigError(
-            f"data.path={config.data.path!r} and data.mixture are both set; a run reads one of them. Remove one."
+            f"data.path={config.data.path!r} and data.mixture are both set; a run reads one of them. Remove "
+            "--data.path or --data.mixture."
         )
     if config.data.tokenizer_pattern and not (config.data.tokenizer or config.policy.path):
         raise ConfigError(
             f"data.tokenizer_pattern={config.data.tokenizer_pattern!r} without data.tokenizer or policy.path; a new "
             "tokenizer has its own pattern. Leave it out, or name the tokenizer."
         )
-    low, high = config.positions.pass_rate_band
+    positions = config.positions
+    if positions.selector == "entropy_threshold" and positions.entropy_threshold >= math.log(16):
+        raise ConfigError(
+            f"positions.entropy_threshold={positions.entropy_threshold} nats; the entropy over 16 tokens is at most "
+            f"ln 16 = {math.log(16):.2f}, so no position would be selected. Lower --positions.entropy-threshold."
+        )
+    low, high = positions.pass_rate_band
     if not 0 <= low < high <= 1:
         raise ConfigError(
-            f"positions.pass_rate_band={low} {high}; it must be two shares, the lower one first. Correct it."
+            f"positions.pass_rate_band={low} {high}; it must be two shares, the lower one first. Correct "
+            "--positions.pass-rate-band."
         )
     if config.reward.compose == "normalize_then_sum" and config.loss.advantage != "grpo":
         raise ConfigError(
             f"loss.advantage={config.loss.advantage!r} with reward.compose='normalize_then_sum', whose result is the "
-            "advantage; it must keep its default 'grpo'. Remove it, or use --reward.compose sum."
+            "advantage; it must keep its default 'grpo'. Remove --loss.advantage, or use --reward.compose sum."
         )
     _check_processes(config.distributed)
     _check_divisions(config)
@@ -52,27 +62,34 @@ def _check_processes(distributed: Any) -> None:
         )
 
 
+# What sets a size that is not a setting itself.
+_SHARDS, _HALVES = "mesh.data * mesh.fsdp", "the number of rotary halves"
+_MINIBATCH, _MICROBATCH = "trunks of a minibatch", "trunks of a microbatch"
+_SETTINGS = {_MINIBATCH: "rollout.num_trunks", _MICROBATCH: "mesh.microbatch_trunks", _SHARDS: "mesh.data"}
+
+
 def _check_divisions(config: Any) -> None:
     model, mesh, loss = config.model, config.mesh, config.loss
     minibatch = config.rollout.num_trunks // loss.num_minibatches
     # -1 is resolved when the run starts.
     microbatch = mesh.microbatch_trunks if mesh.microbatch_trunks > 0 else minibatch
-    shards = "mesh.data * mesh.fsdp"
     divisions = [
         ("model.num_heads", model.num_heads, "model.num_kv_heads", model.num_kv_heads),
         ("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", mesh.tensor),
         ("model.mlp_width", model.mlp_width, "mesh.tensor", mesh.tensor),
         ("model.width", model.width, "mesh.fsdp", mesh.fsdp),
         ("model.width", model.width, "mesh.tensor", mesh.tensor),
-        ("model.head_size", model.head_size, "2 (rotary halves)", 2),
+        ("model.head_size", model.head_size, _HALVES, 2),
         ("rollout.num_trunks", config.rollout.num_trunks, "loss.num_minibatches", loss.num_minibatches),
-        ("trunks of a minibatch", minibatch, "mesh.microbatch_trunks", microbatch),
-        ("trunks of a microbatch", microbatch, shards, mesh.trunk_shards),
-        ("supervised.batch_size", config.supervised.batch_size, shards, mesh.trunk_shards),
-        ("eval.batch_trunks", config.eval.batch_trunks, shards, mesh.trunk_shards),
+        (_MINIBATCH, minibatch, "mesh.microbatch_trunks", microbatch),
+        (_MICROBATCH, microbatch, _SHARDS, mesh.trunk_shards),
+        ("supervised.batch_size", config.supervised.batch_size, _SHARDS, mesh.trunk_shards),
+        ("eval.batch_trunks", config.eval.batch_trunks, _SHARDS, mesh.trunk_shards),
     ]
     if model.vocab_size:
         divisions.append(("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor))
     for name, value, by_name, by in divisions:
         if value % by:
-            raise ConfigError(f"{name}={value} is not divisible by {by_name}={by}. Change one of the two.")
+            settings = dict.fromkeys(_SETTINGS.get(n, n) for n in (name, by_name) if n != _HALVES)
+            flags = " or ".join(map(flag_of, settings))
+            raise ConfigError(f"{name}={value}; it must be divisible by {by_name}={by}. Change {flags}.")

@@ -91,6 +91,11 @@ def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 # --- Checks -------------------------------------------------------------------------------------------------------
 
 
+def flag_of(path: str) -> str:
+    """Return the flag of a setting: "--run.num-steps" for "run.num_steps"."""
+    return "--" + path.replace("_", "-")
+
+
 def check_fields(config: Any) -> None:
     """Check the types of all fields, then their bounds.
 
@@ -105,25 +110,25 @@ def check_fields(config: Any) -> None:
 
 def _check_type(path: str, f: dataclasses.Field, value: Any) -> None:
     if dataclasses.is_dataclass(f.type):
-        raise ConfigError(f"{path}={value!r:.80}; it must be a {f.type.__name__}. Correct it.")
+        raise ConfigError(f"{path}={value!r:.80}; it must be a {f.type.__name__}. Correct {flag_of(path)}.")
     if not _fits(value, f.type):
         wanted = getattr(f.type, "__name__", None) if not get_args(f.type) else str(f.type).replace("typing.", "")
-        raise ConfigError(f"{path}={value!r:.80}; it must be {wanted}; floats must be finite. Correct it.")
+        raise ConfigError(f"{path}={value!r:.80}; it must be {wanted}; floats must be finite. Correct {flag_of(path)}.")
 
 
 def _check_bounds(path: str, rules: Any, value: Any) -> None:
     if (least := rules.get("at_least")) is not None and value < least:
-        raise ConfigError(f"{path}={value}; it must be at least {least}. Raise {path}.")
+        raise ConfigError(f"{path}={value}; it must be at least {least}. Raise {flag_of(path)}.")
     above, most = rules.get("above"), rules.get("at_most")
     if above is not None and most is not None and not above < value <= most:
-        raise ConfigError(f"{path}={value}; it must be in ({above}, {most}]. Use {most} for no limit.")
+        raise ConfigError(f"{path}={value}; it must be in ({above}, {most}]. {flag_of(path)} {most} sets no limit.")
     if above is not None and value <= above:
-        raise ConfigError(f"{path}={value}; it must be above {above}, {rules['because']}. Raise it.")
+        raise ConfigError(f"{path}={value}; it must be above {above}, {rules['because']}. Raise {flag_of(path)}.")
     if inside := rules.get("inside"):
         is_off = rules["or_none"] and value == 0
         if not (is_off or inside[0] < value < inside[1]):
             raise ConfigError(
-                f"{path}={value}; it must be between {inside[0]} and {inside[1]}. Choose a share between them."
+                f"{path}={value}; it must be between {inside[0]} and {inside[1]}. Correct {flag_of(path)}."
             )
 
 

@@ -4,6 +4,7 @@ Unusable files raise errors here, with file and line. Only the current record is
 """
 
 import codecs
+import difflib
 import glob
 import json
 import os
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from rpt_jax.config import DataConfig
+from rpt_jax.config import Config, DataConfig
+from rpt_jax.config.schema import flag_of
 from rpt_jax.errors import ConfigError, DataError
 
 # A .txt file is read in blocks of about this size that end after a newline if possible.
@@ -141,11 +143,44 @@ def matching_files(path: str) -> list[str]:
     """Return the sorted files of a path or glob; raise DataError if no file matches."""
     files = [f for f in sorted(glob.glob(path, recursive=True)) if Path(f).is_file()] if path else []
     if not files:
-        raise DataError(
-            f"data path {path!r} matches no file; it must name a .txt, .jsonl, .parquet or .array_record file, a glob "
-            "of them, or hf:DATASET. Set --data.path."
-        )
+        raise DataError(no_files("data path", path) + "Correct it.")
     return files
+
+
+def check_files(config: Config) -> None:
+    """Raise DataError if a path that the config names matches no file, or a run on documents names none."""
+    data, questions = config.data, config.questions
+    named = {
+        "data.heldout_path": data.heldout_path,
+        "questions.path": questions.path,
+        "questions.heldout_path": questions.heldout_path,
+        "supervised.path": config.supervised.path,
+    }
+    for setting, path in named.items():
+        if path and not has_files(path):
+            raise DataError(f"{no_files(setting, path)}Correct {flag_of(setting)}.")
+    if questions.path:
+        return
+    if not (data.path or data.mixture):
+        raise DataError("data.path is empty; a run needs texts or questions. Set --data.path or --questions.path.")
+    setting = "data.mixture" if data.mixture else "data.path"
+    for corpus in training_corpora(data):
+        if not has_files(corpus.path):
+            raise DataError(f"{no_files(setting, corpus.path)}Correct {flag_of(setting)}.")
+
+
+def no_files(setting: str, path: str) -> str:
+    """Return the sentence that a path matches no file, what it must be, and what may be meant."""
+    text = ".txt, " if setting.startswith("data") else ""
+    message = (
+        f"{setting}={path!r} matches no file; it must be a {text}.jsonl, .json, .parquet or .array_record file, a glob "
+        "of them, or hf:DATASET. "
+    )
+    if Path(path).is_dir():
+        return message + f"It is a directory: name its files, as in {str(Path(path) / '*.jsonl')!r}. "
+    beside = [p.name for p in Path(path).parent.iterdir()] if Path(path).parent.is_dir() else []
+    near = difflib.get_close_matches(Path(path).name, beside, n=1, cutoff=0.75)
+    return message + (f"Did you mean {str(Path(path).with_name(near[0]))!r}? " if near else "")
 
 
 def _sources(path: str) -> Iterator[tuple[str, Iterable]]:
@@ -395,6 +430,12 @@ def _fill(template: str, record: dict, path: str, number: int) -> str:
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise DataError(
             f"{path} record {number} has fields {sorted(record)}; data.text_template={template!r} needs {error}. "
-            "Set --data.text-template to existing fields."
+            f"Set --data.text-template to existing fields{_example(record)}."
         ) from error
     return text
+
+
+def _example(record: dict) -> str:
+    """Return ", e.g. '{field}'" for the record's longest text, if it has any."""
+    texts = {name: value for name, value in record.items() if isinstance(value, str) and value}
+    return f", e.g. {'{' + max(texts, key=lambda name: len(texts[name])) + '}'!r}" if texts else ""

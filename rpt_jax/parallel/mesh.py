@@ -47,7 +47,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if config.num_devices > len(devices):
         raise ConfigError(
             f"{axes} needs {config.num_devices} devices; {len(devices)} {devices[0].platform} device(s) are present. "
-            "Lower the product of the axes."
+            "Lower --mesh.data, --mesh.fsdp or --mesh.tensor."
         )
     is_whole = config.num_devices == len(devices)
     if not is_whole and len({d.process_index for d in devices}) > 1:

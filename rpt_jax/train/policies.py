@@ -41,8 +41,13 @@ def is_run(path: str | Path) -> bool:
 
 def check_path(path: str) -> None:
     """Raise ConfigError if policy.path names nothing; say how to download what looks like a name on a hub."""
-    if not path or Path(path).exists():
+    if not path or (Path(path) / "config.json").exists():
         return
+    if Path(path).exists():
+        raise ConfigError(
+            f"policy.path={path!r} holds no config.json; it must be a Hugging Face model directory or a run directory. "
+            "Correct --policy.path."
+        )
     message = f"policy.path={path!r} does not exist; it must be a Hugging Face model directory or a run directory. "
     if Path(path) == Path("runs/smollm2"):
         message += "Write it with python -m experiments.fetch_smollm2 --out runs/smollm2, or run make real-run."

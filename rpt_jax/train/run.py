@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Config
 from rpt_jax.data.examples import Example
+from rpt_jax.data.readers import check_files
 from rpt_jax.data.templates import Template
 from rpt_jax.errors import CheckpointError, ConfigError
 from rpt_jax.models import lora
@@ -132,6 +133,8 @@ def prepare(config: Config, *, read_only: bool = False, judges: bool = False) ->
             _check_steps(config)
     else:
         check_path(config.policy.path)
+        if not config.data.cache:  # which may hold what the files held
+            check_files(config)
     kept = own or _config_of(Resume.parse(config.run.resume).source, say=True)
     tokenizer = find_tokenizer(config)
     started = _start_of(path, Resume.parse(config.run.resume).source)
