@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         tokenizer=model.tokenizer,
         source=source,
         splits=category_splits(source.questions, config.eval.num_positions, seed=config.run.seed),
-        reward=make_reward(config.reward, model.tokenizer, source.columns),
+        reward=make_reward(config.reward, model.tokenizer, source.columns, kind="questions"),
     )
     figures = evaluator.evaluate(model.params)
     print(table(figures))

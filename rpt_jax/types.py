@@ -76,6 +76,7 @@ class Evidence:
     predictions: Any  # rewards.answer.Predictions, leading dimensions [U, R]
     unescaped: Any  # the same with backslash-n read as a newline; None: not requested
     scores: dict[str, Any]  # scoring.requests.Scores, by the name of the request
+    outcome: Any = None  # f32 [U, M, G], reward of the first term, for terms that shape it; None: this is the first
 
 
 @record
@@ -89,6 +90,7 @@ class Earned:
     row_mask: Any = None  # bool [U, M, G], rollouts with a loss term; all count in their group's baseline
     group_mask: Any = None  # bool [U, M], prompts that take part in the update
     token_mask: Any = None  # bool [U, R, C], completion tokens with a loss term
+    reference_weights: Any = None  # f32 [U, M, G], weight of the reference's log-likelihood behind the thought
 
 
 @record

@@ -8,6 +8,7 @@ from rpt_jax.config.sections import (
     DecoderConfig,
     DistributedConfig,
     EvalConfig,
+    LikelihoodConfig,
     LoraConfig,
     LoraTarget,
     LossConfig,
@@ -21,6 +22,7 @@ from rpt_jax.config.sections import (
     RolloutConfig,
     RopeScaling,
     RunConfig,
+    ShapingConfig,
     SupervisedConfig,
 )
 
@@ -32,6 +34,7 @@ __all__ = [
     "DecoderConfig",
     "DistributedConfig",
     "EvalConfig",
+    "LikelihoodConfig",
     "LoraConfig",
     "LoraTarget",
     "LossConfig",
@@ -45,5 +48,6 @@ __all__ = [
     "RolloutConfig",
     "RopeScaling",
     "RunConfig",
+    "ShapingConfig",
     "SupervisedConfig",
 ]

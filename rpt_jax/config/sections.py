@@ -288,6 +288,33 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LikelihoodConfig:
+    num_targets: int = setting(0, at_least=0)
+    """Leading tokens of the reference to score. 0: one of a text's, all of an answer's."""
+    measure: Literal["log", "mean_log", "probability", "mean_probability", "geometric_mean"] = "log"
+    """What the reward `likelihood` is of the reference's token probabilities; see rewards/likelihood.py."""
+    reference_term: Literal["none", "one", "reward", "advantage", "jepo"] = "none"
+    """Weight with which `likelihood` also learns the reference behind the thought: 0, 1, its reward, or its advantage
+    (leave-one-out). jepo: its share of the group's likelihood, with the advantages of that bound. verifree always learns
+    it, with its reward."""
+    nover_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Weights of format, rank and efficiency in nover."""
+    rlpr_shaping: str = "threshold_0"
+    """threshold_T: the gain over the baseline, clipped to [0, 1], and 0 below T. identity: unclipped. one_minus: 1 -
+    gain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapingConfig:
+    cosine_right: tuple[float, float] = (1.0, 0.5)
+    """Rewards of a right completion without tokens and of one at the limit, for cosine_length."""
+    cosine_wrong: tuple[float, float] = (-1.0, -0.5)
+    """The same for a wrong completion."""
+    overlong_fraction: float = setting(0.2, inside=(0, 1))
+    """Last share of rollout.max_completion_tokens over which soft_overlong falls from 0 to -1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     terms: tuple[str, ...] = setting(("prefix",), shown=True)
     """Rewards to add up, each NAME or WEIGHT*NAME. For positions: prefix (arXiv:2506.08007 eq. 3), first_token, dense,
@@ -313,6 +340,10 @@ class RewardConfig:
     """Accept only a box after the last </think>."""
     unescape_newline: bool = False
     """If the prediction fails as written, also try it with backslash-n read as a newline."""
+    vote_train: int = setting(0, at_least=0)
+    """With ttrl: all rollouts of a group vote, and the first N are trained on. 0: all."""
+    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

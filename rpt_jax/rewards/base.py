@@ -31,6 +31,7 @@ class Reward:
         width: minimum number of prediction bytes that it reads; at least those of the references are read.
         read: (rollouts, width) -> (predictions, the same unescaped or None); None: it reads no predictions.
         scorer: runs the requests; None: it has none.
+        learned: the request whose reference the update learns with `Earned.reference_weights`; None: it learns none.
     """
 
     fn: Callable[[Evidence], Earned]
@@ -38,6 +39,7 @@ class Reward:
     width: int = 0
     read: Callable | None = None
     scorer: Scorer | None = None
+    learned: Request | None = None
 
 
 def earn(
@@ -142,13 +144,15 @@ def compose(terms: Sequence[Term], rewards: Sequence[Reward], how: str) -> Rewar
         )
 
     def fn(evidence: Evidence) -> Earned:
-        return _combine(
-            [reward.fn(evidence) for reward in rewards], evidence.tasks.prompts.prompt_mask, tuple(terms), how
-        )
+        outcome = rewards[0].fn(evidence)
+        evidence = replace(evidence, outcome=outcome.rewards) if len(rewards) > 1 else evidence
+        parts = [outcome, *(reward.fn(evidence) for reward in rewards[1:])]
+        return _combine(parts, evidence.tasks.prompts.prompt_mask, tuple(terms), how)
 
     first = rewards[0]
     width = max(reward.width for reward in rewards)
-    return replace(first, fn=fn, requests=requests, width=width)
+    learned = next((reward.learned for reward in rewards if reward.learned), None)
+    return replace(first, fn=fn, requests=requests, width=width, learned=learned)
 
 
 @partial(jax.jit, static_argnames=("terms", "how"))
@@ -172,7 +176,12 @@ def _combine(parts: list[Earned], prompt_mask_UM, terms: tuple[Term, ...], how: 
         row_mask=_joined(jnp.logical_and, [part.row_mask for part in parts]),
         group_mask=_joined(jnp.logical_and, [part.group_mask for part in parts]),
         token_mask=_joined(jnp.logical_and, [part.token_mask for part in parts]),
+        reference_weights=_joined(jnp.add, _weighted(terms, [part.reference_weights for part in parts])),
     )
+
+
+def _weighted(terms: tuple[Term, ...], values: list) -> list:
+    return [None if value is None else term.weight * value for term, value in zip(terms, values)]
 
 
 def _weighted_sum(terms: tuple[Term, ...], values):

@@ -1,19 +1,20 @@
 """The table of rewards. A new reward is one function of the evidence and one line here."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import jax
 
 from rpt_jax.config import Config, RewardConfig
 from rpt_jax.errors import ConfigError
-from rpt_jax.rewards import controls
+from rpt_jax.rewards import controls, likelihood, shaping, vote
 from rpt_jax.rewards.base import Reward, compose, make_reader, parse_terms
 from rpt_jax.rewards.host import make_host_reward_fn
 from rpt_jax.rewards.prefix import DIRECT_PREDICTION, conditional_dense, dense, first_token, prefix
 from rpt_jax.scoring.requests import Request, Scorer
-from rpt_jax.types import Earned, Evidence
+from rpt_jax.types import Earned
 
 # Maximum length of an answer that a judge sees; longer text is not an answer.
 _ANSWER_BYTES = 512
@@ -23,32 +24,70 @@ _ANSWER_BYTES = 512
 class Row:
     """One reward: a function of the evidence, or a judge that runs on the host."""
 
-    fn: Callable[[Evidence], Earned] | None = None
-    """Runs on the devices, compiled once."""
+    fn: Callable[..., Earned] | None = None
+    """Function of the evidence, and with `options` of the reward's settings. It runs on the devices, compiled once."""
+    options: bool = False
     judge: str | None = None
     """package.module:function that runs on the host; "" stands for reward.function."""
-    requests: tuple[Request, ...] = ()
+    requests: Callable[[RewardConfig, str], tuple[Request, ...]] = lambda options, kind: ()
+    """(settings of the reward, kind of tasks) -> scoring passes."""
+    learns: bool = False
+    """The update may learn the reference of its first request."""
+    shapes: bool = False
+    """It shapes the outcome of the first term, so it cannot be that."""
     tasks: tuple[str, ...] = ("documents", "questions")
     """Kinds of tasks that it supports."""
 
 
+def _direct_prediction(options: RewardConfig, kind: str) -> tuple[Request, ...]:
+    return (DIRECT_PREDICTION,)
+
+
 _TEXT, _QUESTIONS = ("documents",), ("questions",)
+_ON_TEXT = "rpt_jax.rewards.text:judge_"
 CATALOG = {
     "prefix": Row(fn=prefix, tasks=_TEXT),
     "first_token": Row(fn=first_token, tasks=_TEXT),
-    "dense": Row(fn=dense, requests=(DIRECT_PREDICTION,), tasks=_TEXT),
-    "conditional_dense": Row(fn=conditional_dense, requests=(DIRECT_PREDICTION,), tasks=_TEXT),
+    "dense": Row(fn=dense, requests=_direct_prediction, tasks=_TEXT),
+    "conditional_dense": Row(fn=conditional_dense, requests=_direct_prediction, tasks=_TEXT),
     "random": Row(fn=controls.random, tasks=_TEXT),
     "shuffled_targets": Row(fn=controls.shuffled_targets, tasks=_TEXT),
     "math": Row(judge="rpt_jax.rewards.math_judge:math", tasks=_QUESTIONS),
     "choice": Row(judge="rpt_jax.rewards.judges:choice", tasks=_QUESTIONS),
     "exact": Row(judge="rpt_jax.rewards.judges:exact", tasks=_QUESTIONS),
     "custom": Row(judge=""),
+    # Nothing verifies: likelihood of the reference, votes.
+    "likelihood": Row(fn=likelihood.likelihood, options=True, requests=likelihood.after_thought, learns=True),
+    "information_gain": Row(fn=likelihood.information_gain, requests=likelihood.with_average_baseline),
+    "verifree": Row(fn=likelihood.verifree, requests=likelihood.after_thought, learns=True),
+    "rlpr": Row(fn=likelihood.rlpr, options=True, requests=likelihood.with_start_baseline),
+    "nover": Row(fn=likelihood.nover, options=True, requests=likelihood.after_thought_of_average),
+    "ttrl": Row(fn=vote.ttrl, options=True),
+    # Shaping, next to a reward of the outcome.
+    "format": Row(judge=f"{_ON_TEXT}format"),
+    "format_nover": Row(judge=f"{_ON_TEXT}format_nover"),
+    "format_lines": Row(judge=f"{_ON_TEXT}format_lines"),
+    "format_tags": Row(judge=f"{_ON_TEXT}format_tags"),
+    "format_think": Row(judge=f"{_ON_TEXT}format_think"),
+    "tag_count": Row(judge=f"{_ON_TEXT}tag_count"),
+    "language": Row(judge=f"{_ON_TEXT}language"),
+    "repetition": Row(judge=f"{_ON_TEXT}repetition"),
+    "repeated_window": Row(judge=f"{_ON_TEXT}repeated_window"),
+    "syntax": Row(judge=f"{_ON_TEXT}syntax"),
+    "kimi_length": Row(fn=shaping.kimi_length_reward, shapes=True),
+    "cosine_length": Row(fn=shaping.cosine_length_reward, options=True, shapes=True),
+    "soft_overlong": Row(fn=shaping.soft_overlong_reward, options=True, shapes=True),
+    "overlong_filter": Row(fn=shaping.overlong_filter, shapes=True),
 }
 
 
 def make_reward(
-    config: RewardConfig, tokenizer, columns: Callable[[int], dict] | None = None, scorer: Scorer | None = None
+    config: RewardConfig,
+    tokenizer,
+    columns: Callable[[int], dict] | None = None,
+    scorer: Scorer | None = None,
+    *,
+    kind: str = "documents",
 ) -> Reward:
     """Make the reward that `config.terms` and `config.compose` describe.
 
@@ -57,6 +96,7 @@ def make_reward(
         tokenizer: of the policy.
         columns: task id -> columns for judges (`batches.Source.columns`).
         scorer: for rewards that need scoring passes.
+        kind: of the tasks: documents or questions.
     Raises:
         ConfigError: an unknown or malformed term, or a function that cannot be imported.
     """
@@ -64,18 +104,30 @@ def make_reward(
     rewards = []
     for term in terms:
         row = _row(term.name)
+        requests = row.requests(config, kind)
         if row.judge is None:
-            rewards.append(Reward(_compiled(row.fn), row.requests, 0, read, scorer))
+            fn = partial(_configured(row.fn), options=config) if row.options else _compiled(row.fn)
+            learned = requests[0] if row.learns and _learns(term.name, config) else None
+            rewards.append(Reward(fn, requests, 0, read, scorer, learned))
             continue
         # The policy's text makes a built-in judge slow, which must not stop a run.
         on_fault = "zero" if row.judge else config.on_fault
         function = row.judge or config.function
         fn = make_host_reward_fn(config, function, tokenizer, columns, width=_ANSWER_BYTES, on_fault=on_fault)
-        rewards.append(Reward(fn, row.requests, _ANSWER_BYTES, read, scorer))
+        rewards.append(Reward(fn, requests, _ANSWER_BYTES, read, scorer))
     return compose(terms, rewards, config.compose)
 
 
 _compiled = cache(jax.jit)
+
+
+@cache
+def _configured(fn: Callable) -> Callable:
+    return jax.jit(fn, static_argnames="options")
+
+
+def _learns(name: str, config: RewardConfig) -> bool:
+    return name == "verifree" or config.likelihood.reference_term != "none"
 
 
 def _row(name: str) -> Row:
@@ -86,7 +138,8 @@ def _row(name: str) -> Row:
 
 def requested_policies(config: RewardConfig) -> set[str]:
     """Return the policies that the reward's scoring passes need: a subset of current, start, average."""
-    return {request.policy for term in parse_terms(config.terms) for request in _row(term.name).requests}
+    terms = parse_terms(config.terms)
+    return {request.policy for term in terms for request in _row(term.name).requests(config, "documents")}
 
 
 def check_rewards(config: Config) -> None:
@@ -97,6 +150,7 @@ def check_rewards(config: Config) -> None:
     """
     kind = "questions" if config.questions.path else "documents"
     names = [term.name for term in parse_terms(config.reward.terms)]
+    _check_settings(config, names)
     for name in names:
         if kind in _row(name).tasks:
             continue
@@ -114,4 +168,34 @@ def check_rewards(config: Config) -> None:
         raise ConfigError(
             f"reward.terms={config.reward.terms} with reward.function={config.reward.function!r}; custom needs a "
             "function and no other reward takes one. Set both or neither."
+        )
+
+
+def _check_settings(config: Config, names: list[str]) -> None:
+    if _row(names[0]).shapes:
+        raise ConfigError(
+            f"reward.terms begins with {names[0]!r}, which shapes the outcome of the first term; an outcome must come "
+            "first. Set --reward.terms to e.g. prefix " + f"{names[0]}."
+        )
+    learns = any(_row(name).learns and _learns(name, config.reward) for name in names)
+    if learns and config.loss.aggregation == "seq_mean":
+        raise ConfigError(
+            "loss.aggregation='seq_mean' with a reward whose update also learns the reference; a token's weight must "
+            "not depend on its thought's length. Set --loss.aggregation constant or token_mean."
+        )
+    if "verifree" in names and config.loss.advantage not in ("rloo", "mean"):
+        raise ConfigError(
+            f"loss.advantage={config.loss.advantage!r} with verifree, whose gradient is that of a probability; its "
+            "scale must be kept. Set --loss.advantage rloo."
+        )
+    shaping = config.reward.likelihood.rlpr_shaping
+    if not re.fullmatch(r"identity|one_minus|threshold_(0|1|0?\.\d+)", shaping):
+        raise ConfigError(
+            f"reward.likelihood.rlpr_shaping={shaping!r}; it must be threshold_T with T in [0, 1], identity or "
+            "one_minus. Correct --reward.likelihood.rlpr-shaping."
+        )
+    if config.reward.vote_train > config.rollout.group_size:
+        raise ConfigError(
+            f"reward.vote_train={config.reward.vote_train} of rollout.group_size={config.rollout.group_size} rollouts; "
+            "it must be at most that. Lower --reward.vote-train."
         )

@@ -83,7 +83,7 @@ def _completion_terms(config: DecoderConfig, loss: LossConfig, params, rows: Row
         "entropy": jnp.sum(weights * entropy),
         "clip_fraction": jnp.sum(weights * ((ratio < 1 - loss.clip_eps_low) | (ratio > 1 + loss.clip_eps_high))),
         "sampler_mismatch": jnp.sum(weights * mismatch),
-        "sampler_mismatch_max": jnp.max(mismatch, initial=0.0),
+        "sampler_mismatch_max": jnp.max(jnp.where(weights != 0, mismatch, 0.0), initial=0.0),
     }
 
 

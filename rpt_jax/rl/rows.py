@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from rpt_jax.config import LossConfig
 from rpt_jax.rl.advantages import compute_advantages
+from rpt_jax.scoring.requests import Appended
 from rpt_jax.sequences import completions
 from rpt_jax.types import Experience, Rows
 
 
-def aggregation_weights(name: str, mask_URC, row_mask_UR):
+def aggregation_weights(name: str, mask_URC, row_mask_UR, width: int = 0):
     """Compute the weight of each token's term, so that loss = -(weights * terms).sum().
 
     seq_mean: mean over rollouts of the mean over their tokens (GRPO, arXiv:2402.03300 eq. 3).
@@ -25,6 +26,7 @@ def aggregation_weights(name: str, mask_URC, row_mask_UR):
         name: seq_mean, token_mean or constant.
         mask_URC: bool, tokens of the whole global batch that count.
         row_mask_UR: bool, rollouts that count.
+        width: C of constant; 0: that of the mask.
     Returns:
         f32 [U, R, C]; all zero if nothing counts.
     Raises:
@@ -37,18 +39,41 @@ def aggregation_weights(name: str, mask_URC, row_mask_UR):
     if name == "token_mean":
         return mask / jnp.maximum(mask.sum(), 1)
     if name == "constant":
-        return mask / (num_rows * mask_URC.shape[-1])
+        return mask / (num_rows * (width or mask_URC.shape[-1]))
     raise ValueError(f"unknown aggregation {name!r}")
 
 
+def _scale(name: str, mask_URC, row_mask_UR, width: int):
+    """Return the weight of a token's term where it does not depend on its rollout; arguments as above.
+
+    Raises:
+        ValueError: seq_mean, whose weights depend on the thought's length.
+    """
+    if name == "token_mean":
+        return 1 / jnp.maximum((mask_URC & row_mask_UR[..., None]).sum(), 1)
+    if name == "constant":
+        return 1 / (jnp.maximum(jnp.sum(row_mask_UR), 1) * width)
+    raise ValueError(f"a reference's term has no scale with aggregation {name!r}")
+
+
 @partial(jax.jit, static_argnames=("loss", "temperature", "header_length"))
-def policy_rows(experience: Experience, *, loss: LossConfig, temperature: float, header_length: int) -> Rows:
+def policy_rows(
+    experience: Experience,
+    appended: Appended | None = None,
+    *,
+    loss: LossConfig,
+    temperature: float,
+    header_length: int,
+) -> Rows:
     """Build the rows of one rollout batch, one per rollout.
 
     Weights are multiplied by the number of minibatches, so that the loss of each minibatch has the usual scale.
 
     Args:
         experience: the whole global batch.
+        appended: rows that replace the completions, if the reward gives the references weights. Kept tokens have the
+            policy's terms. Each token of the reference has the likelihood term, at temperature 1, with the reference's
+            weight and the scale of a policy term's token.
         loss: settings of the loss.
         temperature: of the rollouts.
         header_length: trunk tokens before the document, which the next-token term skips.
@@ -65,20 +90,33 @@ def policy_rows(experience: Experience, *, loss: LossConfig, temperature: float,
         advantages_UMG = jnp.where(group_mask_UM[..., None], earned.advantages + 0 * rewards_UMG, 0.0)
     rows_UMG = jnp.broadcast_to(group_mask_UM[..., None], (U, M, G))
     rows_UMG = rows_UMG if earned.row_mask is None else rows_UMG & earned.row_mask
-    mask_URC = rollouts.mask if earned.token_mask is None else rollouts.mask & earned.token_mask
-    weights_URC = aggregation_weights(loss.aggregation, mask_URC, rows_UMG.reshape(U, M * G))
+    rows_UR, C = rows_UMG.reshape(U, M * G), rollouts.mask.shape[-1]
+    terms_URC = rollouts.mask if earned.token_mask is None else rollouts.mask & earned.token_mask
+    tokens, mask, sampler_logprobs = rollouts.tokens, rollouts.mask, rollouts.sampler_logprobs
+    temperatures, likelihood_weights = jnp.full(mask.shape, temperature, jnp.float32), None
+    if appended is not None:
+        tokens, mask, places = appended.tokens, appended.mask, jnp.arange(appended.mask.shape[-1])
+        is_kept = places < appended.kept[..., None]
+        padding = ((0, 0), (0, 0), (0, mask.shape[-1] - C))
+        terms_URC, sampler_logprobs = jnp.pad(terms_URC, padding) & is_kept, jnp.pad(sampler_logprobs, padding)
+        sampler_logprobs, temperatures = sampler_logprobs * is_kept, jnp.where(is_kept, temperature, 1.0)
+        is_reference = mask & (places >= appended.first[..., None]) & rows_UR[..., None]
+        scale = _scale(loss.aggregation, terms_URC, rows_UR, C)
+        weights_UR1 = earned.reference_weights.reshape(U, M * G, 1)
+        likelihood_weights = loss.num_minibatches * scale * jnp.where(is_reference, weights_UR1, 0.0)
+    weights = aggregation_weights(loss.aggregation, terms_URC, rows_UR, C)
     columns = jnp.arange(prompts.trunk_tokens.shape[1])
     trunk_mask = (columns >= max(1, header_length)) & (columns < prompts.trunk_lengths[:, None])
     trunk_weights = loss.ntp_coef * loss.num_minibatches * trunk_mask / jnp.maximum(1, trunk_mask.sum())
     return Rows(
-        sequences=completions(prompts, rollouts.tokens, rollouts.mask),
-        row=jnp.broadcast_to(jnp.arange(M * G, dtype=jnp.int32)[:, None], rollouts.mask.shape),
-        policy_weights=loss.num_minibatches * weights_URC,
-        advantages=jnp.broadcast_to(advantages_UMG.reshape(U, M * G, 1), rollouts.mask.shape),
-        likelihood_weights=None,
+        sequences=completions(prompts, tokens, mask),
+        row=jnp.broadcast_to(jnp.arange(M * G, dtype=jnp.int32)[:, None], mask.shape),
+        policy_weights=loss.num_minibatches * weights,
+        advantages=jnp.broadcast_to(advantages_UMG.reshape(U, M * G, 1), mask.shape),
+        likelihood_weights=likelihood_weights,
         trunk_weights=trunk_weights if loss.ntp_coef else None,
-        temperature=jnp.full(rollouts.mask.shape, temperature, jnp.float32),
-        sampler_logprobs=rollouts.sampler_logprobs,
+        temperature=temperatures,
+        sampler_logprobs=sampler_logprobs,
         old_logprobs=None,
         ref_logprobs=None,
     )

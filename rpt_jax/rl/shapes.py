@@ -24,17 +24,18 @@ def tasks_shape(config: Config, num_tail: int) -> TaskBatch:
     return shapes_of(tasks)
 
 
-def microbatch_shape(config: Config, tasks: TaskBatch, num_lanes: int = 0) -> Rows:
+def microbatch_shape(config: Config, tasks: TaskBatch, num_lanes: int = 0, learned_width: int = 0) -> Rows:
     """Return the shapes of a microbatch whose lanes have full length.
 
     Args:
         config: of the run.
         tasks: from `tasks_shape`.
         num_lanes: lanes of each trunk; 0: one for each rollout, as if every one is trained on and has full length.
+        learned_width: length of rows that end with a reference to learn; 0: there are none.
     """
     U = config.microbatch_trunks
     R = num_lanes or config.rollout.prompts_per_trunk * config.rollout.group_size
-    C = config.rollout.max_completion_tokens
+    C = learned_width or config.rollout.max_completion_tokens
     prompts = jax.tree.map(lambda x: jax.ShapeDtypeStruct((U, *x.shape[1:]), x.dtype), tasks.prompts)
     f32, mask = jax.ShapeDtypeStruct((U, R, C), np.float32), jax.ShapeDtypeStruct((U, R, C), bool)
     tokens = jax.ShapeDtypeStruct((U, R, C), np.int32)
@@ -44,7 +45,7 @@ def microbatch_shape(config: Config, tasks: TaskBatch, num_lanes: int = 0) -> Ro
         row=tokens,
         policy_weights=f32,
         advantages=f32,
-        likelihood_weights=None,
+        likelihood_weights=f32 if learned_width else None,
         trunk_weights=trunk_weights if config.loss.ntp_coef else None,
         temperature=f32,
         sampler_logprobs=f32,

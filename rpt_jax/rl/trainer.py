@@ -85,9 +85,14 @@ class Trainer:
     def learn(self, state: TrainState, experience: Experience) -> tuple[TrainState, list[dict]]:
         """Take one update per minibatch; with a single minibatch the ratio is exactly 1."""
         loss, mesh = self.config.loss, self.config.mesh
+        appended = None
+        if experience.earned.reference_weights is not None:
+            tasks, rollouts, predictions = experience.tasks, experience.rollouts, experience.predictions
+            appended = self.reward.scorer.append(self.reward.learned, tasks, rollouts, predictions)
         rows = policy_rows(
-            experience, loss=loss, temperature=self.config.rollout.temperature, header_length=self.header_length
-        )
+            experience, appended, loss=loss, temperature=self.config.rollout.temperature,
+            header_length=self.header_length,
+        )  # fmt: skip
         plans, counts = plan_update(
             experience.tasks.prompts, rows, num_minibatches=loss.num_minibatches,
             microbatch_trunks=self.config.microbatch_trunks, num_shards=mesh.trunk_shards, has_kl=loss.kl_coef > 0,

@@ -76,6 +76,16 @@ class Kept:
     stub: Any  # i32 [U, R], index of the stub that follows them
 
 
+@record
+class Appended:
+    """Rows of kept tokens, a stub and a target, as a request scores them and an update may learn them."""
+
+    tokens: Any  # i32 [U, R, T], right-padded
+    mask: Any  # bool [U, R, T], real tokens
+    kept: Any  # i32 [U, R], number of leading tokens that the rollout sampled
+    first: Any  # i32 [U, R], index of the target's first token
+
+
 @dataclass(frozen=True)
 class Scorer:
     """Runs requests.
@@ -135,6 +145,18 @@ class Scorer:
             self.config, params, sequences, first_UR, tokens[..., 0], num_prompts=tasks.prompts.cuts.shape[1],
             trunks_at_once=self._at_once(tasks.prompts),
         )  # fmt: skip
+
+    def append(self, request: Request, tasks: TaskBatch, rollouts: Rollouts, predictions) -> Appended:
+        """Return the rows that `score` runs, in the prompt view; arguments as there."""
+        targets = self._targets(request, tasks, predictions)
+        kept = self.kept(request, rollouts, predictions.think_end_tokens)
+        tokens, mask, first = _append(kept.tokens, kept.length, *self._stubs(request.stub), kept.stub, *targets)
+        return Appended(tokens=tokens, mask=mask, kept=kept.length, first=first)
+
+    def appended_width(self, request: Request, num_sampled: int, num_reference: int) -> int:
+        """Return T of `append` for rollouts of this many tokens and references of up to `num_reference`."""
+        width = self._stubs(request.stub)[0].shape[1]
+        return num_sampled + width + min(request.num_targets or num_reference, num_reference)
 
     def _sequences(self, request: Request, prompts: Prompts, kept, targets_URA, lengths_UR):
         """Return (prompts in the request's view, sequences, index i32 [U, R] of each row's first target)."""

@@ -37,10 +37,14 @@ def compile_ahead(trainer: Trainer, state: TrainState, num_tail: int) -> None:
         return
     on_trunks = partial(_with_sharding, sharding=trunk_sharding(trainer.mesh))
     tasks = tasks_shape(config, num_tail)
+    reward, width = trainer.reward, 0
+    if reward.learned:
+        num_sampled, num_reference = config.rollout.max_completion_tokens, tasks.references.tokens.shape[-1]
+        width = reward.scorer.appended_width(reward.learned, num_sampled, num_reference)
     chains = {"sampling": partial(_compile_sampling, trainer, state, on_trunks(tasks.prompts))}
     rows, steps = config.rollout.prompts_per_trunk * config.rollout.group_size, ROUNDINGS["few"].lanes
     for lanes in sorted({rounded(n, rows, steps) for n in range(1, rows + 1)}):
-        batch = on_trunks(microbatch_shape(config, tasks, lanes))
+        batch = on_trunks(microbatch_shape(config, tasks, lanes, width))
         chains[f"update of {lanes} lanes"] = partial(_compile_update, trainer, state, batch, apply=lanes == rows)
     with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1)) as pool, progress_bar("compiling", 0) as progress:
         running, done = {pool.submit(chain): name for name, chain in chains.items()}, 0

@@ -81,7 +81,9 @@ class Run:
 
     def make_reward(self, source: Source) -> Reward:
         """Create the run's reward for tasks of the source."""
-        return make_reward(self.config.reward, self.tokenizer, source.columns, self.make_scorer())
+        return make_reward(
+            self.config.reward, self.tokenizer, source.columns, self.make_scorer(), kind=self.domain.name
+        )
 
     def make_scorer(self) -> Scorer:
         """Create the scorer of the run's requests."""

@@ -1,0 +1,259 @@
+"""Rewards by likelihood, where nothing verifies: how probable does a thought make the reference?
+
+The reference is a text's true continuation, or a question's accepted answer. It is scored token by token behind the
+thought, its </think> and `\\boxed{`; an open thought is closed first. The pure functions take log-probabilities in nats
+with their masks; the rewards of evidence at the end add the scoring passes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rpt_jax.config import RewardConfig
+from rpt_jax.rl.advantages import rloo
+from rpt_jax.scoring.requests import Request, Scores
+from rpt_jax.tokenizer import BOX_OPEN
+from rpt_jax.types import Earned, Evidence
+
+# Names of the scoring passes.
+_THOUGHT, _PROXY, _BASELINE, _AVERAGE = "after_thought", "after_thought_average", "baseline", "average_direct"
+
+
+def measure(logprobs, mask, how: str):
+    """Return the likelihood of a reference, 0 where it has no token.
+
+    log: sum of log p. mean_log: its mean per token. probability: exp of the sum. mean_probability: mean of p per token.
+    geometric_mean: exp of the mean.
+
+    Args:
+        logprobs: f32 [..., A].
+        mask: bool, real tokens.
+        how: one of the above.
+    Returns:
+        f32 [...].
+    Raises:
+        ValueError: unknown measure.
+    """
+    count = jnp.maximum(mask.sum(-1), 1)
+    total = jnp.sum(jnp.where(mask, logprobs, 0.0), axis=-1)
+    values = {
+        "log": lambda: total,
+        "mean_log": lambda: total / count,
+        "probability": lambda: jnp.exp(total),
+        "mean_probability": lambda: jnp.sum(jnp.where(mask, jnp.exp(logprobs), 0.0), axis=-1) / count,
+        "geometric_mean": lambda: jnp.exp(total / count),
+    }
+    if how not in values:
+        raise ValueError(f"measure {how!r}; it must be one of {', '.join(values)}")
+    return jnp.where(mask.any(-1), values[how](), 0.0)
+
+
+def reasoning_perplexity(logprobs, mask, thought_tokens):
+    """Return NOVER's perplexity, exp(-mean log p / N), and the same without N. Lower is better.
+
+    N = max(1, 1 + log10(thought tokens)). Source: NOVER, thinkwee/NOVER `calculate_perplexity`; its paper writes log.
+    """
+    mean = measure(logprobs, mask, "mean_log")
+    normaliser = jnp.maximum(1.0, 1.0 + jnp.log10(jnp.maximum(thought_tokens, 1).astype(jnp.float32)))
+    return jnp.exp(-mean / normaliser), jnp.exp(-mean)
+
+
+def nover_terms(perplexity_UMG, is_valid_UMG, thought_tokens_UMG):
+    """Return NOVER's rank and efficiency rewards of a group, f32 [U, M, G] each; 0 for invalid rollouts.
+
+    rank: (n - rank + 1) / n among the n valid rollouts, best first; ties go to the earlier one. efficiency: the share
+    of the other valid rollouts that are worse and longer; 0 for n < 2. Source: thinkwee/NOVER `reasoning_reward`,
+    `efficiency_reward`.
+    """
+    own, other = (..., slice(None), None), (..., None, slice(None))
+    G = perplexity_UMG.shape[-1]
+    counts = is_valid_UMG[other] & is_valid_UMG[own]
+    n = is_valid_UMG.sum(-1, keepdims=True)
+    earlier = jnp.arange(G)[None, :] < jnp.arange(G)[:, None]
+    is_equal = perplexity_UMG[other] == perplexity_UMG[own]
+    better = (perplexity_UMG[other] < perplexity_UMG[own]) | (is_equal & earlier)
+    rank = 1 + jnp.sum(better & counts, axis=-1)
+    worse = (perplexity_UMG[own] < perplexity_UMG[other]) & (thought_tokens_UMG[own] < thought_tokens_UMG[other])
+    beaten = jnp.sum(worse & counts, axis=-1) / jnp.maximum(n - 1, 1)
+    return jnp.where(is_valid_UMG, (n - rank + 1) / jnp.maximum(n, 1), 0.0), jnp.where(is_valid_UMG, beaten, 0.0)
+
+
+def nover_reward(is_valid, rank, efficiency, weights: tuple[float, float, float]):
+    """Return w_f * format + (w_r * rank + w_e * efficiency where the format is kept). Source: NOVER, eq. of R_total."""
+    of_format, of_rank, of_efficiency = weights
+    return jnp.where(is_valid, of_format + of_rank * rank + of_efficiency * efficiency, 0.0)
+
+
+def shaped_gain(score, baseline, shaping: str = "threshold_0"):
+    """Return RLPR's reward of a score with a thought against the baseline without one.
+
+    x = score - baseline. threshold_t: clip(x, 0, 1), and 0 unless x >= t. identity: x. one_minus: 1 - x.
+    Source: RLPR, arXiv:2506.18254 eq. 5; OpenBMB/RLPR `ProbRewardManager`.
+
+    Raises:
+        ValueError: unknown shaping.
+    """
+    gain = score - baseline
+    if shaping in ("identity", "one_minus"):
+        return gain if shaping == "identity" else 1 - gain
+    if not shaping.startswith("threshold_"):
+        raise ValueError(f"shaping {shaping!r}; it must be threshold_T, identity or one_minus")
+    gain = jnp.clip(gain, 0.0, 1.0)
+    return jnp.where(gain >= float(shaping.removeprefix("threshold_")), gain, 0.0)
+
+
+def jepo_advantages(logprobs_UMG):
+    """Return log mean_j p_j - log mean_{j != i} p_j for each rollout i of a group.
+
+    The multi-sample bound with its leave-one-out baseline. Source: JEPO, arXiv:2503.19618 eq. 10.
+    """
+    G = logprobs_UMG.shape[-1]
+    whole = jax.nn.logsumexp(logprobs_UMG, axis=-1, keepdims=True)
+    # log(sum - p_i), without cancelling: over the others.
+    is_other = ~jnp.eye(G, dtype=bool)
+    others = jax.nn.logsumexp(jnp.where(is_other, logprobs_UMG[..., None, :], -jnp.inf), axis=-1)
+    return whole - jnp.log(G) - (others - jnp.log(G - 1))
+
+
+# --- Requests -----------------------------------------------------------------------------------------------------
+
+
+def _num_targets(options: RewardConfig, kind: str) -> int:
+    """Return how many reference tokens are scored: one of a text's, all of an answer, unless it is set; 0: all."""
+    return options.likelihood.num_targets or (1 if kind == "documents" else 0)
+
+
+def after_thought(options: RewardConfig, kind: str) -> tuple[Request, ...]:
+    """Request the reference behind the thought, of the current policy."""
+    return (Request(name=_THOUGHT, stub=BOX_OPEN, num_targets=_num_targets(options, kind)),)
+
+
+def after_thought_of_average(options: RewardConfig, kind: str) -> tuple[Request, ...]:
+    """Request the same of the policy's moving average, NOVER's proxy."""
+    return (Request(name=_PROXY, policy="average", stub=BOX_OPEN, num_targets=_num_targets(options, kind)),)
+
+
+def _without_thought(name: str, policy: str, options: RewardConfig, kind: str) -> Request:
+    """Request the reference without a thought: after a text alone, or after a question and an empty thought."""
+    count = _num_targets(options, kind)
+    if kind == "documents":
+        return Request(name=name, policy=policy, view="direct", keep="nothing", num_targets=count)
+    return Request(name=name, policy=policy, keep="nothing", stub=BOX_OPEN, num_targets=count)
+
+
+def with_start_baseline(options: RewardConfig, kind: str) -> tuple[Request, ...]:
+    """Request the reference behind the thought, and without one of the policy that RL started from."""
+    return (*after_thought(options, kind), _without_thought(_BASELINE, "start", options, kind))
+
+
+def with_average_baseline(options: RewardConfig, kind: str) -> tuple[Request, ...]:
+    """Request the reference behind the thought, and without one of the policy's moving average."""
+    return (*after_thought(options, kind), _without_thought(_AVERAGE, "average", options, kind))
+
+
+# --- Rewards of evidence ------------------------------------------------------------------------------------------
+
+
+def likelihood(evidence: Evidence, options: RewardConfig) -> Earned:
+    """Reward reward.likelihood.measure of the reference behind the thought.
+
+    LaTRO (arXiv:2411.04282) is measure log with advantage rloo; reference_term adds the reference's own log-likelihood.
+    reference_term jepo replaces the advantages by the multi-sample bound's.
+    """
+    settings, scores = options.likelihood, evidence.scores[_THOUGHT]
+    rewards = _grouped(measure(scores.values, scores.mask, settings.measure), evidence)
+    if settings.reference_term == "jepo":
+        logprobs = _grouped(measure(scores.values, scores.mask, "log"), evidence)
+        bound = jax.nn.logsumexp(logprobs, axis=-1, keepdims=True) - jnp.log(logprobs.shape[-1])
+        return _earned(
+            jnp.broadcast_to(bound, logprobs.shape), evidence, advantages=jepo_advantages(logprobs),
+            reference_weights=jax.nn.softmax(logprobs, axis=-1),
+        )  # fmt: skip
+    terms = {"none": None, "one": jnp.ones_like(rewards), "reward": rewards, "advantage": rloo(rewards)}
+    weights = terms[settings.reference_term]
+    return _earned(rewards, evidence, reference_weights=weights)
+
+
+def verifree(evidence: Evidence) -> Earned:
+    """Reward the reference's probability behind the thought, and learn the reference with that weight.
+
+    The gradient of E_z[pi(y | x, z)]; an unfinished thought earns 0. Needs advantage rloo or mean.
+    Source: VeriFree, arXiv:2505.21493 eq. 4. Differs: the reference follows the sampled tokens, never re-tokenised.
+    """
+    scores = evidence.scores[_THOUGHT]
+    rewards = _grouped(measure(scores.values, scores.mask, "probability"), evidence) * _is_closed(evidence)
+    return _earned(rewards, evidence, reference_weights=rewards)
+
+
+def rlpr(evidence: Evidence, options: RewardConfig) -> Earned:
+    """Reward the mean token probability of the reference minus that without a thought, clipped to [0, 1].
+
+    The baseline is that of the policy that RL started from. An unfinished thought earns 0. Source: RLPR,
+    arXiv:2506.18254 §3.2; its format term is a term of its own: --reward.terms 0.9*rlpr 0.1*format.
+    """
+    with_thought, without = (
+        _grouped(measure(s.values, s.mask, "mean_probability"), evidence)
+        for s in (evidence.scores[_THOUGHT], evidence.scores[_BASELINE])
+    )
+    rewards = shaped_gain(with_thought, without, options.likelihood.rlpr_shaping) * _is_closed(evidence)
+    return _earned(rewards, evidence, metrics={"with_thought": with_thought, "without_thought": without})
+
+
+def information_gain(evidence: Evidence) -> Earned:
+    """Reward log p(x | context, thought) - log p_average(x | context); terms on thought tokens only.
+
+    Source: RLP, arXiv:2510.01265 eq. 3; with advantage mean. The baseline is the policy's moving average.
+    """
+    gain = _grouped(_log(evidence.scores[_THOUGHT]) - _log(evidence.scores[_AVERAGE]), evidence)
+    return _earned(gain, evidence)
+
+
+def nover(evidence: Evidence, options: RewardConfig) -> Earned:
+    """Reward format, rank of the reasoning perplexity, and efficiency; the perplexity is the moving average's.
+
+    A rollout is valid if it closes its thought and a box. Source: NOVER, arXiv:2505.16022 §3. Differs: the scored text
+    is the reference alone, and a proxy follows the policy by a moving average.
+    """
+    scores = evidence.scores[_PROXY]
+    is_valid = _grouped(evidence.predictions.found & ~evidence.rollouts.truncated, evidence)
+    tokens = _grouped(_thought_tokens(evidence), evidence)
+    perplexity, plain = (
+        _grouped(p, evidence) for p in reasoning_perplexity(scores.values, scores.mask, _thought_tokens(evidence))
+    )
+    rank, efficiency = nover_terms(perplexity, is_valid, tokens)
+    rewards = nover_reward(is_valid, rank, efficiency, options.likelihood.nover_weights)
+    # Length alone lowers the perplexity; this is by how much, in nats.
+    paid_for_length = jnp.log(plain) - jnp.log(perplexity)
+    metrics = {"rank": rank, "efficiency": efficiency, "valid": is_valid * 1.0, "paid_for_length": paid_for_length}
+    return _earned(rewards, evidence, metrics=metrics, on_thought=False)
+
+
+def _log(scores: Scores):
+    return measure(scores.values, scores.mask, "log")
+
+
+def _grouped(x_UR, evidence: Evidence):
+    return x_UR.reshape(evidence.tasks.prompts.row_ids.shape)
+
+
+def _is_closed(evidence: Evidence):
+    """Return whether each rollout closes its thought, f32 [U, M, G]."""
+    return _grouped(evidence.predictions.think_end_tokens > 0, evidence).astype(jnp.float32)
+
+
+def _thought_tokens(evidence: Evidence):
+    """Return the tokens of each thought with its </think>, i32 [U, R]; all tokens if it is open."""
+    ends = evidence.predictions.think_end_tokens
+    return jnp.where(ends > 0, ends, evidence.rollouts.mask.sum(-1))
+
+
+def _earned(rewards_UMG, evidence: Evidence, *, metrics=None, on_thought: bool = True, **more) -> Earned:
+    """Return the reward; its policy terms are on the thought, because nothing after it changes the reward."""
+    columns = jnp.arange(evidence.rollouts.tokens.shape[-1])
+    thought_URC = columns < _thought_tokens(evidence)[..., None]
+    return Earned(
+        rewards=rewards_UMG,
+        faults=jnp.zeros(rewards_UMG.shape, bool),
+        metrics={"closed": _is_closed(evidence)} | (metrics or {}),
+        token_mask=thought_URC if on_thought else None,
+        **more,
+    )

@@ -1,0 +1,48 @@
+"""Rewards by vote: no truth is used; the group's most frequent prediction stands in for it."""
+
+import jax.numpy as jnp
+
+from rpt_jax.config import RewardConfig
+from rpt_jax.types import Earned, Evidence
+
+
+def majority(same_UMGG, is_vote_UMG):
+    """Return the votes for each rollout's prediction, and whether it is the winner.
+
+    Args:
+        same_UMGG: bool, whether two predictions of a group are equal; reflexive and symmetric.
+        is_vote_UMG: bool, rollouts that vote.
+    Returns:
+        (f32 [U, M, G], 1 for votes equal to the most frequent one, else 0; i32 [U, M, G], votes for each prediction).
+        The first seen wins a tie. Without a vote, nothing wins.
+    """
+    votes = jnp.sum(same_UMGG & is_vote_UMG[..., None, :], axis=-1) * is_vote_UMG
+    winner = jnp.argmax(votes, axis=-1)  # the first of the most frequent ones
+    is_winner = jnp.take_along_axis(same_UMGG, winner[..., None, None], axis=-2)[..., 0, :]
+    return (is_winner & is_vote_UMG).astype(jnp.float32), votes
+
+
+def ttrl(evidence: Evidence, options: RewardConfig) -> Earned:
+    """Reward the prediction that most rollouts of the group make, byte for byte. Source: TTRL, arXiv:2504.16084 §3.
+
+    All G rollouts vote; with reward.vote_train n > 0, the first n are trained on. Rollouts without a prediction do not
+    vote. Differs: an empty prediction does not vote either (it can win in the authors' code).
+    """
+    predictions, shape = evidence.predictions, evidence.tasks.prompts.row_ids.shape
+    texts = predictions.bytes.reshape(*shape, -1)
+    lengths, found = predictions.lengths.reshape(shape), predictions.found.reshape(shape)
+    # A prediction longer than what was read cannot be compared.
+    is_vote = found & (lengths > 0) & (lengths <= texts.shape[-1])
+    inside = jnp.arange(texts.shape[-1]) < lengths[..., None]
+    texts = jnp.where(inside, texts, 0)
+    same = jnp.all(texts[..., :, None, :] == texts[..., None, :, :], axis=-1)
+    same &= lengths[..., :, None] == lengths[..., None, :]
+    rewards, votes = majority(same, is_vote)
+    ratio = votes.max(-1, keepdims=True) / shape[-1]
+    trained = jnp.arange(shape[-1]) < (options.vote_train or shape[-1])
+    return Earned(
+        rewards=rewards,
+        faults=jnp.zeros(shape, bool),
+        metrics={"majority_ratio": jnp.broadcast_to(ratio, shape)},
+        row_mask=jnp.broadcast_to(trained, shape) if options.vote_train else None,
+    )
