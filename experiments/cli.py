@@ -15,7 +15,15 @@ import jax
 import tyro
 from rich.markup import escape
 
-from experiments.presets import NEED_A_POLICY, PRESETS, PURPOSES
+from experiments.presets import (
+    METHOD_PURPOSES,
+    METHODS,
+    NEED_A_POLICY,
+    PRESETS,
+    PURPOSES,
+    find_preset,
+    preset_names,
+)
 from rpt_jax.config import Config
 from rpt_jax.config.schema import MOVES, flag_of, from_json, help_texts, take_fields, walk
 from rpt_jax.data.templates import with_prompt_texts
@@ -57,13 +65,13 @@ def parse_config(argv: list[str], *, default_preset: str | None = None, trains: 
             del flags[i : i + (2 if flag == "--preset" else 1)]
             break
     if {"-h", "--help", "--help-all"} & set(flags):
-        print_help(flags, PRESETS.get(preset, Config()))
-    elif preset not in PRESETS:
+        print_help(flags, (find_preset(preset) or ("", Config()))[1])
+    found = find_preset(preset)
+    if found is None:
         received = f"--preset {preset}" if preset else "no --preset"
-        raise ConfigError(
-            f"{received}; it must be one of {', '.join(PRESETS)}.{_did_you_mean(preset, PRESETS)} Choose one."
-        )
-    base = PRESETS.get(preset, Config())
+        meant = _did_you_mean(preset, [*PRESETS, *METHODS])
+        raise ConfigError(f"{received}; it must be {preset_names()}.{meant} Choose one.")
+    base_name, base = found
     config = _with_flags(base, flags)
     directory = config.run.directory or f"runs/{preset}"
     saved = Path(directory) / "config.json"
@@ -73,11 +81,11 @@ def parse_config(argv: list[str], *, default_preset: str | None = None, trains: 
         config = _with_flags(take_fields(base, before, notes), flags)
     if config.reward.function and not any(flag.startswith("--reward.terms") for flag in flags):
         config = replace(config, reward=replace(config.reward, terms=("custom",)))
-    if trains and preset in NEED_A_POLICY and not (config.policy.path or saved.exists()):
+    if trains and base_name in NEED_A_POLICY and not (config.policy.path or saved.exists()):
         raise ConfigError(
             f"--preset {preset} has no policy.path; it trains a pretrained policy, and a random one would never earn a "
             "reward. Set --policy.path to a model or run directory (experiments.fetch_smollm2 writes a small one)"
-            + (", or use --preset tiny_text, which trains its own." if preset == "text" else ".")
+            + (", or use --preset tiny_text, which trains its own." if base_name == "text" else ".")
         )
     return _ready(replace(config, run=replace(config.run, directory=directory)), runs_here=not dry_run), dry_run
 
@@ -116,6 +124,9 @@ def print_help(flags: list[str], config: Config) -> None:
     print(sys.modules["__main__"].__doc__)
     print("--preset:")
     for name, purpose in PURPOSES.items():
+        print(f"    {name:<18}{purpose}")
+    print("--preset PRESET+METHOD, or METHOD alone for text+METHOD:")
+    for name, purpose in METHOD_PURPOSES.items():
         print(f"    {name:<18}{purpose}")
     print("--dry-run: print the resolved run and exit\n")
     if "--help-all" in flags:

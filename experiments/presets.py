@@ -225,8 +225,45 @@ PURPOSES = {
     "rpt_qwen3_1_7b": "the paper's batch with Qwen3-1.7B on 16 TPU v6e chips",
     "rpt_llama3_8b": "the paper's batch with Llama-3.1-8B on 32 TPU v5p chips",
 }
+# Methods change the reward and loss of a preset: `tiny_worked+verifree`; a method alone stands for text+METHOD. Values
+# are those of the authors' runs, as far as they concern the method (docs/rewards.md).
+METHODS: dict[str, dict[str, Any]] = {
+    "information_gain": {
+        "reward.terms": ("information_gain",), "loss.advantage": "rloo", "loss.aggregation": "seq_mean",
+        "companion.decay": 0.999,
+    },
+    "nover": {"reward.terms": ("nover",), "loss.advantage": "grpo", "loss.aggregation": "seq_mean"},
+    "verifree": {"reward.terms": ("verifree",), "loss.advantage": "rloo", "loss.aggregation": "constant"},
+    "rlpr": {
+        "reward.terms": ("0.9*rlpr", "0.1*format"), "loss.advantage": "grpo", "loss.aggregation": "token_mean",
+        "loss.clip_eps_high": 0.27,
+    },
+    "ttrl": {"reward.terms": ("ttrl",), "loss.advantage": "grpo", "loss.aggregation": "token_mean"},
+}  # fmt: skip
+METHOD_PURPOSES = {
+    "information_gain": "what a thought adds to the text's log-likelihood (RLP)",
+    "nover": "perplexity of the reference after the thought, ranked in the group",
+    "verifree": "probability of the reference after the thought, whose gradient is exact",
+    "rlpr": "mean token probability of the reference, against that without a thought",
+    "ttrl": "the group's majority, without any truth",
+}
 # Presets whose policy must be pretrained.
 NEED_A_POLICY = ("text", "questions", "rpt_qwen2_5_14b", "rpt_qwen3_1_7b", "rpt_llama3_8b")
+
+
+def find_preset(name: str | None) -> tuple[str, Config] | None:
+    """Return (name of the base, config) of PRESET, PRESET+METHOD or METHOD; None: there is no such preset."""
+    base, _, method = (name or "").partition("+")
+    if base in METHODS and not method:
+        base, method = "text", base
+    if base not in PRESETS or (method and method not in METHODS):
+        return None
+    return base, with_values(PRESETS[base], METHODS[method]) if method else PRESETS[base]
+
+
+def preset_names() -> str:
+    """Return what a preset may be, in words."""
+    return f"one of {', '.join(PRESETS)}, with +METHOD or not, or a method: {', '.join(METHODS)}"
 
 
 def preset(name: str, values: Mapping[str, Any] = MappingProxyType({})) -> Config:
@@ -238,9 +275,10 @@ def preset(name: str, values: Mapping[str, Any] = MappingProxyType({})) -> Confi
     Raises:
         ConfigError: an unknown preset or setting, or an invalid value.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"preset {name!r}; it must be one of {', '.join(PRESETS)}. Choose one.")
-    config = with_values(PRESETS[name], values)
+    found = find_preset(name)
+    if found is None:
+        raise ConfigError(f"preset {name!r}; it must be {preset_names()}. Choose one.")
+    config = with_values(found[1], values)
     if not config.run.directory:
         config = replace(config, run=replace(config.run, directory=f"runs/{name}"))
     config.validate()

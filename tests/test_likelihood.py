@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_system import corpus, tiny_run  # noqa: F401  (a fixture)
 
+from experiments.presets import METHODS, find_preset
+from rpt_jax import session
 from rpt_jax.config import Config, LikelihoodConfig, LossConfig, RewardConfig
 from rpt_jax.errors import ConfigError
 from rpt_jax.rewards import likelihood
@@ -320,3 +323,24 @@ def test_settings_that_contradict_the_method_are_refused(reward, loss, message):
     config = Config(reward=RewardConfig(**reward), loss=LossConfig(**loss))
     with pytest.raises(ConfigError, match=message):
         check_rewards(config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_runs_on_the_quickstarts_puzzles(method, corpus, tmp_path):  # noqa: F811
+    """Two steps through sampling, scoring and update; the reward and the reference's term are logged and finite."""
+    config = find_preset(f"tiny_worked+{method}")[1]
+    small = tiny_run(corpus, tmp_path / "run")
+    config = dataclasses.replace(
+        small, reward=config.reward, loss=config.loss, companion=config.companion,
+        run=dataclasses.replace(small.run, num_steps=2, control=False),
+        eval=dataclasses.replace(small.eval, every_steps=2, num_samples=2),
+    )  # fmt: skip
+    session.run(config)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if r["stage"] == "rpt"]
+    assert len(steps) == 2 and not any(r["skipped"] for r in steps)
+    assert all(np.isfinite(r["reward"]) and np.isfinite(r["loss"]) for r in steps)
+    # Tokens that were not sampled are no mismatch.
+    assert all(r["sampler_mismatch_max"] < 1e-3 for r in steps if r["rows_left_out_fraction"] < 1)
+    if method == "verifree":
+        assert all(r["completion_loss"] > 0 for r in steps)

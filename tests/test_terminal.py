@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from experiments.cli import parse_config
-from experiments.presets import NEED_A_POLICY, PRESETS, PURPOSES
+from experiments.presets import METHOD_PURPOSES, METHODS, NEED_A_POLICY, PRESETS, PURPOSES
 from rpt_jax.config import Config, PolicyConfig
 from rpt_jax.errors import ConfigError
 from rpt_jax.parallel.interruption import watching
@@ -71,6 +71,7 @@ def test_typing_errors_get_a_suggestion(flags, meant):
 
 
 def test_every_preset_says_what_it_is_for(capsys):
+    assert list(METHOD_PURPOSES) == list(METHODS)
     assert list(PURPOSES) == list(PRESETS) and set(NEED_A_POLICY) < set(PRESETS)
     with pytest.raises(SystemExit):
         parse_config(["--preset", "text", "--help"])

@@ -295,7 +295,7 @@ class LikelihoodConfig:
     """What the reward `likelihood` is of the reference's token probabilities; see rewards/likelihood.py."""
     reference_term: Literal["none", "one", "reward", "advantage", "jepo"] = "none"
     """Weight with which `likelihood` also learns the reference behind the thought: 0, 1, its reward, or its advantage
-    (leave-one-out). jepo: its share of the group's likelihood, with the advantages of that bound. verifree always learns
+    (leave-one-out). jepo: its share of the group's likelihood, with that bound's advantages. verifree always learns
     it, with its reward."""
     nover_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Weights of format, rank and efficiency in nover."""
