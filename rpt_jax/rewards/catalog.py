@@ -29,8 +29,8 @@ class Row:
     options: bool = False
     judge: str | None = None
     """package.module:function that runs on the host; "" stands for reward.function."""
-    requests: Callable[[RewardConfig, str], tuple[Request, ...]] = lambda options, kind: ()
-    """(settings of the reward, kind of tasks) -> scoring passes."""
+    requests: tuple[Request, ...] | Callable[[RewardConfig, str], tuple[Request, ...]] = ()
+    """Scoring passes, or a function of the reward's settings and the kind of tasks that returns them."""
     learns: bool = False
     """The update may learn the reference of its first request."""
     shapes: bool = False
@@ -39,22 +39,19 @@ class Row:
     """Kinds of tasks that it supports."""
 
 
-def _direct_prediction(options: RewardConfig, kind: str) -> tuple[Request, ...]:
-    return (DIRECT_PREDICTION,)
-
-
 _TEXT, _QUESTIONS = ("documents",), ("questions",)
 _ON_TEXT = "rpt_jax.rewards.text:judge_"
 CATALOG = {
     "prefix": Row(fn=prefix, tasks=_TEXT),
     "first_token": Row(fn=first_token, tasks=_TEXT),
-    "dense": Row(fn=dense, requests=_direct_prediction, tasks=_TEXT),
-    "conditional_dense": Row(fn=conditional_dense, requests=_direct_prediction, tasks=_TEXT),
+    "dense": Row(fn=dense, requests=(DIRECT_PREDICTION,), tasks=_TEXT),
+    "conditional_dense": Row(fn=conditional_dense, requests=(DIRECT_PREDICTION,), tasks=_TEXT),
     "random": Row(fn=controls.random, tasks=_TEXT),
     "shuffled_targets": Row(fn=controls.shuffled_targets, tasks=_TEXT),
     "math": Row(judge="rpt_jax.rewards.math_judge:math", tasks=_QUESTIONS),
     "choice": Row(judge="rpt_jax.rewards.judges:choice", tasks=_QUESTIONS),
     "exact": Row(judge="rpt_jax.rewards.judges:exact", tasks=_QUESTIONS),
+    "code": Row(judge="rpt_jax.rewards.code_judge:code", tasks=_QUESTIONS),
     "custom": Row(judge=""),
     # Nothing verifies: likelihood of the reference, votes.
     "likelihood": Row(fn=likelihood.likelihood, options=True, requests=likelihood.after_thought, learns=True),
@@ -104,7 +101,7 @@ def make_reward(
     rewards = []
     for term in terms:
         row = _row(term.name)
-        requests = row.requests(config, kind)
+        requests = _requests(row, config, kind)
         if row.judge is None:
             fn = partial(_configured(row.fn), options=config) if row.options else _compiled(row.fn)
             learned = requests[0] if row.learns and _learns(term.name, config) else None
@@ -126,6 +123,10 @@ def _configured(fn: Callable) -> Callable:
     return jax.jit(fn, static_argnames="options")
 
 
+def _requests(row: Row, config: RewardConfig, kind: str) -> tuple[Request, ...]:
+    return row.requests(config, kind) if callable(row.requests) else row.requests
+
+
 def _learns(name: str, config: RewardConfig) -> bool:
     return name == "verifree" or config.likelihood.reference_term != "none"
 
@@ -139,7 +140,7 @@ def _row(name: str) -> Row:
 def requested_policies(config: RewardConfig) -> set[str]:
     """Return the policies that the reward's scoring passes need: a subset of current, start, average."""
     terms = parse_terms(config.terms)
-    return {request.policy for term in terms for request in _row(term.name).requests(config, "documents")}
+    return {request.policy for term in terms for request in _requests(_row(term.name), config, "documents")}
 
 
 def check_rewards(config: Config) -> None:
