@@ -11,7 +11,8 @@ from experiments import fetch_smollm2
 from experiments.presets import PRESETS
 from experiments.recipes import smollm2_rpt
 from experiments.recipes.corpora import gsm8k_document, write_gsm8k, write_python_docs
-from experiments.studies import does_the_thought_matter, is_it_the_reward
+from experiments.studies import does_the_thought_matter, is_it_the_reward, without_a_verifier
+from rpt_jax.config.schema import with_values
 from rpt_jax.data.readers import read_texts
 from rpt_jax.errors import CheckpointError, ConfigError, DataError
 from rpt_jax.train import pipeline
@@ -149,3 +150,27 @@ def test_the_study_of_thoughts_keeps_what_it_has(arms, tmp_path, capsys):
     written = out.stat().st_mtime_ns
     does_the_thought_matter.main(command)
     assert out.stat().st_mtime_ns == written and capsys.readouterr().out == first
+
+
+def test_the_study_without_a_verifier_reads_its_arms(tmp_path):
+    """Accuracy .5, .7, .9 at 0, 10, 30 FLOPs: .8 is reached half-way between 10 and 30."""
+
+    def figures(value):
+        return {"value": value, "standard_error": 0.01, "n": 100}
+
+    def of(values):
+        curve = [
+            {"all": {metric: figures(v) for _, metric in without_a_verifier.COLUMNS}} for v in values
+        ]  # fmt: skip
+        return {"flops": [0.0, 10.0, 30.0], "curve": curve, "before": curve[0], "after": curve[-1]}
+
+    assert without_a_verifier.flops_to(0.8, of([0.5, 0.7, 0.9]), "all") == pytest.approx(20)
+    assert without_a_verifier.flops_to(0.8, of([0.5, 0.6, 0.7]), "all") is None
+    found = {"0": {"prefix": of([0.5, 0.7, 0.9]), "ttrl": of([0.5, 0.6, 0.7])}}
+    rows = without_a_verifier.table(found, "all").splitlines()
+    assert [row.split()[1] for row in rows if row[1] == " "] == ["all", "start", "prefix", "ttrl"]
+    assert rows[3].endswith("| 20 |") and rows[4].endswith("| – |")
+    without_a_verifier.plot(found, ["all"]).savefig(tmp_path / "arms.png")
+    # Its arms are settings that exist, with the methods' losses.
+    for changes in without_a_verifier.ARMS.values():
+        with_values(PRESETS["tiny_worked"], changes).validate()

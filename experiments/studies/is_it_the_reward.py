@@ -20,9 +20,10 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from experiments import quickstart
 from experiments.cli import parse_config, run_script
@@ -30,6 +31,7 @@ from experiments.rejection_sample import sample_accepted
 from rpt_jax.analysis.reports.figures import subplots
 from rpt_jax.analysis.reports.run import series
 from rpt_jax.config import Config
+from rpt_jax.config.schema import with_values
 from rpt_jax.data.examples import read_examples
 from rpt_jax.errors import ConfigError
 from rpt_jax.session import run as run_and_report
@@ -72,12 +74,20 @@ def shared_start(config: Config, directory: Path) -> Config:
     )
 
 
-def run_rl_arm(config: Config, directory: Path, arm: str) -> dict:
-    """Run one RL arm and return its curve and final figures."""
+def run_rl_arm(config: Config, directory: Path, arm: str, changes: Mapping[str, Any] | None = None) -> dict:
+    """Run one RL arm and return its curve and final figures.
+
+    Args:
+        config: of RL arms, from `shared_start`.
+        directory: of the seed.
+        arm: name of its directory.
+        changes: settings of the arm, by path; None: the reward is the arm's name.
+    """
     path = directory / arm
     if not (path / FINISHED).exists():
         run = replace(config.run, directory=str(path), control=False)
-        run_and_report(replace(config, run=run, reward=replace(config.reward, terms=(arm,))))
+        changed = with_values(config, {"reward.terms": (arm,)} if changes is None else changes)
+        run_and_report(replace(changed, run=run))
     evaluations = [r for r in read_records(path) if r["stage"] == "evaluation"]
     seconds = read_seconds(path, "rpt")
     return {
