@@ -236,7 +236,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "verifree": {"reward.terms": ("verifree",), "loss.advantage": "rloo", "loss.aggregation": "constant"},
     "rlpr": {
         "reward.terms": ("0.9*rlpr", "0.1*format"), "loss.advantage": "grpo", "loss.aggregation": "token_mean",
-        "loss.clip_eps_high": 0.27,
+        "loss.clip_eps_high": 0.27, "reward.deviation_filter": 0.5,
     },
     "ttrl": {"reward.terms": ("ttrl",), "loss.advantage": "grpo", "loss.aggregation": "token_mean"},
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from rpt_jax.rewards import likelihood, shaping, vote
 from rpt_jax.rl import advantages
+from rpt_jax.rl.deviation_filter import DeviationFilter, _kept
 
 ENTRIES = {e["name"]: e["cases"] for e in json.loads((Path(__file__).parent / "golden" / "vectors.json").read_text())}
 
@@ -104,6 +106,28 @@ def rloo(rewards, group_size):
     return {"advantages": advantages.rloo(f32(rewards).reshape(1, -1, group_size)).reshape(-1)}
 
 
+def deviation_bounds(mean_std_per_step, ema_ratio, beta, ema_start_step, filter_start_step):
+    assert (ema_start_step, filter_start_step) == (6, 11)
+    bounds, found = DeviationFilter(beta, decay=ema_ratio), []
+    for deviation in mean_std_per_step:
+        found.append(bounds.bound)
+        bounds.observe(deviation)
+    return {"lower_bound_per_step": found}
+
+
+def deviation_filter(group_std, lower_bound, group_size):
+    # Two rewards that are apart by twice the deviation, in one group each. A NaN reward leaves its group out.
+    deviations = np.array([float(x) for x in group_std], np.float32)
+    rewards = jnp.asarray(np.stack([deviations, -deviations], -1))[None]
+    mask = jnp.ones(rewards.shape[:2], bool)
+    experience = SimpleNamespace(
+        earned=SimpleNamespace(rewards=rewards), group_mask=mask,
+        tasks=SimpleNamespace(prompts=SimpleNamespace(prompt_mask=mask)),
+    )  # fmt: skip
+    kept, _ = _kept.__wrapped__(experience, lower_bound)
+    return {"keep": kept[0]}
+
+
 def majority_vote(answers, scores):
     votes = ttrl(answers, None)["rewards"]
     return {"majority": answers[int(np.argmax(votes))]}
@@ -126,6 +150,8 @@ FUNCTIONS = {
     "rlpr.shaped_reward": (rlpr_shaped, 2**-7),
     "rlpr.format_reward": (rlpr_format, 0),
     "rlpr.repetition_penalty": (rlpr_repetition, 0),
+    "rlpr.std_filter": (deviation_filter, 0),
+    "rlpr.std_threshold_schedule": (deviation_bounds, 1e-6),
     "ttrl.majority_reward": (ttrl, 1e-6),
     "kimi.length_reward": (kimi, 1e-6),
     "open_r1.cosine_reward": (cosine, 1e-6),
@@ -153,6 +179,7 @@ LEFT_OUT = {
         "adv_std_scaled",
     ): "the sample deviation; ours is the population's",
     ("vote.weighted_and_majority", "weighted"): "a vote weighted by a reward model",
+    ("rlpr.std_filter", "filter_rate"): "follows from keep, except that NaN is not counted there",
 }
 # Shapings of RLPR that no released run uses.
 UNUSED_SHAPINGS = ("sigmoid", "leaky", "comp_")
@@ -184,8 +211,5 @@ def test_official_numbers(name):
 def test_every_reward_of_the_file_is_compared():
     mine = ("nover.", "rlpr.", "ttrl.", "kimi.length", "open_r1.", "dapo.", "trl.", "vote.", "verifree.", "language")
     here = {name for name in ENTRIES if name.startswith(mine)} - FUNCTIONS.keys()
-    # Elsewhere: the loss in test_likelihood.py. Not ours: RLPR's filter by a moving mean and its sample deviation.
-    assert here == {
-        "verifree.loss_and_gradients", LANGUAGE, "rlpr.grpo_advantage", "rlpr.std_filter",
-        "rlpr.std_threshold_schedule",
-    }  # fmt: skip
+    # The loss is in test_likelihood.py. RLPR's advantage divides by the sample deviation, ours by the population's.
+    assert here == {"verifree.loss_and_gradients", LANGUAGE, "rlpr.grpo_advantage"}

@@ -342,6 +342,8 @@ class RewardConfig:
     """Accept only a box after the last </think>."""
     unescape_newline: bool = False
     """If the prediction fails as written, also try it with backslash-n read as a newline."""
+    deviation_filter: float = setting(0.0, at_least=0.0)
+    """From step 11 on, leave out groups whose deviation is below this share of its moving mean (RLPR). 0: none."""
     vote_train: int = setting(0, at_least=0)
     """With ttrl: all rollouts of a group vote, and the first N are trained on. 0: all."""
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)

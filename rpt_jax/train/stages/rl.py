@@ -10,6 +10,7 @@ from rpt_jax.data.batches import TrainIterator
 from rpt_jax.models.lora import join
 from rpt_jax.parallel.mesh import local_trunks, shard_batch
 from rpt_jax.rewards.catalog import requested_policies
+from rpt_jax.rl.deviation_filter import DeviationFilter
 from rpt_jax.rl.dynamic_sampling import collect
 from rpt_jax.rl.trainer import Trainer
 from rpt_jax.rollout.completions import completion_columns
@@ -38,12 +39,14 @@ class ReinforcementLearning:
         trainer: samples, rewards and updates.
         tasks: batches to train on.
         directory: where sampled completions are written.
+        deviation_filter: leaves groups out of updates; None: none.
         name, also_records, log_every_steps: see `training.Training`.
     """
 
     trainer: Trainer
     tasks: TrainIterator
     directory: RunDirectory
+    deviation_filter: DeviationFilter | None = None
     name: str = NAME
     also_records: tuple[str, ...] = ("evaluation",)
     log_every_steps: int = 1
@@ -60,6 +63,8 @@ class ReinforcementLearning:
         )
         for rollouts in spent:
             tasks.observe(rollouts.tasks.references, rollouts.earned.rewards)
+        if self.deviation_filter:
+            experience = self.deviation_filter.apply(experience)
         state, updates = trainer.learn(state, experience)
         state = follow(state, trainer.config.companion)
         num_params = num_parameters(trainer.policy(state))
@@ -91,12 +96,15 @@ class ReinforcementLearning:
         return Outcome(flops=flops, record=record)
 
     def get_cursor(self) -> dict:
-        """Return the state of the task iterator."""
-        return self.tasks.get_state()
+        """Return the state of the task iterator and of the filter."""
+        cursor = self.tasks.get_state()
+        return cursor | {"deviations": self.deviation_filter.get_state()} if self.deviation_filter else cursor
 
     def set_cursor(self, cursor: dict) -> None:
-        """Set the state of the task iterator."""
-        self.tasks.set_state(cursor)
+        """Set the state of the task iterator and of the filter."""
+        if self.deviation_filter:
+            self.deviation_filter.set_state(cursor["deviations"])
+        self.tasks.set_state({name: value for name, value in cursor.items() if name != "deviations"})
 
 
 @jax.jit
@@ -159,7 +167,12 @@ def run_rl(run: Run, params, tasks: Tasks, evaluations: Evaluations, *, stop_at_
 
     with run.checkpoints(NAME) as checkpoints:
         _, flops = fit(
-            ReinforcementLearning(trainer=trainer, tasks=iterator, directory=run.directory),
+            ReinforcementLearning(
+                trainer=trainer,
+                tasks=iterator,
+                directory=run.directory,
+                deviation_filter=DeviationFilter(beta) if (beta := config.reward.deviation_filter) else None,
+            ),  # fmt: skip
             state,
             run.directory,
             checkpoints,
