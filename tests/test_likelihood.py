@@ -19,6 +19,7 @@ from rpt_jax.errors import ConfigError
 from rpt_jax.rewards import likelihood
 from rpt_jax.rewards.answer import Predictions
 from rpt_jax.rewards.catalog import check_rewards
+from rpt_jax.rl.deviation_filter import DeviationFilter
 from rpt_jax.rl.objective import _terms
 from rpt_jax.rl.rows import policy_rows
 from rpt_jax.scoring.requests import Appended, Scores
@@ -304,6 +305,20 @@ def test_verifrees_loss_and_gradients(case):
         np.testing.assert_allclose(row[:n], of_thought, rtol=2e-5, atol=1e-7)
         np.testing.assert_allclose(row[n : n + len(of_answer)], of_answer, rtol=2e-5, atol=1e-7)
         assert not np.any(row[n + len(of_answer) :])
+
+
+def test_the_deviation_filter_goes_on_from_its_state():
+    whole, deviations = DeviationFilter(0.5), np.linspace(0.1, 0.4, 20)
+    for deviation in deviations:
+        whole.observe(deviation)
+    for stop in (3, 8, 10, 15):
+        first, second = DeviationFilter(0.5), DeviationFilter(0.5)
+        for deviation in deviations[:stop]:
+            first.observe(deviation)
+        second.set_state(json.loads(json.dumps(first.get_state())))
+        for deviation in deviations[stop:]:
+            second.observe(deviation)
+        assert second.bound == whole.bound > 0
 
 
 # --- Settings -----------------------------------------------------------------------------------------------------

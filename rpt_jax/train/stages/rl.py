@@ -161,18 +161,16 @@ def run_rl(run: Run, params, tasks: Tasks, evaluations: Evaluations, *, stop_at_
     diagnosis.of_tasks(diagnose_tasks(tasks, config, len(run.warm_examples)))
     trainer, state = make_trainer(run, params, tasks)
     compile_ahead(trainer, state, len(run.template.tail))
+    training = ReinforcementLearning(trainer=trainer, tasks=iterator, directory=run.directory)
+    if config.reward.deviation_filter:
+        training.deviation_filter = DeviationFilter(config.reward.deviation_filter)
 
     def at_boundary(step, state, flops):
         evaluations.at_step(step, join(trainer.frozen, state.params), flops)
 
     with run.checkpoints(NAME) as checkpoints:
         _, flops = fit(
-            ReinforcementLearning(
-                trainer=trainer,
-                tasks=iterator,
-                directory=run.directory,
-                deviation_filter=DeviationFilter(beta) if (beta := config.reward.deviation_filter) else None,
-            ),  # fmt: skip
+            training,
             state,
             run.directory,
             checkpoints,
