@@ -238,6 +238,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "reward.terms": ("0.9*rlpr", "0.1*format"), "loss.advantage": "grpo", "loss.aggregation": "token_mean",
         "loss.clip_eps_high": 0.27, "reward.deviation_filter": 0.5,
     },
+    "rubric": {
+        "reward.terms": ("rubric",), "questions.template": "none", "loss.advantage": "grpo",
+        "loss.aggregation": "token_mean",
+    },
     "ttrl": {"reward.terms": ("ttrl",), "loss.advantage": "grpo", "loss.aggregation": "token_mean"},
 }  # fmt: skip
 METHOD_PURPOSES = {
@@ -245,6 +249,7 @@ METHOD_PURPOSES = {
     "nover": "perplexity of the reference after the thought, ranked in the group",
     "verifree": "probability of the reference after the thought, whose gradient is exact",
     "rlpr": "mean token probability of the reference, against that without a thought",
+    "rubric": "how likely a text makes criteria; with questions: questions+rubric",
     "ttrl": "the group's majority, without any truth",
 }
 # Presets whose policy must be pretrained.

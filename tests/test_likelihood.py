@@ -340,7 +340,7 @@ def test_settings_that_contradict_the_method_are_refused(reward, loss, message):
         check_rewards(config)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "rubric"])
 def test_a_method_runs_on_the_quickstarts_puzzles(method, corpus, tmp_path):  # noqa: F811
     """Two steps through sampling, scoring and update; the reward and the reference's term are logged and finite."""
     config = find_preset(f"tiny_worked+{method}")[1]

@@ -248,6 +248,20 @@ def test_fine_tuning_on_questions(home, tmp_path, capsys):
     assert "graded by exact" in REPORTS["questions"](run).read_text()
 
 
+@pytest.mark.parametrize("method", ["verifree", "rubric"])
+def test_rewards_without_a_verifier_read_a_questions_answer(home, tmp_path, method):
+    """All tokens of the answer behind the thought, or of a rubric behind the text; both in (0, 1]."""
+    run = tmp_path / "run"
+    flags = question_flags(home, run)
+    train.main(["--preset", f"questions+{method}", *flags[2:]])
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if r["stage"] == "rpt"]
+    assert len(steps) == 2 and not any(r["skipped"] for r in steps)
+    # Nothing closes its thought in ten tokens of a random policy, so verifree pays nothing.
+    assert all(0 <= r["reward"] <= 1 and (r["reward"] > 0 or method == "verifree") for r in steps)
+    assert all(r["tokens_scored"] > 0 for r in steps)
+
+
 def test_a_failing_judge_stops_the_run(home, tmp_path):
     custom = ("--reward.function", "tests.judges_for_tests:only_when_tried")
     with pytest.raises(RewardError, match="LookupError: no answer to this on task"):

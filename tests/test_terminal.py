@@ -71,7 +71,7 @@ def test_typing_errors_get_a_suggestion(flags, meant):
 
 
 def test_every_preset_says_what_it_is_for(capsys):
-    assert list(METHOD_PURPOSES) == list(METHODS)
+    assert METHOD_PURPOSES.keys() == METHODS.keys()
     assert list(PURPOSES) == list(PRESETS) and set(NEED_A_POLICY) < set(PRESETS)
     with pytest.raises(SystemExit):
         parse_config(["--preset", "text", "--help"])

@@ -27,7 +27,7 @@ from rpt_jax.train.run_directory import read_json, write_atomically
 ARMS = {
     "prefix": {"reward.terms": ("prefix",)},
     "random": {"reward.terms": ("random",)},
-    **METHODS,
+    **{name: METHODS[name] for name in ("information_gain", "verifree", "rlpr", "nover", "ttrl")},
     "both": {"reward.terms": ("prefix", "0.1*information_gain")},
 }
 COLUMNS = (

@@ -60,6 +60,7 @@ CATALOG = {
     "rlpr": Row(fn=likelihood.rlpr, options=True, requests=likelihood.with_start_baseline),
     "nover": Row(fn=likelihood.nover, options=True, requests=likelihood.after_thought_of_average),
     "ttrl": Row(fn=vote.ttrl, options=True),
+    "rubric": Row(fn=likelihood.rubric, requests=likelihood.rubric_after_text, tasks=_QUESTIONS),
     # Shaping, next to a reward of the outcome.
     "format": Row(judge=f"{_ON_TEXT}format"),
     "format_nover": Row(judge=f"{_ON_TEXT}format_nover"),

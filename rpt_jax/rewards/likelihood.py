@@ -16,6 +16,7 @@ from rpt_jax.types import Earned, Evidence
 
 # Names of the scoring passes.
 _THOUGHT, _PROXY, _BASELINE, _AVERAGE = "after_thought", "after_thought_average", "baseline", "average_direct"
+_RUBRIC = "rubric"
 
 
 def measure(logprobs, mask, how: str):
@@ -132,6 +133,11 @@ def after_thought_of_average(options: RewardConfig, kind: str) -> tuple[Request,
     return (Request(name=_PROXY, policy="average", stub=BOX_OPEN, num_targets=_num_targets(options, kind)),)
 
 
+def rubric_after_text(options: RewardConfig, kind: str) -> tuple[Request, ...]:
+    """Request the rubric behind the whole text, of the policy's moving average."""
+    return (Request(name=_RUBRIC, policy="average", keep="completion", stub="\n\nCriteria: "),)
+
+
 def _without_thought(name: str, policy: str, options: RewardConfig, kind: str) -> Request:
     """Request the reference without a thought: after a text alone, or after a question and an empty thought."""
     count = _num_targets(options, kind)
@@ -225,6 +231,18 @@ def nover(evidence: Evidence, options: RewardConfig) -> Earned:
     paid_for_length = jnp.log(plain) - jnp.log(perplexity)
     metrics = {"rank": rank, "efficiency": efficiency, "valid": is_valid * 1.0, "paid_for_length": paid_for_length}
     return _earned(rewards, evidence, metrics=metrics, on_thought=False)
+
+
+def rubric(evidence: Evidence) -> Earned:
+    """Reward 1 / perplexity of a rubric behind everything that the policy wrote, in (0, 1].
+
+    The rubric is the question's accepted answer; the perplexity is that of the policy's moving average. A text that
+    meets criteria makes them likely. Source: the inverse incentive of NOVER, arXiv:2505.16022 §5, which has no
+    published code.
+    """
+    scores = evidence.scores[_RUBRIC]
+    rewards = _grouped(measure(scores.values, scores.mask, "geometric_mean"), evidence)
+    return _earned(rewards, evidence, on_thought=False)
 
 
 def _log(scores: Scores):
