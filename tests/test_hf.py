@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import struct
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,12 @@ from rpt_jax.errors import CheckpointError
 from rpt_jax.models import decoder
 from rpt_jax.models.hf import load_hf, save_hf
 from rpt_jax.parallel.mesh import make_mesh, shard_batch
+from rpt_jax.scoring.requests import Request, Scorer
+from rpt_jax.sequences import Task, build_tasks
+from rpt_jax.types import Rollouts
 
 CASES = list(torch_parity.CASES)
+AFTER_THOUGHT_WHOLE = Request(name="after_thought", stub="\\boxed{")
 PLAIN = "qwen3, head size not width / heads"
 
 
@@ -34,6 +40,34 @@ def test_logits_equal_pytorch(case, tmp_path):
     for logits in expected:
         np.testing.assert_allclose(got, logits, atol=1e-4, rtol=0)
         assert (got.argmax(-1) == logits.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("case", ["qwen2, seven heads on one, tied", "llama 3, scaled rope"])
+def test_scores_of_references_equal_pytorch(case, tmp_path):
+    """Trunk, tail, thought, stub and reference of each row are one sequence for PyTorch, with its own copy of each."""
+    torch_parity.write_checkpoint(tmp_path, case)
+    config, params = load_hf(tmp_path)
+    ids = torch_parity.token_ids()
+    cut, tail, thought, stub, reference = 30, 33, 50, 56, 60  # ends of the parts
+    tasks = [[Task(id=u, cut=cut, tokens=ids[u, stub:reference])] for u in range(2)]
+    trunks = list(zip(ids[:, :cut].astype(np.int32), tasks, strict=True))
+    batch = build_tasks(trunks, tail=[0] * 3, row_ids=np.zeros((2, 1, 1)), trunk_length=cut, num_tokens=4)
+    batch = replace(batch, prompts=replace(batch.prompts, tail_tokens=ids[:, None, cut:tail].astype(np.int32)))
+    rollouts = Rollouts(
+        tokens=jnp.asarray(ids[:, None, tail:thought], jnp.int32), mask=jnp.ones((2, 1, thought - tail), bool),
+        sampler_logprobs=None, truncated=jnp.zeros((2, 1), bool), num_rejected=None,
+    )  # fmt: skip
+    # The thought ends with its last token; the stub differs between the two sequences, so each has a scorer.
+    predictions = SimpleNamespace(think_end_tokens=jnp.full((2, 1), thought - tail))
+    expected = jax.nn.log_softmax(np.load(torch_parity.GOLDEN)[case])
+    for u in range(2):
+        own = ids[u, thought:stub].tolist()
+        tokenizer = SimpleNamespace(
+            encode_continuation=lambda text, own=own: own, bos_id=None, vocab_size=67, token_bytes=lambda i: b"x"
+        )
+        scores = Scorer(config, tokenizer, 0).score(AFTER_THOUGHT_WHOLE, params, batch, rollouts, predictions)
+        wanted = expected[u, np.arange(stub, reference) - 1, ids[u, stub:reference]]
+        np.testing.assert_allclose(np.asarray(scores.values)[u, 0], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16], ids=["float32", "bfloat16", "float16"])
