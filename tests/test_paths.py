@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from experiments import convert_hf, evaluate, filter_positions, rejection_sample, train, zero_shot
+from experiments.presets import METHODS
 from rpt_jax.analysis.reports import REPORTS
 from rpt_jax.config import DecoderConfig, MeshConfig
 from rpt_jax.data import positions as positions_lib
@@ -248,15 +249,20 @@ def test_fine_tuning_on_questions(home, tmp_path, capsys):
     assert "graded by exact" in REPORTS["questions"](run).read_text()
 
 
-@pytest.mark.parametrize("method", ["verifree", "rubric"])
+@pytest.mark.parametrize("method", ["verifree", "rubric", "self_evaluation"])
 def test_rewards_without_a_verifier_read_a_questions_answer(home, tmp_path, method):
     """All tokens of the answer behind the thought, or of a rubric behind the text; both in (0, 1]."""
     run = tmp_path / "run"
     flags = question_flags(home, run)
-    train.main(["--preset", f"questions+{method}", *flags[2:]])
+    if method in METHODS:
+        train.main(["--preset", f"questions+{method}", *flags[2:]])
+    else:
+        train.main([*flags, "--reward.terms", method])
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["stage"] == "rpt"]
     assert len(steps) == 2 and not any(r["skipped"] for r in steps)
+    if method == "self_evaluation":
+        assert all(0 < r["reward/self_evaluation/digit_probability"] < 1 for r in steps)
     # Nothing closes its thought in ten tokens of a random policy, so verifree pays nothing.
     assert all(0 <= r["reward"] <= 1 and (r["reward"] > 0 or method == "verifree") for r in steps)
     assert all(r["tokens_scored"] > 0 for r in steps)

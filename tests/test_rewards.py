@@ -19,11 +19,12 @@ from rpt_jax.rewards import controls
 from rpt_jax.rewards.answer import answer_tables, extract_predictions
 from rpt_jax.rewards.base import earn
 from rpt_jax.rewards.catalog import make_reward
+from rpt_jax.rewards.likelihood import self_evaluation
 from rpt_jax.rewards.prefix import DIRECT_PREDICTION, first_token_reward, prefix_match_reward
 from rpt_jax.scoring.requests import Request, Scorer, Scores
 from rpt_jax.scoring.vocabulary import longest_prefix_tokens, vocabulary_index
 from rpt_jax.sequences import Task, build_tasks
-from rpt_jax.types import Earned, Rollouts, TaskBatch
+from rpt_jax.types import Earned, Evidence, Rollouts, TaskBatch
 
 MODES = ("balanced", "tail", "balanced_then_tail")
 
@@ -490,6 +491,37 @@ def test_scores_by_whole_logits_of_each_row(tiny_config, tiny_params, view, keep
         assert not np.asarray(scores.values)[u, r, len(target) :].any()
     stems = 12 - 3 + 1 if view == "direct" else 12 + 2 * 2
     assert scores.tokens_run.tolist() == (run + stems).tolist()
+
+
+def test_choices_are_scored_in_one_place_by_whole_logits(tiny_config, tiny_params):
+    """The log-probability of each choice behind the completion and the stub, and a judge's expected score of them."""
+    batch, rollouts, predictions = scored_tasks(tiny_config)
+    digits = {str(d): [30 + d] for d in range(1, 6)}
+    tokenizer = SimpleNamespace(
+        encode_continuation=(MARKS | digits | {"12": [31, 32]}).__getitem__, bos_id=5,
+        vocab_size=tiny_config.vocab_size, token_bytes=lambda i: b"x",
+    )  # fmt: skip
+    scorer = Scorer(tiny_config, tokenizer, header_length=3)
+    request = Request(name="judge", keep="completion", stub="box", target="choices", choices=("1", "2", "3", "4", "5"))
+    scores = scorer.score(request, tiny_params, batch, rollouts, predictions)
+    earned = self_evaluation(
+        Evidence(
+            tasks=batch, rollouts=rollouts, predictions=predictions, unescaped=None, scores={"judge": scores}
+        )
+    )  # fmt: skip
+    for u, r in np.ndindex(2, 4):
+        m, size = r // 2, int(rollouts.mask[u, r].sum())
+        text = batch.prompts.trunk_tokens[u, : batch.prompts.cuts[u, m]].tolist()
+        thought = np.asarray(rollouts.tokens)[u, r].tolist()[: size - (not rollouts.truncated[u, r])]
+        is_closed = bool(predictions.think_end_tokens[u, r])
+        row = [*text, 1, 2, *thought, *MARKS["box" if is_closed else "</think>box"]]
+        logprobs = jax.nn.log_softmax(decoder.logits(tiny_config, tiny_params, np.array([row])))[0, -1]
+        np.testing.assert_allclose(scores.values[u, r], logprobs[31:36], atol=2e-5)
+        chances = np.exp(np.asarray(logprobs[31:36], float))
+        expected = chances @ [0, 0.25, 0.5, 0.75, 1] / chances.sum()
+        np.testing.assert_allclose(earned.rewards[u, m, r % 2], expected, atol=1e-5)
+    with pytest.raises(ConfigError, match="must be one token each"):
+        scorer.choice_ids(dataclasses.replace(request, choices=("1", "12")))
 
 
 def test_the_direct_view_has_no_thought():

@@ -297,6 +297,8 @@ class LikelihoodConfig:
     """Weight with which `likelihood` also learns the reference behind the thought: 0, 1, its reward, or its advantage
     (leave-one-out). jepo: its share of the group's likelihood, with that bound's advantages. verifree always learns
     it, with its reward."""
+    judge: Literal["start", "current", "average"] = "start"
+    """Policy that judges in self_evaluation: the one that RL started from, the one in training, or its average."""
     nover_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Weights of format, rank and efficiency in nover."""
     rlpr_shaping: str = "threshold_0"

@@ -60,6 +60,7 @@ CATALOG = {
     "rlpr": Row(fn=likelihood.rlpr, options=True, requests=likelihood.with_start_baseline),
     "nover": Row(fn=likelihood.nover, options=True, requests=likelihood.after_thought_of_average),
     "ttrl": Row(fn=vote.ttrl, options=True),
+    "self_evaluation": Row(fn=likelihood.self_evaluation, requests=likelihood.judgement, tasks=_QUESTIONS),
     "rubric": Row(fn=likelihood.rubric, requests=likelihood.rubric_after_text, tasks=_QUESTIONS),
     # Shaping, next to a reward of the outcome.
     "format": Row(judge=f"{_ON_TEXT}format"),
@@ -96,13 +97,16 @@ def make_reward(
         scorer: for rewards that need scoring passes.
         kind: of the tasks: documents or questions.
     Raises:
-        ConfigError: an unknown or malformed term, or a function that cannot be imported.
+        ConfigError: an unknown or malformed term, a function that cannot be imported, or choices of several tokens.
     """
     terms, read = parse_terms(config.terms), make_reader(config, tokenizer)
     rewards = []
     for term in terms:
         row = _row(term.name)
         requests = _requests(row, config, kind)
+        for request in requests:
+            if request.choices and scorer:
+                scorer.choice_ids(request)
         if row.judge is None:
             fn = partial(_configured(row.fn), options=config) if row.options else _compiled(row.fn)
             learned = requests[0] if row.learns and _learns(term.name, config) else None

@@ -16,7 +16,7 @@ from rpt_jax.types import Earned, Evidence
 
 # Names of the scoring passes.
 _THOUGHT, _PROXY, _BASELINE, _AVERAGE = "after_thought", "after_thought_average", "baseline", "average_direct"
-_RUBRIC = "rubric"
+_RUBRIC, _JUDGE = "rubric", "judge"
 
 
 def measure(logprobs, mask, how: str):
@@ -138,6 +138,16 @@ def rubric_after_text(options: RewardConfig, kind: str) -> tuple[Request, ...]:
     return (Request(name=_RUBRIC, policy="average", keep="completion", stub="\n\nCriteria: "),)
 
 
+def judgement(options: RewardConfig, kind: str) -> tuple[Request, ...]:
+    """Request a judge's probabilities of the digits behind the whole text."""
+    return (
+        Request(
+            name=_JUDGE, policy=options.likelihood.judge, keep="completion", stub="\n\nScore from 1 to 5: ",
+            target="choices", choices=("1", "2", "3", "4", "5"),
+        ),
+    )  # fmt: skip
+
+
 def _without_thought(name: str, policy: str, options: RewardConfig, kind: str) -> Request:
     """Request the reference without a thought: after a text alone, or after a question and an empty thought."""
     count = _num_targets(options, kind)
@@ -243,6 +253,21 @@ def rubric(evidence: Evidence) -> Earned:
     scores = evidence.scores[_RUBRIC]
     rewards = _grouped(measure(scores.values, scores.mask, "geometric_mean"), evidence)
     return _earned(rewards, evidence, on_thought=False)
+
+
+def self_evaluation(evidence: Evidence) -> Earned:
+    """Reward the score that a judge policy expects for the text, from its probabilities of 1 to 5; in [0, 1].
+
+    reward.likelihood.judge is the judge: the start policy stays as it is, the current one judges its own text. What to
+    judge by stands in the prompt. The probabilities are normalised over the digits; their sum is logged, because a
+    judge that would write something else judges nothing.
+    """
+    scores = evidence.scores[_JUDGE]
+    points = jnp.linspace(0.0, 1.0, scores.values.shape[-1])
+    expected = jnp.sum(jax.nn.softmax(scores.values, axis=-1) * points, axis=-1)
+    certainty = jnp.exp(jax.nn.logsumexp(scores.values, axis=-1))
+    metrics = {"digit_probability": _grouped(certainty, evidence)}
+    return _earned(_grouped(expected, evidence), evidence, metrics=metrics, on_thought=False)
 
 
 def _log(scores: Scores):

@@ -59,10 +59,7 @@ def answer_statistics(
 def _answer_statistics(config: DecoderConfig, params, rows, *, num_prompts: int, trunks_at_once: int) -> Answers:
     def of_some(some) -> Answers:
         sequences, first_nR, targets_nR = some
-        hidden_nRTD, _ = predicting_states(config, params, sequences)
-        hidden_nRD = jnp.take_along_axis(hidden_nRTD, first_nR[..., None, None], axis=2)[:, :, 0]
-        # One token per row, so [n, R, V] is small.
-        logprobs_nRV = jax.nn.log_softmax(without_unused(config, next_logits(params, hidden_nRD)))
+        logprobs_nRV = _next_logprobs(config, params, sequences, first_nR)
         n, R, V = logprobs_nRV.shape
         by_prompt = logprobs_nRV.reshape(n, num_prompts, R // num_prompts, V)
         mixture_nMV = jax.nn.logsumexp(by_prompt, axis=2) - jnp.log(R // num_prompts)
@@ -77,6 +74,32 @@ def _answer_statistics(config: DecoderConfig, params, rows, *, num_prompts: int,
         )
 
     return in_rounds(of_some, rows, trunks_at_once)
+
+
+def choice_logprobs(
+    config: DecoderConfig, params, sequences: Sequences, first_UR, ids_K: tuple[int, ...], *, trunks_at_once: int = 0
+):
+    """Return the log-probabilities of some tokens at one place of each row, f32 [U, R, K], nats, at temperature 1.
+
+    Arguments as in `answer_statistics`; ids_K are the tokens.
+    """
+    with on_mesh_of(params):
+        return _choice_logprobs(config, params, (sequences, first_UR), ids_K=ids_K, trunks_at_once=trunks_at_once)
+
+
+@partial(jax.jit, static_argnames=("config", "ids_K", "trunks_at_once"))
+def _choice_logprobs(config: DecoderConfig, params, rows, *, ids_K: tuple[int, ...], trunks_at_once: int):
+    def of_some(some):
+        return _next_logprobs(config, params, *some)[..., jnp.asarray(ids_K)]
+
+    return in_rounds(of_some, rows, trunks_at_once)
+
+
+def _next_logprobs(config: DecoderConfig, params, sequences: Sequences, first_nR):
+    """Return the distribution at one place of each row, f32 [n, R, V], nats. One token per row, so it is small."""
+    hidden_nRTD, _ = predicting_states(config, params, sequences)
+    hidden_nRD = jnp.take_along_axis(hidden_nRTD, first_nR[..., None, None], axis=2)[:, :, 0]
+    return jax.nn.log_softmax(without_unused(config, next_logits(params, hidden_nRD)))
 
 
 def _chosen(values_V, ids):

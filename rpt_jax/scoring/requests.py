@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.config import DecoderConfig
-from rpt_jax.scoring.answers import Answers, answer_statistics
+from rpt_jax.errors import ConfigError
+from rpt_jax.scoring.answers import Answers, answer_statistics, choice_logprobs
 from rpt_jax.scoring.logprobs import score
 from rpt_jax.scoring.vocabulary import longest_prefix_tokens, vocabulary_index
 from rpt_jax.sequences import append_targets, completions
@@ -39,8 +40,11 @@ class Request:
     it is replaced by its part of the mark."""
     stub: str = ""
     """Text before the target; an open thought is closed before it."""
-    target: Literal["reference", "prediction"] = "reference"
-    """reference: the task's tokens; prediction: the longest vocabulary entry that begins the prediction."""
+    target: Literal["reference", "prediction", "choices"] = "reference"
+    """reference: the task's tokens; prediction: the longest vocabulary entry that begins the prediction; choices: each
+    of `choices`, all in one place."""
+    choices: tuple[str, ...] = ()
+    """Texts of one token each."""
     num_targets: int = 0
     """Number of leading reference tokens to score. 0: all."""
 
@@ -115,10 +119,44 @@ class Scorer:
             tasks, rollouts: of one batch.
             predictions: `answer.Predictions` of the rollouts, [U, R, ...].
         """
+        if request.target == "choices":
+            return self._score_choices(request, params, tasks, rollouts, predictions)
         targets = self._targets(request, tasks, predictions)
         is_direct = request.view == "direct"
         kept = None if is_direct else self.kept(request, rollouts, predictions.think_end_tokens)
         return self._score(request, params, tasks.prompts, kept, targets)
+
+    def _score_choices(self, request: Request, params, tasks: TaskBatch, rollouts: Rollouts, predictions) -> Scores:
+        """Return the log-probability of each choice behind the stub, [U, R, K].
+
+        Raises:
+            ConfigError: a choice is not one token.
+        """
+        ids_K = self.choice_ids(request)
+        # A token in the choices' place; its value does not matter.
+        U, R = rollouts.tokens.shape[:2]
+        targets = jnp.full((U, R, 1), ids_K[0], jnp.int32), jnp.ones((U, R), jnp.int32)
+        kept, at_once = self.kept(request, rollouts, predictions.think_end_tokens), self._at_once(tasks.prompts)
+        prompts, sequences, first_UR = self._sequences(request, tasks.prompts, kept, *targets)
+        logprobs = choice_logprobs(self.config, params, sequences, first_UR, ids_K, trunks_at_once=at_once)
+        padded = jnp.zeros((U, R, sequences.branch_tokens.shape[-1]), jnp.float32)
+        counted = _gather(prompts, padded, first_UR, targets[1], num_targets=1)
+        mask = jnp.broadcast_to(counted.mask, logprobs.shape)
+        return Scores(values=jnp.where(mask, logprobs, 0.0), mask=mask, tokens_run=counted.tokens_run)
+
+    def choice_ids(self, request: Request) -> tuple[int, ...]:
+        """Return the token of each choice.
+
+        Raises:
+            ConfigError: a choice is not one token.
+        """
+        rows = [self.tokenizer.encode_continuation(text) for text in request.choices]
+        if any(len(ids) != 1 for ids in rows):
+            raise ConfigError(
+                f"the tokenizer spells {request.choices} as {[len(ids) for ids in rows]} tokens; a judge's scores must "
+                "be one token each. Use another tokenizer, or another reward than self_evaluation."
+            )
+        return tuple(ids[0] for ids in rows)
 
     def score_after(self, request: Request, params, tasks: TaskBatch, kept: Kept | None) -> Scores:
         """Score the references after thoughts made by hand; arguments as in `answers`."""
