@@ -10,7 +10,7 @@ import numpy as np
 from rpt_jax.analysis.reports.browser import completion_browser
 from rpt_jax.analysis.reports.figures import save_figures, subplots
 from rpt_jax.analysis.reports.headline import headline, training_summary
-from rpt_jax.analysis.scaling import fit_power_law
+from rpt_jax.analysis.scaling import MIN_POINTS, fit_power_law
 from rpt_jax.errors import CheckpointError, DataError
 from rpt_jax.train.run_directory import read_config, read_json, read_records, write_atomically
 
@@ -65,6 +65,9 @@ def collect_results(directory: Path) -> dict:
     for split in results["after"]:
         evaluated = zip(results["flops"], results["curve"], strict=True)
         points = [(flops, c[split]["sampled_prefix"]["value"]) for flops, c in evaluated if flops > 0]
+        if 0 < len(points) < MIN_POINTS:
+            results["scaling"][split] = {"refused": f"{len(points)} evaluations of RL; a fit needs {MIN_POINTS}"}
+            continue
         try:
             fit = fit_power_law(*zip(*points, strict=True)) if points else None
         except DataError as error:
@@ -274,6 +277,9 @@ def _control_text(results: dict) -> str:
 
 def _scaling_text(results: dict) -> str:
     fits = results["scaling"]
+    reasons = {fit.get("refused") for fit in fits.values()}
+    if len(reasons) == 1 and None not in reasons:
+        return f"<p>No fit: {html.escape(reasons.pop())}. Lower --eval.every-steps in a new run.</p>"
     items = []
     for split, fit in fits.items():
         if "refused" in fit:
@@ -292,6 +298,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto
 img { max-width: 100% }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
 td, th { border: 1px solid #d0d7de; padding: 3px 7px; text-align: right }
+td { white-space: nowrap }
 th { background: #f6f8fa }
 th:first-child { text-align: left }
 small { color: #656d76 }
@@ -315,6 +322,12 @@ pre { background: #f6f8fa; padding: 1em; overflow-x: auto; font-size: 12px }
 """
 
 
+def _begin_text(config: dict) -> str:
+    path, updates = config["policy"]["path"], config["supervised"]["num_steps"]
+    start = f"It starts from <code>{html.escape(path)}</code>. " if path else ""
+    return start + (f"A warm start of {updates} supervised updates was followed by" if updates else "It took")
+
+
 def _reward_text(reward: dict) -> str:
     if tuple(reward["terms"]) == ("prefix",):
         return (
@@ -333,6 +346,7 @@ def _page(directory: Path, results: dict, steps: list[dict], pictures: dict[str,
         data = base64.b64encode(pictures[name].read_bytes()).decode()
         return f"<img alt='{name}' src='data:image/png;base64,{data}'>"
 
+    num_tasks = f"{results['num_tasks']:,}" if results["num_tasks"] else "an unknown number of"
     explained = "".join(f"<dt>{s}</dt><dd>{_EXPLAIN[s]}</dd>" for s in results["after"] if s in _EXPLAIN)
     labels = [s for s in results["after"] if s not in _EXPLAIN]
     if labels:
@@ -342,11 +356,10 @@ def _page(directory: Path, results: dict, steps: list[dict], pictures: dict[str,
 <p class="lead">{" ".join(map(html.escape, headline(results, headline_split(results))))}</p>
 <h2>What was trained</h2>
 <p>A decoder with {config["model"]["num_layers"]} layers of width {config["model"]["width"]} was trained on
-{corpus["training"]["documents"]:,} documents ({corpus["training"]["tokens"]:,} tokens). A warm start of
-{config["supervised"]["num_steps"]} supervised updates was followed by {results["steps"][-1]} steps of reinforcement
-pre-training: at a selected position of a document, the model sees the text so far, writes a thought, and boxes its
-prediction of what comes next. {_reward_text(config["reward"])}
-There were {results["num_tasks"] or "an unknown number of"} positions to train on. {training_summary(steps)}
+{corpus["training"]["documents"]:,} documents ({corpus["training"]["tokens"]:,} tokens). {_begin_text(config)}
+{results["steps"][-1]} steps of reinforcement pre-training: at a selected position of a document, the model sees the text
+so far, writes a thought, and boxes its prediction of what comes next. {_reward_text(config["reward"])} There were
+{num_tasks} positions to train on. {training_summary(steps)}
 Each position was sampled
 {config["rollout"]["group_size"]} times, and training made the better samples more likely
 (advantage: {config["loss"]["advantage"]}). Accuracies are measured on {corpus["held-out"]["documents"]:,} documents
