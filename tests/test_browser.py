@@ -85,7 +85,11 @@ def test_what_does_not_fit_is_whole_positions_and_is_said(tmp_path):
 
 
 def test_a_run_without_completions_says_so(tmp_path):
-    assert completion_browser(tmp_path) == "<p>No completions were written.</p>"
+    assert completion_browser(tmp_path) == "<p>None are in <code>completions/</code>.</p>"
+    (tmp_path / "completions").mkdir()
+    old = pyarrow.table({"position_id": [1], "completion": ["a"], "reward": [0.0]})
+    pyarrow.parquet.write_table(old, tmp_path / "completions" / "step_000010.parquet")
+    assert "1 files of an earlier version" in completion_browser(tmp_path)
 
 
 # Sets controls and notes what the page shows.

@@ -41,16 +41,18 @@ def completion_browser(directory: Path, *, max_completions: int = MAX_COMPLETION
         max_completions: that the page holds.
         max_tokens: that the page holds.
     """
-    training, evaluation = [], []
+    training, evaluation, older = [], [], 0
     for path in sorted((directory / "completions").glob("*.parquet")):
         named = re.fullmatch(r"(step|evaluation)_(\d+)", path.stem)
         if not named or "completion_pieces" not in (known := pyarrow.parquet.read_schema(path).names):
-            continue  # of an earlier version, which kept no log-probabilities
+            older += 1  # of an earlier version, which kept no log-probabilities
+            continue
         table = pyarrow.parquet.read_table(path, columns=[name for name in _READ if name in known])
         stage, step = "training" if named[1] == "step" else "evaluation", int(named[2])
         (training if stage == "training" else evaluation).extend(_Row(stage, step, v) for v in table.to_pylist())
     if not (training or evaluation):
-        return "<p>No completions were written.</p>"
+        files = f"{older} files of an earlier version, which cannot be browsed, are in" if older else "None are in"
+        return f"<p>{files} <code>completions/</code>.</p>"
     both = 2 if training and evaluation else 1
     limits = max_completions // both, max_tokens // both
     kept = [row for rows in (evaluation, training) for row in _within(rows, *limits)]

@@ -357,8 +357,8 @@ def _page(directory: Path, results: dict, steps: list[dict], pictures: dict[str,
 <h2>What was trained</h2>
 <p>A decoder with {config["model"]["num_layers"]} layers of width {config["model"]["width"]} was trained on
 {corpus["training"]["documents"]:,} documents ({corpus["training"]["tokens"]:,} tokens). {_begin_text(config)}
-{results["steps"][-1]} steps of reinforcement pre-training: at a selected position of a document, the model sees the text
-so far, writes a thought, and boxes its prediction of what comes next. {_reward_text(config["reward"])} There were
+{results["steps"][-1]} steps of reinforcement pre-training: at a selected position of a document, the model sees the
+text so far, writes a thought, and boxes its prediction of what comes next. {_reward_text(config["reward"])} There were
 {num_tasks} positions to train on. {training_summary(steps)}
 Each position was sampled
 {config["rollout"]["group_size"]} times, and training made the better samples more likely
