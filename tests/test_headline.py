@@ -56,14 +56,18 @@ def test_without_a_control_nothing_is_claimed_about_training():
     assert "Without a control, this run cannot tell" in text
 
 
-@pytest.mark.parametrize("n", [1, 20])
+@pytest.mark.parametrize("n", [1, 9, 20])
 def test_few_positions(n):
-    error = 0.0 if n == 1 else 0.1
+    error = 0.0 if n < 10 else 0.1
     text = said(made(figures([0.0, error, n], [0.5, error, n]), figures([1.0, error, n], [0.5, error, n]),
                      figures([0.5, error, n], [0.5, error, n])))  # fmt: skip
     assert "fewer than 50 positions" in text
-    if n == 1:
-        assert "single position" in text and "rose" not in text and "ahead" not in text
+    if n < 10:
+        assert (
+            f"on {'a single position' if n == 1 else '9 positions'}" in text
+            and "rose" not in text
+            and "ahead" not in text
+        )
     else:
         assert "rose strongly" in text
 

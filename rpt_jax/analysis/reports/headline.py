@@ -10,6 +10,8 @@ from dataclasses import dataclass
 _CLEARLY, _FAR = 0.03, 0.15
 # Fewer positions than this make a figure that only large differences can be read from.
 _FEW = 50
+# From fewer than these nothing is read: ten figures that agree may have no error and still show little.
+_TOO_FEW = 10
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,8 @@ class Difference:
 
     @property
     def is_shown(self) -> bool:
-        """Return whether the figures show a difference: at least two errors, on ten positions or more."""
-        # Ten figures that agree may have no error and still show little.
-        return self.n >= 10 and abs(self.value) >= 2 * self.error and self.value != 0
+        """Return whether the figures show a difference, which is at least two errors."""
+        return self.n >= _TOO_FEW and abs(self.value) >= 2 * self.error and self.value != 0
 
     @property
     def size(self) -> str:
@@ -49,8 +50,8 @@ class Difference:
 
 def against(difference: Difference) -> str:
     """Return how one accuracy stands to another: "far behind (-0.171 ± 0.042)"."""
-    if difference.n < 2:
-        return "not comparable, on a single position"
+    if difference.n < _TOO_FEW:
+        return f"not comparable, on {_positions(difference.n)}"
     if not difference.is_shown:
         return f"not distinguishable from it ({difference})"
     return f"{difference.size} {'ahead' if difference.value > 0 else 'behind'} ({difference})"
@@ -58,12 +59,16 @@ def against(difference: Difference) -> str:
 
 def changed(difference: Difference) -> str:
     """Return how an accuracy changed: "rose clearly (+0.178 ± 0.030)"."""
-    if difference.n < 2:
-        return "was measured on a single position, which shows nothing"
+    if difference.n < _TOO_FEW:
+        return f"was measured on {_positions(difference.n)}, too few to show a change"
     if not difference.is_shown:
         return f"did not change beyond noise ({difference})"
     word = {"far": "strongly", "clearly": "clearly", "slightly": "slightly"}[difference.size]
     return f"{'rose' if difference.value > 0 else 'fell'} {word} ({difference})"
+
+
+def _positions(n: int) -> str:
+    return "a single position" if n == 1 else f"{n} positions"
 
 
 def headline(results: dict, hard: str) -> list[str]:
