@@ -51,7 +51,7 @@ class Difference:
 def against(difference: Difference) -> str:
     """Return how one accuracy stands to another: "far behind (-0.171 ± 0.042)"."""
     if difference.n < _TOO_FEW:
-        return f"not comparable, on {_positions(difference.n)}"
+        return f"not comparable, with n={difference.n}"
     if not difference.is_shown:
         return f"not distinguishable from it ({difference})"
     return f"{difference.size} {'ahead' if difference.value > 0 else 'behind'} ({difference})"
@@ -60,15 +60,11 @@ def against(difference: Difference) -> str:
 def changed(difference: Difference) -> str:
     """Return how an accuracy changed: "rose clearly (+0.178 ± 0.030)"."""
     if difference.n < _TOO_FEW:
-        return f"was measured on {_positions(difference.n)}, too few to show a change"
+        return f"was measured with n={difference.n}, too few to show a change"
     if not difference.is_shown:
         return f"did not change beyond noise ({difference})"
     word = {"far": "strongly", "clearly": "clearly", "slightly": "slightly"}[difference.size]
     return f"{'rose' if difference.value > 0 else 'fell'} {word} ({difference})"
-
-
-def _positions(n: int) -> str:
-    return "a single position" if n == 1 else f"{n} positions"
 
 
 def headline(results: dict, hard: str) -> list[str]:
