@@ -19,7 +19,7 @@ from rpt_jax.rewards import controls
 from rpt_jax.rewards.answer import answer_tables, extract_predictions
 from rpt_jax.rewards.base import earn
 from rpt_jax.rewards.catalog import make_reward
-from rpt_jax.rewards.likelihood import self_evaluation
+from rpt_jax.rewards.likelihood import coherence, self_evaluation
 from rpt_jax.rewards.prefix import DIRECT_PREDICTION, first_token_reward, prefix_match_reward
 from rpt_jax.scoring.requests import Request, Scorer, Scores
 from rpt_jax.scoring.vocabulary import longest_prefix_tokens, vocabulary_index
@@ -491,6 +491,28 @@ def test_scores_by_whole_logits_of_each_row(tiny_config, tiny_params, view, keep
         assert not np.asarray(scores.values)[u, r, len(target) :].any()
     stems = 12 - 3 + 1 if view == "direct" else 12 + 2 * 2
     assert scores.tokens_run.tolist() == (run + stems).tolist()
+
+
+def test_a_completion_is_scored_behind_its_prompt(tiny_config, tiny_params):
+    """By whole logits; `coherence` takes the thought's tokens alone: the first one, or all of an open thought."""
+    batch, rollouts, predictions = scored_tasks(tiny_config)
+    tokenizer = SimpleNamespace(bos_id=5, vocab_size=tiny_config.vocab_size, token_bytes=lambda i: b"x")
+    scorer = Scorer(tiny_config, tokenizer, header_length=3)
+    request = Request(name="own_tokens", policy="start", keep="nothing", target="completion")
+    scores = scorer.score(request, tiny_params, batch, rollouts, predictions)
+    made = Evidence(
+        tasks=batch, rollouts=rollouts, predictions=predictions, unescaped=None, scores={"own_tokens": scores}
+    )
+    earned = coherence(made)
+    for u, r in np.ndindex(2, 4):
+        m, size = r // 2, int(rollouts.mask[u, r].sum())
+        text = batch.prompts.trunk_tokens[u, : batch.prompts.cuts[u, m]].tolist()
+        own = np.asarray(rollouts.tokens)[u, r].tolist()[:size]
+        logits = decoder.logits(tiny_config, tiny_params, np.array([[*text, 1, 2, *own]]))[0]
+        expected = np.asarray(jax.nn.log_softmax(logits))[len(text) + 1 : -1][np.arange(size), own]
+        np.testing.assert_allclose(scores.values[u, r, :size], expected, atol=2e-5)
+        thought = 1 if predictions.think_end_tokens[u, r] else size
+        np.testing.assert_allclose(earned.rewards[u, m, r % 2], np.exp(expected[:thought].mean()), rtol=1e-4)
 
 
 def test_choices_are_scored_in_one_place_by_whole_logits(tiny_config, tiny_params):

@@ -72,6 +72,7 @@ CATALOG = {
     "language": Row(judge=f"{_ON_TEXT}language"),
     "repetition": Row(judge=f"{_ON_TEXT}repetition"),
     "repeated_window": Row(judge=f"{_ON_TEXT}repeated_window"),
+    "coherence": Row(fn=likelihood.coherence, requests=likelihood.own_tokens),
     "syntax": Row(judge=f"{_ON_TEXT}syntax"),
     "kimi_length": Row(fn=shaping.kimi_length_reward, shapes=True),
     "cosine_length": Row(fn=shaping.cosine_length_reward, options=True, shapes=True),

@@ -16,7 +16,7 @@ from rpt_jax.types import Earned, Evidence
 
 # Names of the scoring passes.
 _THOUGHT, _PROXY, _BASELINE, _AVERAGE = "after_thought", "after_thought_average", "baseline", "average_direct"
-_RUBRIC, _JUDGE = "rubric", "judge"
+_RUBRIC, _JUDGE, _OWN = "rubric", "judge", "own_tokens"
 
 
 def measure(logprobs, mask, how: str):
@@ -148,6 +148,11 @@ def judgement(options: RewardConfig, kind: str) -> tuple[Request, ...]:
     )  # fmt: skip
 
 
+def own_tokens(options: RewardConfig, kind: str) -> tuple[Request, ...]:
+    """Request the rollout's own tokens, of the policy that RL started from."""
+    return (Request(name=_OWN, policy="start", keep="nothing", target="completion"),)
+
+
 def _without_thought(name: str, policy: str, options: RewardConfig, kind: str) -> Request:
     """Request the reference without a thought: after a text alone, or after a question and an empty thought."""
     count = _num_targets(options, kind)
@@ -268,6 +273,17 @@ def self_evaluation(evidence: Evidence) -> Earned:
     certainty = jnp.exp(jax.nn.logsumexp(scores.values, axis=-1))
     metrics = {"digit_probability": _grouped(certainty, evidence)}
     return _earned(_grouped(expected, evidence), evidence, metrics=metrics, on_thought=False)
+
+
+def coherence(evidence: Evidence) -> Earned:
+    """Reward the geometric mean of the start policy's probabilities of the thought's tokens, each given those before.
+
+    A thought that the start policy would not write, such as a code of its own, earns little. Our definition.
+    """
+    scores = evidence.scores[_OWN]
+    thought = jnp.arange(scores.mask.shape[-1]) < _thought_tokens(evidence)[..., None]
+    rewards = measure(scores.values, scores.mask & thought, "geometric_mean")
+    return _earned(_grouped(rewards, evidence), evidence)
 
 
 def _log(scores: Scores):

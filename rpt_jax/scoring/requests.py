@@ -40,9 +40,9 @@ class Request:
     it is replaced by its part of the mark."""
     stub: str = ""
     """Text before the target; an open thought is closed before it."""
-    target: Literal["reference", "prediction", "choices"] = "reference"
+    target: Literal["reference", "prediction", "choices", "completion"] = "reference"
     """reference: the task's tokens; prediction: the longest vocabulary entry that begins the prediction; choices: each
-    of `choices`, all in one place."""
+    of `choices`, all in one place; completion: the rollout's own tokens, behind nothing but its prompt."""
     choices: tuple[str, ...] = ()
     """Texts of one token each."""
     num_targets: int = 0
@@ -121,6 +121,8 @@ class Scorer:
         """
         if request.target == "choices":
             return self._score_choices(request, params, tasks, rollouts, predictions)
+        if request.target == "completion":
+            return self._score(request, params, tasks.prompts, None, (rollouts.tokens, rollouts.mask.sum(-1)))
         targets = self._targets(request, tasks, predictions)
         is_direct = request.view == "direct"
         kept = None if is_direct else self.kept(request, rollouts, predictions.think_end_tokens)
@@ -201,6 +203,7 @@ class Scorer:
         if request.view == "direct":
             bos_id = self.tokenizer.bos_id
             prompts = _documents_alone(prompts, header_length=self.header_length, bos_id=bos_id)
+        if kept is None:
             mask, first_UR = jnp.arange(targets_URA.shape[-1]) < lengths_UR[..., None], jnp.zeros_like(lengths_UR)
             return prompts, _completions(prompts, targets_URA, mask), first_UR
         stubs = self._stubs(request.stub)
