@@ -69,7 +69,8 @@ def parse_config(argv: list[str], *, default_preset: str | None = None, trains: 
     found = find_preset(preset)
     if found is None:
         received = f"--preset {preset}" if preset else "no --preset"
-        meant = _did_you_mean(preset, [*PRESETS, *METHODS])
+        joined = [f"{base}+{method}" for base in PRESETS for method in METHODS]
+        meant = _did_you_mean(preset, [*PRESETS, *METHODS, *joined])
         raise ConfigError(f"{received}; it must be {preset_names()}.{meant} Choose one.")
     base_name, base = found
     config = _with_flags(base, flags)
@@ -80,6 +81,11 @@ def parse_config(argv: list[str], *, default_preset: str | None = None, trains: 
         before, notes = from_json(Config, json.dumps(read_json(saved)))
         config = _with_flags(take_fields(base, before, notes), flags)
     if config.reward.function and not any(flag.startswith("--reward.terms") for flag in flags):
+        if base.reward.terms != PRESETS[base_name].reward.terms:
+            raise ConfigError(
+                f"--preset {preset} with --reward.function; the method has its own reward. Set --reward.terms custom "
+                "for the method's loss with your reward, or leave out the method."
+            )
         config = replace(config, reward=replace(config.reward, terms=("custom",)))
     if trains and base_name in NEED_A_POLICY and not (config.policy.path or saved.exists()):
         raise ConfigError(
@@ -87,7 +93,8 @@ def parse_config(argv: list[str], *, default_preset: str | None = None, trains: 
             "reward. Set --policy.path to a model or run directory (experiments.fetch_smollm2 writes a small one)"
             + (", or use --preset tiny_text, which trains its own." if base_name == "text" else ".")
         )
-    return _ready(replace(config, run=replace(config.run, directory=directory)), runs_here=not dry_run), dry_run
+    config = replace(config, run=replace(config.run, directory=directory))
+    return _ready(config, before if saved.exists() else None, runs_here=not dry_run), dry_run
 
 
 def _with_flags(config: Config, flags: list[str]) -> Config:
@@ -98,15 +105,30 @@ def _with_flags(config: Config, flags: list[str]) -> Config:
         known = [flag_of(path) for path, _, _ in walk(config)]
         meant = [_did_you_mean(name, known) for name in sorted(names) if name.startswith("-")]
         raise ConfigError(
-            f"unknown argument(s) {' '.join(unknown)}; flags must be --section.field VALUE. --help-all lists all."
-            + "".join(moved or meant)
+            f"unknown argument(s) {' '.join(unknown)}; flags must be --section.field VALUE, and switches "
+            "--section.field or --section.no-field without a value. --help-all lists all." + "".join(moved or meant)
         )
     return config
 
 
+# Names of TRL's settings and what they are here.
+_TRL = {
+    "lr": "--optimizer.learning-rate", "learning-rate": "--optimizer.learning-rate", "beta": "--loss.kl-coef",
+    "num-generations": "--rollout.group-size", "max-completion-length": "--rollout.max-completion-tokens",
+    "max-prompt-length": "--data.trunk-length", "reward-funcs": "--reward.function", "max-steps": "--run.num-steps",
+    "output-dir": "--run.directory", "model-name-or-path": "--policy.path", "per-device-train-batch-size":
+    "--rollout.num-trunks", "epsilon": "--loss.clip-eps-low", "epsilon-high": "--loss.clip-eps-high",
+    "loss-type": "--loss.aggregation", "seed": "--run.seed", "top-p": "--rollout.top-p",
+}  # fmt: skip
+
+
 def _did_you_mean(word: str | None, known: Iterable[str]) -> str:
-    """Return a suggestion, or nothing: the most similar known word, also where a flag lacks its section."""
+    """Return a suggestion, or nothing: what TRL's name is here, or the most similar known word, also where a flag lacks
+    its section."""
     known = list(known)
+    name = (word or "").lstrip("-").rpartition(".")[2].replace("_", "-")
+    if _TRL.get(name) in known:
+        return f" Did you mean {_TRL[name]}?"
     same_field = [name for name in known if word and name.rpartition(".")[2] == word.lstrip("-").rpartition(".")[2]]
     found = same_field[:3] or difflib.get_close_matches(word or "", known, n=1, cutoff=0.6)
     return f" Did you mean {' or '.join(found)}?" if found else ""
@@ -143,7 +165,7 @@ def print_help(flags: list[str], config: Config) -> None:
     sys.exit(0)
 
 
-def _ready(config: Config, *, runs_here: bool = True) -> Config:
+def _ready(config: Config, before: Config | None = None, *, runs_here: bool = True) -> Config:
     is_alone = not (config.distributed.coordinator or config.distributed.join)
     try:
         config.validate()
@@ -153,7 +175,7 @@ def _ready(config: Config, *, runs_here: bool = True) -> Config:
             split_cpu(config.mesh, config.distributed)
             make_mesh(config.mesh)
         raise
-    config = with_prompt_texts(config)
+    config = with_prompt_texts(config, before)
     check_rewards(config)
     split_cpu(config.mesh, config.distributed)
     return config
@@ -172,6 +194,11 @@ def load_run(directory: Path, flags: list[str]) -> Config:
     path = directory / "config.json"
     if not path.exists():
         raise CheckpointError(f"--run {directory} contains no config.json; it must be a run directory. Check the path.")
+    if "model_type" in read_json(path):
+        raise CheckpointError(
+            f"--run {directory} is a model directory, not a run. Judge it with experiments.zero_shot --policy.path "
+            f"{directory}, or sample with experiments.sample --policy {directory}."
+        )
     config = _ready(_with_flags(read_config(directory), flags))
     return replace(config, run=replace(config.run, directory=str(directory)))
 

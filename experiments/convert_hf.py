@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
         policy = merge(frozen, state.params)
         source = read_generation_config(Path(config.policy.path)) if config.policy.path else {}
         stop_ids = config.rollout.stop_ids or (tokenizer.eos_id,)
-        generation = source | {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(stop_ids)}
+        bos_id = source.get("bos_token_id") if tokenizer.bos_id is None else tokenizer.bos_id
+        generation = source | {"bos_token_id": bos_id, "eos_token_id": list(stop_ids)}
         save_hf(args.out, config.model, policy, dtype=args.dtype, tokenizer=tokenizer, generation=generation)
         (args.out / "README.md").write_text(model_card(args.run, config, step, args.out.name))
     print(f"step {step} of {args.run} -> {args.out}")

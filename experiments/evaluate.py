@@ -16,6 +16,7 @@ from pathlib import Path
 from experiments.cli import load_run, run_script
 from experiments.zero_shot import table
 from rpt_jax.config import Config
+from rpt_jax.errors import ConfigError
 from rpt_jax.models.lora import join
 from rpt_jax.train.domains import cache_directory
 from rpt_jax.train.evaluation import Evaluations
@@ -41,12 +42,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--run", type=Path, required=True, help="run directory with an RL checkpoint")
     args, flags = parser.parse_known_args(argv)
     config = load_run(args.run, flags)
-    questions = config.questions
-    if questions.path and not read_config(args.run, say=False).questions.path:
+    questions, own = config.questions, read_config(args.run, say=False)
+    if own.questions.path and config.data.heldout_path != own.data.heldout_path:
+        raise ConfigError(
+            f"--data.heldout-path with --run {args.run}, which was trained on questions; other questions stand in "
+            "--questions.path. Use that flag."
+        )
+    if questions.path != own.questions.path:
         # All of these questions are to be judged, not the share that a training run would hold out.
+        is_given = questions.heldout_path != own.questions.heldout_path
         config = replace(
             config,
-            questions=replace(questions, heldout_path=questions.heldout_path or questions.path),
+            questions=replace(questions, heldout_path=questions.heldout_path if is_given else questions.path),
             rollout=replace(config.rollout, prompts_per_trunk=1),
         )
     with tempfile.TemporaryDirectory() as overlay:
@@ -57,6 +64,7 @@ def main(argv: list[str]) -> None:
         figures = evaluations.evaluate(join(frozen, state.params), thinking=True, final=True)["splits"]
     print(f"step {step}: value ± standard error")
     if run.domain.name == "questions":
+        print(f"{len(run.domain.held_out.questions)} questions of {config.questions.heldout_path or 'the run'}")
         print(table(figures))
         return
     print(f"{'split':<18}{'n':>6}" + "".join(f"{m:>22}" for m in METRICS))

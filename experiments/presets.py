@@ -225,8 +225,9 @@ PURPOSES = {
     "rpt_qwen3_1_7b": "the paper's batch with Qwen3-1.7B on 16 TPU v6e chips",
     "rpt_llama3_8b": "the paper's batch with Llama-3.1-8B on 32 TPU v5p chips",
 }
-# Methods change the reward and loss of a preset: `tiny_worked+verifree`; a method alone stands for text+METHOD. Values
-# are those of the authors' runs, as far as they concern the method (docs/rewards.md).
+# Methods change the reward and loss of a preset: `tiny_worked+verifree`; a method alone stands for text+METHOD. Reward,
+# advantage, aggregation and clipping are the authors'; learning rates, group sizes, lengths and the decay of NOVER's
+# average stay the preset's.
 METHODS: dict[str, dict[str, Any]] = {
     "information_gain": {
         "reward.terms": ("information_gain",), "loss.advantage": "rloo", "loss.aggregation": "seq_mean",
@@ -250,7 +251,7 @@ METHOD_PURPOSES = {
     "verifree": "probability of the reference after the thought, whose gradient is exact",
     "rlpr": "mean token probability of the reference, against that without a thought",
     "rubric": "how likely a text makes criteria; with questions: questions+rubric",
-    "ttrl": "the group's majority, without any truth",
+    "ttrl": "the group's majority; the truth only evaluates",
 }
 # Presets whose policy must be pretrained.
 NEED_A_POLICY = ("text", "questions", "rpt_qwen2_5_14b", "rpt_qwen3_1_7b", "rpt_llama3_8b")
@@ -258,10 +259,10 @@ NEED_A_POLICY = ("text", "questions", "rpt_qwen2_5_14b", "rpt_qwen3_1_7b", "rpt_
 
 def find_preset(name: str | None) -> tuple[str, Config] | None:
     """Return (name of the base, config) of PRESET, PRESET+METHOD or METHOD; None: there is no such preset."""
-    base, _, method = (name or "").partition("+")
-    if base in METHODS and not method:
-        base, method = "text", base
-    if base not in PRESETS or (method and method not in METHODS):
+    base, plus, method = (name or "").partition("+")
+    if base in METHODS and not plus:
+        base, plus, method = "text", "+", base
+    if base not in PRESETS or (plus and method not in METHODS):
         return None
     return base, with_values(PRESETS[base], METHODS[method]) if method else PRESETS[base]
 

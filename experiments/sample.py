@@ -4,7 +4,8 @@ python -m experiments.sample --policy runs/quickstart --prompt "The dial on the 
 python -m experiments.sample --policy runs/smollm2 --prompt "What is 2 + 3?" --chat [-n 4] [--temperature 0.7]
 
 --think: thoughts about the next token, their predictions, and the probabilities that they make, next to those without
-thinking. --chat: the prompt is a user's message. Otherwise, the prompt is continued.
+thinking; a run on questions is asked the prompt as in training. --chat: the prompt is a user's message, and nothing is
+added. Otherwise, the prompt is continued.
 """
 
 import argparse
@@ -46,6 +47,9 @@ def main(argv: list[str]) -> None:
     )
     for number, thought in enumerate(thinking.thoughts, start=1):
         print(f"thought {number}: {thought.text!r} -> {thought.prediction!r}")
+    if policy.config.questions.path:
+        print(f"answer after thinking: {_listed(thinking.probabilities)}")
+        return
     print(f"next token after thinking: {_listed(thinking.probabilities)}")
     print(f"next token directly:       {_listed(policy.next_token(args.prompt))}")
 

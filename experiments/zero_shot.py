@@ -17,6 +17,7 @@ from rpt_jax.data.questions import make_question_template, read_questions
 from rpt_jax.errors import ConfigError
 from rpt_jax.evals.questions import QuestionEvaluator, category_splits
 from rpt_jax.rewards.catalog import make_reward
+from rpt_jax.scoring.requests import Scorer
 from rpt_jax.train.domains import question_source
 from rpt_jax.train.run import load_policy
 
@@ -39,13 +40,14 @@ def main(argv: list[str]) -> None:
         return
     model = load_policy(config, lambda t, resolved: make_question_template(t, resolved.questions, resolved.data))
     source = question_source(config.questions.path, "evaluation", model.config, model.tokenizer)
+    scorer = Scorer(model.config.model, model.tokenizer, int(model.tokenizer.bos_id is not None))
     evaluator = QuestionEvaluator(
         config=model.config,
         mesh=model.mesh,
         tokenizer=model.tokenizer,
         source=source,
         splits=category_splits(source.questions, config.eval.num_positions, seed=config.run.seed),
-        reward=make_reward(config.reward, model.tokenizer, source.columns, kind="questions"),
+        reward=make_reward(config.reward, model.tokenizer, source.columns, scorer, kind="questions"),
     )
     figures = evaluator.evaluate(model.params)
     print(table(figures))

@@ -16,19 +16,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Config, DataConfig, MeshConfig, PolicyConfig, RunConfig
+from rpt_jax.data.questions import Question, make_question_template, question_prompt
 from rpt_jax.data.templates import Template, make_template
 from rpt_jax.errors import CheckpointError, ConfigError
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.parallel.programs import program_shapes
 from rpt_jax.rewards.base import earn, make_reader
-from rpt_jax.rewards.catalog import make_reward
+from rpt_jax.rewards.catalog import judges, make_reward
 from rpt_jax.rollout.engine import SCHEDULES, generate, rollout_key
 from rpt_jax.scoring.companions import CURRENT
 from rpt_jax.scoring.requests import AFTER_THOUGHT, DIRECT_ANSWER, OPEN, Kept, Scorer
 from rpt_jax.sequences import Task, build_tasks
 from rpt_jax.tokenizer import THINK_CLOSE, Tokenizer
-from rpt_jax.train.policies import is_run
+from rpt_jax.train.policies import check_path, is_run
 from rpt_jax.train.run import load_policy
 from rpt_jax.train.run_directory import read_config
 from rpt_jax.types import Rollouts, TaskBatch
@@ -119,6 +120,8 @@ def load(
         ConfigError, DataError, CheckpointError: an unusable directory or template.
     """
     path = Path(path)
+    if not path.exists() and len(path.parts) == 2:
+        check_path(str(path))  # perhaps a name on a hub
     if not (path / "config.json").exists():
         raise CheckpointError(
             f"{path} has no config.json; it must be a run directory or a Hugging Face model directory. Check the path."
@@ -166,8 +169,14 @@ class Policy:
 
     @cached_property
     def template(self) -> Template:
-        """Return the template of the prompts of `think`."""
+        """Return the template of the prompts of `think`: that of positions, or of the run's questions."""
+        if self._asks_questions:
+            return make_question_template(self.tokenizer, self.config.questions, self.config.data)
         return make_template(self.tokenizer, self.config.data)
+
+    @property
+    def _asks_questions(self) -> bool:
+        return bool(self.config.questions.path)
 
     def sample(
         self,
@@ -208,8 +217,11 @@ class Policy:
     ) -> Thinking:
         """Sample thoughts about what comes next, with their predictions, and average the answers after them.
 
+        A policy that was trained on questions is asked the text as a question, in the prompt that training used; the
+        probabilities are those of the answer's first token.
+
         Args:
-            text: a document up to a position.
+            text: a document up to a position, or a question.
             n: number of thoughts.
             max_tokens: of each completion; 0: as in training.
             temperature: None: as in training.
@@ -218,7 +230,7 @@ class Policy:
         rollout = self.config.rollout
         max_tokens = max_tokens or rollout.max_completion_tokens
         temperature = rollout.temperature if temperature is None else temperature
-        tasks = self._tasks([*self.template.header, *self._encode(text)], self.template.tail, n, max_tokens)
+        tasks = self._tasks([*self.template.header, *self._asked(text)], self.template.tail, n, max_tokens)
         rollouts = self._generate(
             tasks, max_tokens=max_tokens, temperature=temperature, top_p=rollout.top_p, top_k=rollout.top_k, seed=seed
         )
@@ -273,12 +285,20 @@ class Policy:
             text: a document up to a position.
             continuation: the true text from there on.
             completions: each with its thought, mark and box, as a rollout would write it.
-            terms: as in `reward.terms`; judges need a run.
+            terms: as in `reward.terms`, whatever the run was trained with; no judges such as math or custom.
+        Raises:
+            ConfigError: nothing to reward, a judge among the terms, or texts that do not fit the model.
         """
         if not completions or not continuation:
             raise ConfigError("a reward needs completions and a continuation; one of them is empty. Pass some text.")
+        if judged := judges(terms):
+            raise ConfigError(
+                f"terms={tuple(terms)}: {', '.join(judged)} judges a task of a run, and a position here has none. Call "
+                "the judge's function itself, or use other terms."
+            )
         tokens = self.tokenizer.encode_continuation(continuation)[: self.config.data.continuation_tokens]
-        rows = [self.tokenizer.encode_continuation(completion) for completion in completions]
+        # Rollouts end with a stop token.
+        rows = [[*self.tokenizer.encode_continuation(text), self.tokenizer.eos_id] for text in completions]
         width = max(map(len, rows))
         trunk = [*self.template.header, *self._encode(text)]
         tasks = self._tasks(trunk, self.template.tail, len(rows), width, reference=tokens)
@@ -286,7 +306,7 @@ class Policy:
         for number, row in enumerate(rows):
             values[0, number, : len(row)], mask[0, number, : len(row)] = row, True
         rollouts = Rollouts(
-            tokens=values, mask=mask, sampler_logprobs=None, truncated=np.ones((1, len(rows)), bool), num_rejected=None
+            tokens=values, mask=mask, sampler_logprobs=None, truncated=np.zeros((1, len(rows)), bool), num_rejected=None
         )
         reward = make_reward(replace(self.config.reward, terms=tuple(terms)), self.tokenizer, scorer=self._scorer)
         policies = {CURRENT: self.params, "start": self.params, "average": self.params}
@@ -306,6 +326,13 @@ class Policy:
         if not ids:
             raise ConfigError("the text is empty; a position needs at least one token before it. Pass some text.")
         return ids
+
+    def _asked(self, text: str) -> list[int]:
+        """Return the ids of a position's text, or of a question as training puts it."""
+        if not self._asks_questions:
+            return self._encode(text)
+        question = Question(id="", messages=(("user", text),), answers=())
+        return question_prompt(question, self.tokenizer, self.config.questions, self.config.data)
 
     def _prompt(self, prompt: Prompt) -> list[int]:
         """Return all ids of a prompt to sample from, at least two."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rpt_jax.analysis.reports import REPORTS
 from rpt_jax.config import Config
+from rpt_jax.errors import ConfigError
 from rpt_jax.parallel import distributed
 from rpt_jax.parallel.interruption import watching
 from rpt_jax.policy import Policy, load
@@ -46,6 +47,11 @@ def train(config: Config, *, reward: Callable[[bytes, bytes | None, dict], float
         RewardError: the reward function failed.
         Interrupted: a stop signal arrived; the last complete step is saved.
     """
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"config={config!r:.80}; it must be a Config. experiments.presets.preset(name, {{setting: value}}) makes "
+            "one."
+        )
     config = replace(config, run=replace(config.run, directory=config.run.directory or "runs/run"))
     if reward is not None:
         function = store_function(reward, Path(config.run.directory))

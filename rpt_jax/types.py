@@ -89,7 +89,7 @@ class Earned:
     advantages: Any = None  # f32 [U, M, G], used instead of loss.advantage; None: computed from rewards
     row_mask: Any = None  # bool [U, M, G], rollouts with a loss term; all count in their group's baseline
     group_mask: Any = None  # bool [U, M], prompts that take part in the update
-    token_mask: Any = None  # bool [U, R, C], completion tokens with a loss term
+    token_mask: Any = None  # bool [U, R, C], completion tokens that the reward depends on, which have a loss term
     reference_weights: Any = None  # f32 [U, M, G], weight of the reference's log-likelihood behind the thought
 
 

@@ -28,7 +28,7 @@ def write_batch(directory, name: str, positions, *, samples: int, reward, style=
                 "position_id": position, "rollout": g, "context": f"context {position} " + "long " * 200,
                 "prediction": None if g == 3 else f"p{position}", "truth": f"truth {position}",
                 "reward": reward(position, g), "truncated": False, "completion_pieces": pieces,
-                "logprobs": [-0.5, -2.0, -7.25, 0.0],
+                "logprobs": [-0.5, -2.0, -7.25, 0.0], "tokens": 4,
             } | ({} if style is None else {"style": style(g), "splits": splits(position)}))  # fmt: skip
     (directory / "completions").mkdir(exist_ok=True)
     table = pyarrow.table({name: [row[name] for row in rows] for name in rows[0]})
@@ -77,11 +77,14 @@ def test_what_does_not_fit_is_whole_positions_and_is_said(tmp_path):
     data = embedded(page)
     assert "1,200 of 5,000 logged completions" in page and len(data["task"]) == 1200
     evaluated = [data["tasks"][t]["position"] for t, stage in zip(data["task"], data["stage"]) if stage]
-    # 4 + 2 + 4 rows of a position, or none.
-    assert set(np.unique(evaluated, return_counts=True)[1]) == {10} and len(evaluated) == 600
-    # 600 of each stage would have 2,400 tokens; 200 tokens are 50 completions: 5 positions, 12 groups.
+    # The evaluation between is left out: 4 + 4 rows of a position, or none.
+    assert set(np.unique(evaluated, return_counts=True)[1]) == {8} and len(evaluated) == 600
+    assert {s for s, stage in zip(data["step"], data["stage"]) if stage} == {0, 10}
+    # 200 tokens of each stage are 50 completions: 6 positions of 8, 12 groups of 4.
     few = embedded(completion_browser(tmp_path, max_completions=1200, max_tokens=400))
-    assert few["stage"].count(1) == 50 and few["stage"].count(0) == 48
+    assert few["stage"].count(1) == 48 and few["stage"].count(0) == 48
+    # One position is shown, however long it is.
+    assert len(embedded(completion_browser(tmp_path, max_tokens=2))["task"]) == 8 + 4
 
 
 def test_a_run_without_completions_says_so(tmp_path):
@@ -89,7 +92,7 @@ def test_a_run_without_completions_says_so(tmp_path):
     (tmp_path / "completions").mkdir()
     old = pyarrow.table({"position_id": [1], "completion": ["a"], "reward": [0.0]})
     pyarrow.parquet.write_table(old, tmp_path / "completions" / "step_000010.parquet")
-    assert "1 files of an earlier version" in completion_browser(tmp_path)
+    assert "cannot be browsed: 1, in" in completion_browser(tmp_path)
 
 
 # Sets controls and notes what the page shows.

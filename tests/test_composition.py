@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,25 @@ def test_masks_are_joined():
     earned = composed("sum", row_mask=mask, group_mask=jnp.asarray([[True, False]]))
     np.testing.assert_array_equal(earned.row_mask, mask)
     np.testing.assert_array_equal(earned.group_mask, [[True, False]])
+
+
+def test_tokens_have_a_term_if_some_reward_depends_on_them():
+    """A thought's reward and one of a filter: the thought. With a reward of everything: everything."""
+    thought, nothing = jnp.asarray([[[True, False], [True, True]]]), jnp.zeros((1, 2, 2), bool)
+    rewards = jnp.zeros((1, 1, 2))
+
+    def mask_of(*masks):
+        parts = [Earned(rewards=rewards, faults=rewards > 0, metrics={}, token_mask=mask) for mask in masks]
+        made = [Reward(lambda _, part=part: part) for part in parts]
+        evidence = Evidence(
+            tasks=SimpleNamespace(prompts=SimpleNamespace(prompt_mask=jnp.ones((1, 1), bool))), rollouts=None,
+            predictions=None, unescaped=None, scores={},
+        )  # fmt: skip
+        return compose([Term(f"t{i}") for i in range(len(parts))], made, "sum").fn(evidence).token_mask
+
+    np.testing.assert_array_equal(mask_of(thought, nothing), thought)
+    np.testing.assert_array_equal(mask_of(thought, ~thought), jnp.ones_like(thought))
+    assert mask_of(thought, None) is None
 
 
 def test_terms_are_read():

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rpt_jax.config import CompanionConfig
 from rpt_jax.rewards import likelihood, shaping, vote
 from rpt_jax.rl import advantages
 from rpt_jax.rl.deviation_filter import DeviationFilter, _kept
+from rpt_jax.scoring.companions import _follow
 
 ENTRIES = {e["name"]: e["cases"] for e in json.loads((Path(__file__).parent / "golden" / "vectors.json").read_text())}
 
@@ -41,6 +43,13 @@ def nover_composite(format_ok, ppl, reasoning_tokens, weights):
         "format": is_valid[0, 0], "rank": rank[0, 0], "efficiency": efficiency[0, 0], "total": total[0, 0],
         "adv_mean_only": advantages.centered(total)[0, 0],
     }  # fmt: skip
+
+
+def proxy_sync(alpha, policy, proxy):
+    """Their proxy is our average, with alpha as its decay."""
+    policy, proxy = f32(policy), f32(proxy)
+    state = SimpleNamespace(config=CompanionConfig(decay=alpha), shardings=(policy.sharding,))
+    return {"proxy_new": _follow(proxy, policy, jnp.int32(1), jnp.int32(0), **vars(state))}
 
 
 def rlpr_score(aggregation, target_logprobs):
@@ -142,9 +151,7 @@ FUNCTIONS = {
     "nover.reasoning_perplexity": (nover_perplexity, 1e-4),
     "nover.format_reward": (by_mode("nover"), 0),
     "nover.composite_reward_and_advantage": (nover_composite, 1e-6),
-    "nover.proxy_sync": (
-        lambda alpha, policy, proxy: {"proxy_new": f32(proxy) + (1 - alpha) * (f32(policy) - f32(proxy))}, 1e-6,
-    ),
+    "nover.proxy_sync": (proxy_sync, 1e-6),
     "verifree.rloo_advantage": (rloo, 1e-6),
     "rlpr.probability_score": (rlpr_score, 2**-8),
     "rlpr.shaped_reward": (rlpr_shaped, 2**-7),

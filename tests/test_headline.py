@@ -80,15 +80,22 @@ def test_words_follow_from_size_and_error(value, error, words):
 
 def test_questions_have_their_own_words():
     before, after = {"all": {"sampled": cell(0.2)}}, {"all": {"sampled": cell(0.31), "direct": cell(0.45)}}
-    text = " ".join(question_headline(made(before, after, None)))
+    judged = {"config": {"reward": {"terms": ["0.9*math", "0.1*format"]}}}
+    text = " ".join(question_headline(made(before, after, None) | judged))
     assert "On 400 held-out questions, 0.310 ± 0.020 of the sampled answers are right" in text
     assert "rose clearly (+0.110" in text and "clearly behind (-0.140" in text and "position" not in text
     few = {"all": {"sampled": cell(0.31, 0.1, 20)}}
-    assert "fewer than 50 questions" in " ".join(question_headline(made(before, few, None)))
+    assert "fewer than 50 questions" in " ".join(question_headline(made(before, few, None) | judged))
+    # A reward of one's own is no share of right answers, and has a sentence.
+    own = {"config": {"reward": {"terms": ["custom"]}}}
+    before["all"]["reward"], after["all"]["reward"] = cell(0.5), cell(0.9)
+    text = " ".join(question_headline(made(before, after, None) | own))
+    assert "0.310 ± 0.020 of the sampled answers are right" in text
+    assert "The mean reward rose strongly (+0.400 ± 0.028): 0.500 → 0.900." in text
 
 
 def test_training_is_summed_up():
     steps = [{"degenerate_group_fraction": 0.5, "padded_prompt_fraction": -1e-8}, {"degenerate_group_fraction": 0.7}]
     text = training_summary(steps)
-    assert "in 60% of the groups" in text and "and 0% of the prompts" in text
+    assert "in 60% of the groups (such groups" in text and "and 0% of the prompts" in text
     assert "an unknown share" in training_summary([])

@@ -227,6 +227,8 @@ def test_fine_tuning_on_questions(home, tmp_path, capsys):
         assert "#" not in row["truth"] and "What is" in row["context"]
     results = json.loads((run / "results.json").read_text())
     assert results["after"]["all"]["sampled"]["n"] == 2 and (run / "report.html").exists()
+    # A reward of one's own is no share of right answers: the random policy has none, and earns by length.
+    assert results["after"]["all"]["sampled"]["value"] == 0 < results["after"]["all"]["reward"]["value"]
     evaluate.main(["--run", str(run)])
     convert_hf.main(["--run", str(run), "--out", str(tmp_path / "out")])
     # Stop ids of the model's generation_config.json: kept with the run and its sources, said, and exported.
@@ -251,7 +253,7 @@ def test_fine_tuning_on_questions(home, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["verifree", "rubric", "self_evaluation"])
 def test_rewards_without_a_verifier_read_a_questions_answer(home, tmp_path, method):
-    """All tokens of the answer behind the thought, or of a rubric behind the text; both in (0, 1]."""
+    """All tokens of the answer behind the thought, or of a rubric or a judge's digit behind the text; in [0, 1]."""
     run = tmp_path / "run"
     flags = question_flags(home, run)
     if method in METHODS:

@@ -1,6 +1,7 @@
 """Questions: every layout, invalid records, prompts, and metrics computed by hand."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from rpt_jax.models import decoder
 from rpt_jax.rewards.answer import Predictions
 from rpt_jax.rewards.base import Reward
 from rpt_jax.tokenizer import load_tokenizer, train_byte_level
+from rpt_jax.train.domains import _verification
 from rpt_jax.types import Earned
 
 VERL = {
@@ -272,6 +274,24 @@ def test_categories():
     assert list(splits) == ["all", "a", "b"] and {len(v) for v in splits.values()} == {5}
     assert all(questions[i].category == "b" for i in splits["b"])
     assert list(category_splits(questions[:1], 5, seed=0)) == ["all"]
+
+
+def test_what_is_right_does_not_depend_on_a_reward_of_ones_own():
+    made = []
+
+    def verification(*terms, choices=()):
+        made.clear()
+        run = SimpleNamespace(
+            config=Config(reward=RewardConfig(terms=terms)), make_reward=lambda _, terms: made.append(terms) or terms
+        )
+        return _verification(run, SimpleNamespace(questions=[question("q", "A", choices)]))
+
+    assert verification("math") == {} and not made
+    assert verification("math", "0.1*format") == {"right_metric": "reward/math"} and not made
+    assert verification("0.9*exact") == {"right_metric": "reward/exact"}
+    assert verification("custom") == {"verifier": ("math",)}
+    assert verification("verifree") == {"verifier": ("math",)} and made == [("math",)]
+    assert verification("ttrl", choices=("x", "y")) == {"verifier": ("choice",)}
 
 
 def test_figures_against_plain_recomputation(mesh):

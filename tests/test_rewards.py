@@ -314,27 +314,35 @@ def test_longest_vocabulary_prefix(real_tokenizer):
     np.testing.assert_array_equal(got, expected)
 
 
-def judged(letters, texts, truth, config, scores=None):
+def judged(letters, texts, truth, config, scores=None, kind="documents"):
     """Return rewards f32 [G] and predictions of completions `texts`, for one position with the continuation `truth`."""
-    G, C = len(texts), 24
+    G, C = len(texts), 40
     tokens, mask = np.zeros((1, G, C), np.int32), np.zeros((1, G, C), bool)
     for g, text in enumerate(texts):
         ids = letters.encode(text)
         tokens[0, g, : len(ids)], mask[0, g, : len(ids)] = ids, True
     task = Task(id=0, cut=1, text=truth.encode(), boundaries=range(1, len(truth) + 1), tokens=letters.encode(truth))
     row_ids = np.arange(G)[None, None]
-    tasks = build_tasks([(np.zeros(1), [task])], tail=[1], row_ids=row_ids, trunk_length=1, num_tokens=len(truth))
+    tasks = build_tasks([(np.zeros(1), [task])], tail=[1], row_ids=row_ids, trunk_length=1, num_tokens=len(truth) or 1)
     rollouts = Rollouts(
         tokens=tokens, mask=mask, sampler_logprobs=None, truncated=np.zeros((1, G), bool), num_rejected=None
     )
     scorer = SimpleNamespace(score=lambda request, *_: scores[request.name])
-    reward = make_reward(config, letters, scorer=scorer)
+    reward = make_reward(config, letters, scorer=scorer, kind=kind)
     evidence, earned, _ = earn(reward, {"current": None}, tasks, rollouts)
     return np.asarray(earned.rewards)[0, 0], evidence.predictions
 
 
 def answer(text):
     return f"ab</think>\\boxed{{{text}}}"
+
+
+def test_a_vote_on_questions_compares_whole_answers(letters):
+    """References of questions have no bytes, yet answers longer than 8 bytes are read: three long ones outvote one."""
+    config = RewardConfig(terms=("ttrl",))
+    texts = [answer("abcdabcdabcd")] * 3 + [answer("a")]
+    rewards, _ = judged(letters, texts, "", config, kind="questions")
+    np.testing.assert_array_equal(rewards, [1, 1, 1, 0])
 
 
 def test_reward_variants_by_hand(letters):

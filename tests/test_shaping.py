@@ -1,6 +1,9 @@
 """Shaping rewards that no official numbers cover: language, syntax, our format, and their place after an outcome."""
 
 import json
+import os
+import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +69,7 @@ def test_the_judge_of_language_reads_the_thought_alone_and_finds_the_tasks_langu
         ("$x$ costs $", 2 / 3),
         ("\\$5 and \\{", 1.0),
         ("```python\nf()\n```", 1.0),
-        ("```python\nf(\n```", 2 / 3 * 0),  # the fence closes inside an open bracket
+        ("```python\nf(\n```", 0.0),  # the fence closes inside an open bracket
     ],
 )
 def test_syntax_by_hand(text, share):
@@ -161,10 +164,34 @@ def program(text: str) -> bytes:
         (program("def add(a, b):\n    return '\0'"), 0),
         (b"```python\ndef add(a, b):\n    return a + b\n```</think>no program", 0),
         (b"no thought, no program", 0),
+        (program("def add(a, b):\n    return a + b").replace(b"\n", b"\r\n"), 1),
+        (program("from __future__ import annotations\ndef add(a, b):\n    return a + b"), 1),
+        (program("def add(a, b):\n    return a + b\nif __name__ == '__main__':\n    input()"), 1),
+        (b"</think>```bash\npip install x\n```\nThen:\n```Python\ndef add(a, b):\n    return a + b\n```\n", 1),
+        (program("def add(a, b):\n    return a + b") + b"Output:\n```\n5\n```\n```python\nprint(add(2, 3))\n```\n", 1),
+        (program("def add(a, b):\n    return a + b\nprint('x' * 2**21)"), 0),
     ],
 )
 def test_programs_are_judged_by_their_tests_within_limits(completion, right):
     assert code(completion, None, {"id": "q", "record": TESTS}) == right
+
+
+def test_what_a_program_starts_ends_with_it():
+    text = "import subprocess\nsubprocess.Popen(['sleep', '6061'])\ndef add(a, b):\n    return a + b"
+    assert code(program(text), None, {"id": "q", "record": TESTS}) == 1
+    until = time.monotonic() + 10
+    while is_left := any("sleep\x006061" in _command(pid) for pid in os.listdir("/proc") if pid.isdigit()):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.05)
+    assert not is_left
+
+
+def _command(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def test_a_question_without_tests_is_an_error():

@@ -51,8 +51,7 @@ pre-training ([arXiv:2506.08007](https://arxiv.org/abs/2506.08007)).
 
 ## Use
 
-The policy writes a thought, `</think>`, and its answer in `\\boxed{{}}`. {_prompts(config)}
-Stop ids and sampling settings are in `generation_config.json`.
+{_format(config)} {_prompts(config)} Stop ids are in `generation_config.json`.
 
     python -m experiments.sample --policy {name} --prompt "..."{_flags(config)}
     vllm serve {name}
@@ -62,6 +61,11 @@ The export was loaded with transformers 5.23; vLLM has not been tried.
 It is a research artifact. Nothing was done for safety, factuality or following instructions, and the figures above say
 nothing about tasks that were not measured. The licences of the start model and of the data apply.
 """
+
+
+def _format(config: Config) -> str:
+    thought = "a thought, `</think>`, and " if config.reward.require_think_end else ""
+    return f"Training rewarded what the policy writes: {thought}its answer in `\\boxed{{}}`."
 
 
 def _prompts(config: Config) -> str:

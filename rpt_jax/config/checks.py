@@ -28,6 +28,11 @@ def check_relations(config: Any) -> None:
             f"data.path={config.data.path!r} and data.mixture are both set; a run reads one of them. Remove "
             "--data.path or --data.mixture."
         )
+    if config.questions.path and (config.data.path or config.data.mixture):
+        raise ConfigError(
+            f"questions.path={config.questions.path!r} and data.path or data.mixture are both set; a run trains on one "
+            "of them. Remove --questions.path or --data.path."
+        )
     if config.data.tokenizer_pattern and not (config.data.tokenizer or config.policy.path):
         raise ConfigError(
             f"data.tokenizer_pattern={config.data.tokenizer_pattern!r} without data.tokenizer or policy.path; a new "

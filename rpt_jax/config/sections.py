@@ -332,12 +332,12 @@ class RewardConfig:
     function(completion: bytes, prediction: bytes or None, columns: dict) -> float. On the command line it implies
     --reward.terms custom."""
     time_limit_seconds: float = setting(10.0, at_least=0.01)
-    """Time limit of one call of math or custom, seconds. A longer call fails, and its process is replaced."""
+    """Time limit of one call of a judge on the host, seconds. A longer call fails, and its process is replaced."""
     num_workers: int = setting(2, at_least=1)
     """Number of worker processes that run judges."""
     on_fault: Literal["fail", "zero"] = "fail"
     """If reward.function raises, hangs or returns a non-finite value: stop the run, or give 0 and count the failure.
-    Failures of math, choice and exact are always counted, because the policy's text causes them."""
+    Failures of built-in judges are always counted, because the policy's text causes them."""
     boxed_mode: Literal["balanced", "tail", "balanced_then_tail"] = "balanced"
     """End of the last box: its balancing brace, the completion's last brace, or the latter if the former fails."""
     require_think_end: bool = True

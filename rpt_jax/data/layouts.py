@@ -1,5 +1,5 @@
 """Layouts of question records, each recognised by its fields: verl and Skywork-OR1, MMLU-Pro and SuperGPQA, ARC, MMLU,
-GSM8K, MATH, and plain question and answer.
+GSM8K, MATH, plain question and answer, and TRL's prompt with answer, solution or ground_truth.
 
 A field that is null, empty, or a float that is not finite counts as absent. Structures may be JSON text. An error says
 what the record needs; the reader adds the file and the record.
@@ -35,6 +35,9 @@ def parse_record(record: dict) -> dict[str, Any]:
         question = _arc(given)
     elif "choices" in given:
         question = _mmlu(given)
+    elif "prompt" in given and {"answer", "solution", "ground_truth"} & record.keys():
+        answers = [record[name] for name in ("answer", "solution", "ground_truth") if name in record][:1]
+        question = _verl(given | {"reward_model": {"ground_truth": "" if answers == [None] else answers[0]}})
     elif {"question", "problem"} & given.keys() and {"answer", "solution"} & record.keys():
         question = _plain(given)
     else:

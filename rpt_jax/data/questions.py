@@ -193,7 +193,7 @@ def make_question_source(
     template = make_question_template(tokenizer, config, data)
 
     def encode(question: Question, kind: QuestionsConfig):
-        return np.concatenate([template.header, _prompt(question, tokenizer, kind, data)]).astype(np.int32)
+        return np.concatenate([template.header, question_prompt(question, tokenizer, kind, data)]).astype(np.int32)
 
     prompts = [encode(q, config) for q in questions]
     # The direct prompt has no thought, but some chat templates open one.
@@ -227,7 +227,8 @@ def make_question_source(
     return source, left_out
 
 
-def _prompt(question: Question, tokenizer: Tokenizer, config: QuestionsConfig, data: DataConfig) -> list[int]:
+def question_prompt(question: Question, tokenizer: Tokenizer, config: QuestionsConfig, data: DataConfig) -> list[int]:
+    """Return the ids of a question's prompt, between the template's header and tail."""
     *before, (role, last) = question.messages
     if QUESTION in config.template:
         last = config.template.replace(QUESTION, last)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rpt_jax.config import Config, DataConfig
+from rpt_jax.config.schema import flag_of
 from rpt_jax.data.documents import Document
 from rpt_jax.errors import ConfigError
 from rpt_jax.tokenizer import THINK_CLOSE, THINK_OPEN, Tokenizer
@@ -46,15 +47,19 @@ _QUESTION_TEMPLATES = ("boxed", "none")
 CONTEXT, QUESTION = "{context}", "{question}"
 
 
-def with_prompt_texts(config: Config) -> Config:
+def with_prompt_texts(config: Config, kept: Config | None = None) -> Config:
     """Return the config with the texts of prompt files instead of their names, so that a run does not need the files.
 
+    Args:
+        config: of this start.
+        kept: of the run that it resumes, whose text stands for a file that is gone; None: a new run.
     Raises:
         ConfigError: data.template or questions.template names neither a template nor a text file with one place for the
             context or the question.
     """
-    template = _prompt_text("data.template", config.data.template, tuple(_TEMPLATES), CONTEXT)
-    question = _prompt_text("questions.template", config.questions.template, _QUESTION_TEMPLATES, QUESTION)
+    old = ("", "") if kept is None else (kept.data.template, kept.questions.template)
+    template = _prompt_text("data.template", config.data.template, tuple(_TEMPLATES), CONTEXT, old[0])
+    question = _prompt_text("questions.template", config.questions.template, _QUESTION_TEMPLATES, QUESTION, old[1])
     return replace(
         config,
         data=replace(config.data, template=template),
@@ -62,16 +67,18 @@ def with_prompt_texts(config: Config) -> Config:
     )
 
 
-def _prompt_text(setting: str, value: str, names: tuple[str, ...], place: str) -> str:
+def _prompt_text(setting: str, value: str, names: tuple[str, ...], place: str, kept: str) -> str:
     """Return the name of a template, or the text of one; a file's last newline is not part of it."""
     if value in names:
         return value
     text = value
     if place not in value:
-        flag = "--" + setting.replace("_", "-")
         required = f"it must be {', '.join(names)}, or a text file that holds {place} once"
-        if not Path(value).is_file():
-            raise ConfigError(f"{setting}={value!r}; {required}, and there is no such file. Correct {flag}.")
+        if not _is_file(value):
+            if place in kept:
+                return kept
+            problem = f"{setting}={value!r:.80}; {required}, and there is no such file"
+            raise ConfigError(f"{problem}. Correct {flag_of(setting)}.")
         try:
             text = Path(value).read_text(encoding="utf-8").removesuffix("\n")
         except UnicodeDecodeError as error:
@@ -82,6 +89,13 @@ def _prompt_text(setting: str, value: str, names: tuple[str, ...], place: str) -
             f"{text[:80]!r}."
         )
     return text
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).is_file()
+    except OSError:  # a text that is too long for a name
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

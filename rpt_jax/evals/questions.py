@@ -25,6 +25,7 @@ from rpt_jax.rollout.completions import completion_columns
 from rpt_jax.scoring.logprobs import score
 from rpt_jax.sequences import shared_branches
 from rpt_jax.tokenizer import Tokenizer
+from rpt_jax.types import Earned, Rollouts, TaskBatch
 
 
 def category_splits(questions: list[Question], limit: int, *, seed: int) -> dict[str, np.ndarray]:
@@ -53,7 +54,9 @@ class QuestionEvaluator:
         tokenizer: of the policy.
         source: the questions.
         splits: {split: question numbers}, from `category_splits`.
-        reward: of the run; 1 is correct.
+        reward: of the run.
+        verifier: decides which answers are right, by a reward of 1; None: the run's reward does.
+        right_metric: metric of the run's reward that decides instead, such as reward/math; empty: the reward itself.
         progress: (name, batches) -> the same batches, shown as they are done.
         keep: see `next_token.Evaluator`.
     """
@@ -64,13 +67,15 @@ class QuestionEvaluator:
     source: QuestionSource
     splits: dict[str, np.ndarray]
     reward: Reward
+    verifier: Reward | None = None
+    right_metric: str = ""
     progress: Callable[[str, Iterable], Iterable] = lambda _, batches: batches
     keep: Callable[[dict[str, list]], None] | None = None
 
     def evaluate(self, params, *, start=None, thinking: bool = True) -> dict:
         """Return figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
 
-        sampled: share of correct answers (reward 1), mean over k samples at the rollout temperature. greedy: the same
+        sampled: share of right answers, mean over k samples at the rollout temperature. greedy: the same
         at temperature 0. pass@2, 4 .. k (unbiased), majority@k: over the samples. reward, thought_tokens, truncated,
         no_prediction: means. direct: share of multiple-choice questions whose correct letter has the highest
         likelihood without thinking; absent from a split with other questions.
@@ -140,16 +145,23 @@ class QuestionEvaluator:
                     columns_of = self.source.columns
                     rows = completion_columns(batch, rollouts, predictions, rewards, self.tokenizer, columns_of)
                     self.keep(rows | {"style": [style] * len(rows["reward"])})
-                rollouts, rewards, predictions = to_host((rollouts, rewards, predictions))
-                figures = self._figures(style, rollouts, rewards[:, 0], predictions, chosen)
+                right = self._right(policies, batch, rollouts, earned)
+                rollouts, rewards, right, predictions = to_host((rollouts, rewards, right, predictions))
+                figures = self._figures(style, rollouts, rewards[:, 0], right[:, 0] == 1, predictions, chosen)
                 for metric, values in figures.items():
                     columns.setdefault(metric, np.zeros(len(ids), np.float32))[place] = values
         return columns
 
-    def _figures(self, style: str, rollouts, rewards_UG, predictions, chosen) -> dict[str, list[float]]:
+    def _right(self, policies, batch: TaskBatch, rollouts: Rollouts, earned: Earned):
+        """Return f32 [U, M, G], 1 for right answers: a reward of one's own, or shaped by length, does not tell."""
+        if self.verifier is not None:
+            return earn(self.verifier, policies, batch, rollouts)[1].rewards
+        return earned.metrics[self.right_metric] if self.right_metric else earned.rewards
+
+    def _figures(self, style: str, rollouts, rewards_UG, right_UG, predictions, chosen) -> dict[str, list[float]]:
         """Return figures per question of the batch, without padding."""
         num_real, k = sum(i is not None for i in chosen), rewards_UG.shape[1]
-        right = rewards_UG[:num_real] == 1
+        right = right_UG[:num_real]
         figures = {style: right.mean(-1)}
         if style == "sampled":
             figures["reward"] = rewards_UG[:num_real].mean(-1)

@@ -130,7 +130,8 @@ def compose(terms: Sequence[Term], rewards: Sequence[Reward], how: str) -> Rewar
         advantage is (s - mean) / (deviation + 1e-6) over the batch. Source: GDPO, as TRL's `normalize_then_sum`.
     gate: like sum, but later terms count only if the first term's reward is 1.
 
-    The mean reward and the failure share of each term are metrics. Masks of several terms are combined by `and`.
+    The mean reward and the failure share of each term are metrics. A row or group has a loss term if the masks of all
+    terms have it, a token if the mask of some term has it.
 
     Raises:
         ConfigError: two terms request different passes under one name.
@@ -172,12 +173,24 @@ def _combine(parts: list[Earned], prompt_mask_UM, terms: tuple[Term, ...], how: 
         rewards=total,
         faults=_joined(jnp.logical_or, faults),
         metrics=metrics,
-        advantages=_normalized(terms, rewards, prompt_mask_UM) if how == "normalize_then_sum" else None,
+        advantages=_advantages(terms, parts, rewards, prompt_mask_UM, how),
         row_mask=_joined(jnp.logical_and, [part.row_mask for part in parts]),
         group_mask=_joined(jnp.logical_and, [part.group_mask for part in parts]),
-        token_mask=_joined(jnp.logical_and, [part.token_mask for part in parts]),
+        token_mask=_tokens_of_any(parts),
         reference_weights=_joined(jnp.add, _weighted(terms, [part.reference_weights for part in parts])),
     )
+
+
+def _advantages(terms: tuple[Term, ...], parts: list[Earned], rewards: list, prompt_mask_UM, how: str):
+    if how == "normalize_then_sum":
+        return _normalized(terms, rewards, prompt_mask_UM)
+    return parts[0].advantages if len(parts) == 1 else None
+
+
+def _tokens_of_any(parts: list[Earned]):
+    """Return the tokens that some term's reward depends on; None: all."""
+    masks = [part.token_mask for part in parts]
+    return None if any(mask is None for mask in masks) else _joined(jnp.logical_or, masks)
 
 
 def _weighted(terms: tuple[Term, ...], values: list) -> list:

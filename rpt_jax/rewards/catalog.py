@@ -1,7 +1,7 @@
 """The table of rewards. A new reward is one function of the evidence and one line here."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -81,6 +81,10 @@ CATALOG = {
 }
 
 
+# Rewards that compare with an accepted answer; 1 is right.
+VERIFIERS = ("math", "choice", "exact", "code")
+
+
 def make_reward(
     config: RewardConfig,
     tokenizer,
@@ -111,7 +115,9 @@ def make_reward(
         if row.judge is None:
             fn = partial(_configured(row.fn), options=config) if row.options else _compiled(row.fn)
             learned = requests[0] if row.learns and _learns(term.name, config) else None
-            rewards.append(Reward(fn, requests, 0, read, scorer, learned))
+            # The references of questions hold no bytes that would set how much of a prediction is read.
+            width = _ANSWER_BYTES if kind == "questions" else 0
+            rewards.append(Reward(fn, requests, width, read, scorer, learned))
             continue
         # The policy's text makes a built-in judge slow, which must not stop a run.
         on_fault = "zero" if row.judge else config.on_fault
@@ -141,6 +147,11 @@ def _row(name: str) -> Row:
     if name not in CATALOG:
         raise ConfigError(f"reward.terms names {name!r}; it must be one of {', '.join(CATALOG)}. Choose from these.")
     return CATALOG[name]
+
+
+def judges(terms: Sequence[str]) -> list[str]:
+    """Return the names of the terms that are judged on the host, with what is known of a run's task."""
+    return [term.name for term in parse_terms(terms) if _row(term.name).judge is not None]
 
 
 def requested_policies(config: RewardConfig) -> set[str]:
@@ -178,17 +189,57 @@ def check_rewards(config: Config) -> None:
         )
 
 
+# Rewards of 0 or 1.
+_OUTCOMES = (*VERIFIERS, "prefix", "first_token", "ttrl", "random", "shuffled_targets", "custom")
+# Rewards that depend on the thought alone, or on no token.
+_ON_THOUGHT = ("likelihood", "information_gain", "verifree", "rlpr", "coherence", "overlong_filter")
+
+
+def _check_learned(config: Config, names: list[str]) -> None:
+    """Check rewards whose update also learns the reference."""
+    settings = config.reward.likelihood
+    if settings.reference_term != "none" and "likelihood" not in names:
+        raise ConfigError(
+            f"reward.likelihood.reference_term={settings.reference_term!r} without the reward likelihood, which it "
+            "belongs to. Remove it, or add likelihood to --reward.terms."
+        )
+    if settings.reference_term == "reward" and settings.measure in ("log", "mean_log"):
+        raise ConfigError(
+            f"reward.likelihood.reference_term='reward' with measure={settings.measure!r}, which is negative: the "
+            "reference would be unlearned. Set --reward.likelihood.measure probability, or another reference term."
+        )
+    if not any(_row(name).learns and _learns(name, config.reward) for name in names):
+        return
+    if others := [name for name in names if name not in _ON_THOUGHT]:
+        raise ConfigError(
+            f"reward.terms has {others[0]!r} next to a reward whose update also learns the reference; its rows hold "
+            f"thought and reference, so what {others[0]} rewards after the thought would not be learned. Use one "
+            f"of {', '.join(_ON_THOUGHT)}, or --reward.likelihood.reference-term none."
+        )
+    if settings.reference_term == "jepo" and len(names) > 1:
+        raise ConfigError(
+            "reward.likelihood.reference_term='jepo' with several terms; its bound has advantages of its own, so it "
+            "must be alone. Remove the other terms."
+        )
+    if config.loss.aggregation == "seq_mean":
+        raise ConfigError(
+            "loss.aggregation='seq_mean' with a reward whose update also learns the reference; a token's weight must "
+            "not depend on its thought's length. Set --loss.aggregation constant or token_mean."
+        )
+
+
 def _check_settings(config: Config, names: list[str]) -> None:
     if _row(names[0]).shapes:
         raise ConfigError(
             f"reward.terms begins with {names[0]!r}, which shapes the outcome of the first term; an outcome must come "
             "first. Set --reward.terms to e.g. prefix " + f"{names[0]}."
         )
-    learns = any(_row(name).learns and _learns(name, config.reward) for name in names)
-    if learns and config.loss.aggregation == "seq_mean":
+    _check_learned(config, names)
+    graded = [name for name in names[1:] if name in ("kimi_length", "cosine_length")]
+    if graded and names[0] not in _OUTCOMES:
         raise ConfigError(
-            "loss.aggregation='seq_mean' with a reward whose update also learns the reference; a token's weight must "
-            "not depend on its thought's length. Set --loss.aggregation constant or token_mean."
+            f"reward.terms has {graded[0]!r} after {names[0]!r}, whose reward may lie between 0 and 1; it must be 0 or "
+            f"1, because only 1 counts as right. Put one of {', '.join(_OUTCOMES)} first, or remove {graded[0]}."
         )
     if "verifree" in names and config.loss.advantage not in ("rloo", "mean"):
         raise ConfigError(

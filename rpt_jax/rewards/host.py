@@ -112,8 +112,16 @@ class _Worker:
             self._process = None
 
 
+# What a policy may write: an answer, an empty box, and no box at all.
+_TRIALS = (
+    (b"a thought</think>\\boxed{42}", b"42"),
+    (b"a thought</think>\\boxed{}", b""),
+    (b"a thought without an end", None),
+)
+
+
 def check_function(config: RewardConfig, columns: dict) -> None:
-    """Import reward.function and call it once, on a made-up completion.
+    """Import reward.function and call it on made-up completions: with a prediction, an empty one, and none.
 
     Args:
         config: of the reward.
@@ -121,17 +129,18 @@ def check_function(config: RewardConfig, columns: dict) -> None:
     Raises:
         ConfigError: it cannot be imported; or it fails on the call and reward.on_fault is "fail".
     """
-    completion, prediction = b"a thought</think>\\boxed{42}", b"42"
     worker = _Worker(config.function, config.time_limit_seconds)
     worker.start()
-    result = worker.call((completion, prediction, columns))
+    for completion, prediction in _TRIALS:
+        result = worker.call((completion, prediction, columns))
+        if isinstance(result, Fault) and config.on_fault == "fail":
+            worker.stop()
+            raise ConfigError(
+                f"reward.function={config.function!r} {result.what} when it was tried on completion {completion!r}, "
+                f"prediction {prediction!r} and columns {columns!r:.500}; it must return a finite number for any "
+                "completion. Correct it, or set --reward.on-fault zero to count such failures.\n" + result.traceback
+            )
     worker.stop()
-    if isinstance(result, Fault) and config.on_fault == "fail":
-        raise ConfigError(
-            f"reward.function={config.function!r} {result.what} when it was tried on completion {completion!r}, "
-            f"prediction {prediction!r} and columns {columns!r:.500}; it must return a finite number for any "
-            "completion. Correct it, or set --reward.on-fault zero to count such failures.\n" + result.traceback
-        )
 
 
 def store_function(function: Callable, directory: Path) -> str:

@@ -222,7 +222,7 @@ def rlpr(evidence: Evidence, options: RewardConfig) -> Earned:
 def information_gain(evidence: Evidence) -> Earned:
     """Reward log p(x | context, thought) - log p_average(x | context); terms on thought tokens only.
 
-    Source: RLP, arXiv:2510.01265 eq. 3; with advantage mean. The baseline is the policy's moving average.
+    Source: RLP, arXiv:2510.01265 eq. 3; with advantage rloo. The baseline is the policy's moving average.
     """
     gain = _grouped(_log(evidence.scores[_THOUGHT]) - _log(evidence.scores[_AVERAGE]), evidence)
     return _earned(gain, evidence)
@@ -263,9 +263,9 @@ def rubric(evidence: Evidence) -> Earned:
 def self_evaluation(evidence: Evidence) -> Earned:
     """Reward the score that a judge policy expects for the text, from its probabilities of 1 to 5; in [0, 1].
 
-    reward.likelihood.judge is the judge: the start policy stays as it is, the current one judges its own text. What to
-    judge by stands in the prompt. The probabilities are normalised over the digits; their sum is logged, because a
-    judge that would write something else judges nothing.
+    reward.likelihood.judge is the judge: the start policy stays as it is, the current one judges its own text. The
+    prompt states the criteria. The probabilities are normalised over the digits; their sum is logged: if it is low, the
+    score means little.
     """
     scores = evidence.scores[_JUDGE]
     points = jnp.linspace(0.0, 1.0, scores.values.shape[-1])
@@ -306,7 +306,7 @@ def _thought_tokens(evidence: Evidence):
 
 
 def _earned(rewards_UMG, evidence: Evidence, *, metrics=None, on_thought: bool = True, **more) -> Earned:
-    """Return the reward; its policy terms are on the thought, because nothing after it changes the reward."""
+    """Return the reward, which depends on the thought's tokens alone, or on all."""
     columns = jnp.arange(evidence.rollouts.tokens.shape[-1])
     thought_URC = columns < _thought_tokens(evidence)[..., None]
     return Earned(

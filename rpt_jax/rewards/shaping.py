@@ -1,4 +1,4 @@
-"""Shaping rewards of lengths, on the devices; those that read text are in `text.py` and can be had from here too.
+"""Shaping rewards of lengths, on the devices; those that read text are in `text.py` and are re-exported here.
 
 A shaping term stands after the reward that it shapes: `--reward.terms prefix 0.2*kimi_length`. The first term's reward
 is its `Evidence.outcome`; 1 is correct.
@@ -98,8 +98,11 @@ def overlong_filter(evidence: Evidence) -> Earned:
 
     Source: overlong filtering of DAPO, arXiv:2503.14476 §3.4.
     """
-    zero = jnp.zeros(evidence.tasks.prompts.row_ids.shape, jnp.float32)
-    return Earned(rewards=zero, faults=zero > 0, metrics={}, row_mask=~evidence.rollouts.truncated.reshape(zero.shape))
+    zero, rollouts = jnp.zeros(evidence.tasks.prompts.row_ids.shape, jnp.float32), evidence.rollouts
+    return Earned(
+        rewards=zero, faults=zero > 0, metrics={}, row_mask=~rollouts.truncated.reshape(zero.shape),
+        token_mask=jnp.zeros_like(rollouts.mask),
+    )  # fmt: skip
 
 
 def _lengths(evidence: Evidence):
@@ -108,7 +111,7 @@ def _lengths(evidence: Evidence):
 
 
 def _limit(evidence: Evidence) -> int:
-    """Return rollout.max_completion_tokens."""
+    """Return C: rollout.max_completion_tokens."""
     return evidence.rollouts.tokens.shape[-1]
 
 

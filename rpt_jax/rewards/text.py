@@ -228,7 +228,7 @@ def syntax(text: str) -> float:
 
 def _response(completion: bytes) -> str:
     text = completion.decode(errors="replace")
-    return text if text.lstrip().startswith(_OPEN) else _OPEN + text
+    return text if text.lstrip().startswith(_OPEN) else _OPEN + "\n" + text.removeprefix("\n")
 
 
 def judge_format(completion: bytes, prediction: bytes | None, columns: dict) -> float:
@@ -277,11 +277,15 @@ def judge_syntax(completion: bytes, prediction: bytes | None, columns: dict) -> 
 
 
 def judge_language(completion: bytes, prediction: bytes | None, columns: dict) -> float:
-    """Return `language` of the thought: that of the record's field "language", else the task's own."""
+    """Return `language` of the thought: that of the record's field "language", else the one that the task's text shows,
+    which for a position is a few tokens long; 1 if it shows none."""
     record = columns.get("record", {})
     asked = record.get("language") or record.get("lang")
-    if not asked:
+    if asked not in LANGUAGES:
         text = " ".join(str(v) for v in record.values()) or columns.get("continuation", b"").decode(errors="replace")
-        asked = max(LANGUAGES, key=lambda code: language(text, code))
+        shares = {code: language(text, code) for code in LANGUAGES}
+        asked = max(shares, key=shares.__getitem__)
+        if list(shares.values()).count(shares[asked]) > 1:
+            return 1.0  # the task does not tell its language
     thought = completion.decode(errors="replace").split(_CLOSE)[0]
     return language(thought, asked)

@@ -26,7 +26,8 @@ def ttrl(evidence: Evidence, options: RewardConfig) -> Earned:
     """Reward the prediction that most rollouts of the group make, byte for byte. Source: TTRL, arXiv:2504.16084 §3.
 
     All G rollouts vote; with reward.vote_train n > 0, the first n are trained on. Rollouts without a prediction do not
-    vote. Differs: an empty prediction does not vote either (it can win in the authors' code).
+    vote. Differs: an empty prediction does not vote either (it can win in the authors' code), and all G count in the
+    baseline of the n that are trained on.
     """
     predictions, shape = evidence.predictions, evidence.tasks.prompts.row_ids.shape
     texts = predictions.bytes.reshape(*shape, -1)

@@ -99,7 +99,8 @@ def _terms(loss: LossConfig, logprobs, inputs):
     terms = jnp.zeros_like(logprobs)
     if rows.policy_weights is not None:
         # min(rho A, clip(rho) A) - beta KL
-        rho = jnp.exp(logprobs - _old(logprobs, rows))
+        # A token without this term, such as a reference's, may have any ratio: inf times weight 0 would be NaN.
+        rho = jnp.exp(jnp.where(rows.policy_weights != 0, logprobs - _old(logprobs, rows), 0.0))
         gain = ppo(rho, rows.advantages, clip_eps_low=loss.clip_eps_low, clip_eps_high=loss.clip_eps_high)
         if rows.ref_logprobs is not None:
             gain = gain - loss.kl_coef * kl_term(loss.kl_estimator, logprobs, rows.ref_logprobs)

@@ -73,7 +73,8 @@ def diagnose_steps(records: list[dict]) -> tuple[str, str] | None:
             )
         return "format", (
             f"{none}: the policy does not know the response format. Give it a cold start (--supervised.num-steps with "
-            "--supervised.draft-fraction or --supervised.path), or a prompt that asks for it (--data.template v6)."
+            "--supervised.draft-fraction or --supervised.path), or a prompt that asks for it (--data.template v6). A "
+            "chat model that boxes its answer without a </think> needs --reward.no-require-think-end."
         )
     equal = (
         f"in {mean['degenerate_group_fraction']:.0%} of the groups all rollouts earn the same, so nothing is learned"

@@ -36,6 +36,8 @@ from rpt_jax.evals.next_token import Evaluator, difficulty_splits
 from rpt_jax.evals.questions import QuestionEvaluator, category_splits
 from rpt_jax.models.families import read_config
 from rpt_jax.models.hf import load_hf
+from rpt_jax.rewards.base import parse_terms
+from rpt_jax.rewards.catalog import VERIFIERS
 from rpt_jax.scoring.entropy import Proxy
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.train.policies import fingerprint
@@ -153,8 +155,17 @@ class Questions:
         splits = {which: category_splits(source.questions, limit, seed=seed) for which, limit in limits.items()}
         return QuestionEvaluator(
             config=run.config, mesh=run.mesh, tokenizer=run.tokenizer, source=source, splits=_named(splits),
-            reward=reward, progress=tracked,
+            reward=reward, progress=tracked, **_verification(run, source),
         )  # fmt: skip
+
+
+def _verification(run, source: QuestionSource) -> dict:
+    """Return what tells right answers: the first term if it is a verifier, else a verifier of its own."""
+    first, *others = parse_terms(run.config.reward.terms)
+    if first.name not in VERIFIERS:
+        name = "choice" if all(q.choices for q in source.questions) else "math"
+        return {"verifier": run.make_reward(source, terms=(name,))}
+    return {"right_metric": f"reward/{first.name}"} if others or first.weight != 1 else {}
 
 
 def open_questions(config: Config, tokenizer: Tokenizer) -> Questions:

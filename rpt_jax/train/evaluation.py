@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from rpt_jax.parallel.distributed import is_main
 from rpt_jax.parallel.programs import needs_memory
 from rpt_jax.rewards.base import Reward
 from rpt_jax.train.domains import Source
@@ -38,7 +39,9 @@ class Evaluations:
         if not (is_last or step % config.eval.every_steps == 0) or directory.has_record("evaluation", step):
             return
         kept: list[dict[str, list]] = []
-        keep = kept.append if config.run.completions_every_steps else None
+        # All processes take part in fetching completions, and one writes them.
+        collect = kept.append if is_main() else lambda _: None
+        keep = collect if config.run.completions_every_steps else None
         figures = self.evaluate(params, thinking=True, final=is_last or step == 0, keep=keep)
         if kept:
             rows = {name: [value for columns in kept for value in columns[name]] for name in kept[0]}

@@ -117,7 +117,7 @@ def resolve(config: Config, tokenizer: Tokenizer, kept: Config | None = None) ->
     Raises:
         ConfigError: fewer entries than ids, invalid stop ids, sizes that do not fit each other, or no such prompt.
     """
-    config = with_prompt_texts(config)
+    config = with_prompt_texts(config, kept)
     model, path = config.model, config.policy.path
     if path:
         is_same = kept is not None and kept.policy.path == path

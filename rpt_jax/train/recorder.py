@@ -108,7 +108,8 @@ class Recorder:
         self.flops += outcome.flops()
         self.num_skipped = int(record["skipped"])
         names = [name for name in ("reward", "loss", "completion_tokens") if name in record]
-        self.note = "  ".join(f"{name} {record[name]:.3f}" for name in names)
+        # The bar already counts the step that is running.
+        self.note = "  ".join([f"step {step}:", *(f"{name} {record[name]:.3f}" for name in names)])
         if keep and self._run is not None:
             self._run.log(self._name, step, record | {"flops": self.flops})
         self._written.append({"step": step} | record)

@@ -1,7 +1,7 @@
 """A checked run, which its stages share. Invalid input is found here, before anything compiles."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -79,11 +79,10 @@ class Run:
         directory = self.directory.path / "checkpoints" / stage
         return Checkpoints(directory, keep=self.config.checkpoint.keep, read_only=read_only)
 
-    def make_reward(self, source: Source) -> Reward:
-        """Create the run's reward for tasks of the source."""
-        return make_reward(
-            self.config.reward, self.tokenizer, source.columns, self.make_scorer(), kind=self.domain.name
-        )
+    def make_reward(self, source: Source, terms: tuple[str, ...] = ()) -> Reward:
+        """Create the run's reward for tasks of the source, or that of other terms."""
+        config = replace(self.config.reward, terms=terms) if terms else self.config.reward
+        return make_reward(config, self.tokenizer, source.columns, self.make_scorer(), kind=self.domain.name)
 
     def make_scorer(self) -> Scorer:
         """Create the scorer of the run's requests."""

@@ -187,9 +187,12 @@ class RunDirectory:
         return bool(from_main(any(r["stage"] == stage and r["step"] == step for r in records)))
 
     def cut_metrics(self, stage: str, step: int) -> None:
-        """Remove the stage's records after `step`, which it is about to write again."""
+        """Remove the stage's records and completions after `step`, which it is about to write again."""
         if not self._writes:
             return
+        for path in (self.path / "completions").glob(f"{'step' if stage == 'rpt' else stage}_*.parquet"):
+            if int(path.stem.rpartition("_")[2]) > step:
+                path.unlink()
         records = read_records(self.path)
         kept = [r for r in records if r["stage"] != stage or r["step"] <= step]
         if len(kept) == len(records) and _ends_whole(self.path / "metrics.jsonl"):

@@ -3,14 +3,13 @@
 The page holds its data and needs no network. browser.js draws it.
 """
 
-import html
 import json
 import re
-from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 
 # The page holds up to this many completions and tokens (about 10 bytes each), half of them of evaluations.
@@ -20,6 +19,17 @@ _READ = (
     "position_id", "rollout", "context", "prediction", "truth", "reward", "truncated", "completion_pieces",
     "logprobs", "style", "splits",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of completions: its stage and step, and the position and number of tokens of each row."""
+
+    path: Path
+    stage: str
+    step: int
+    positions: np.ndarray
+    tokens: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -34,62 +44,84 @@ class _Row:
 def completion_browser(directory: Path, *, max_completions: int = MAX_COMPLETIONS, max_tokens: int = MAX_TOKENS) -> str:
     """Return the HTML of the browser, or a sentence if the run wrote no completions.
 
-    If there are more completions than fit, whole positions are left out at random, and the page says how many.
+    If there are more completions than fit, evaluations between the first and the last are left out, then whole
+    positions, at random; the page says how many it holds.
 
     Args:
         directory: of the run.
         max_completions: that the page holds.
-        max_tokens: that the page holds.
+        max_tokens: that the page holds; a single position may have more.
     """
-    training, evaluation, older = [], [], 0
-    for path in sorted((directory / "completions").glob("*.parquet")):
-        named = re.fullmatch(r"(step|evaluation)_(\d+)", path.stem)
-        if not named or "completion_pieces" not in (known := pyarrow.parquet.read_schema(path).names):
-            older += 1  # of an earlier version, which kept no log-probabilities
-            continue
-        table = pyarrow.parquet.read_table(path, columns=[name for name in _READ if name in known])
-        stage, step = "training" if named[1] == "step" else "evaluation", int(named[2])
-        (training if stage == "training" else evaluation).extend(_Row(stage, step, v) for v in table.to_pylist())
-    if not (training or evaluation):
-        files = f"{older} files of an earlier version, which cannot be browsed, are in" if older else "None are in"
-        return f"<p>{files} <code>completions/</code>.</p>"
-    both = 2 if training and evaluation else 1
-    limits = max_completions // both, max_tokens // both
-    kept = [row for rows in (evaluation, training) for row in _within(rows, *limits)]
-    total = len(training) + len(evaluation)
-    if len(kept) == total:
-        which = f"All {total:,} logged completions."
-    else:
-        which = f"{len(kept):,} of {total:,} logged completions, of positions drawn at random."
-    files = "<code>completions/*.parquet</code>"
+    files, older = _files(directory)
+    if not files:
+        none = f"Files of an earlier version, which cannot be browsed: {older}, in" if older else "None are in"
+        return f"<p>{none} <code>completions/</code>.</p>"
+    stages = [[f for f in files if f.stage == stage] for stage in ("evaluation", "training")]
+    limits = [limit // sum(map(bool, stages)) for limit in (max_completions, max_tokens)]
+    chosen = [_within(of_stage, *limits) for of_stage in stages if of_stage]
+    rows = [row for places in chosen for file, kept in places for row in _rows(file, kept)]
+    total = sum(len(f.positions) for f in files)
+    which = f"All {total:,}" if len(rows) == total else f"{len(rows):,} of {total:,}"
+    of = "logged completions" + ("" if len(rows) == total else ", of positions drawn at random")
+    left = f" Files of an earlier version, which cannot be browsed: {older}." if older else ""
     script = Path(__file__).with_name("browser.js").read_text()
     return (
-        f"<p>{which} {html.escape('The files with all their tokens:')} {files}.</p>"
+        f"<p>{which} {of}. All are in <code>completions/*.parquet</code>.{left}</p>"
         f"<div id='browser'><noscript>Browsing needs JavaScript.</noscript></div>"
-        f"<script type='application/json' id='completion-data'>{_embedded(_compact(kept))}</script>"
+        f"<script type='application/json' id='completion-data'>{_embedded(_compact(rows))}</script>"
         f"<script>{script}</script>"
     )
 
 
-def _within(rows: list[_Row], max_completions: int, max_tokens: int) -> list[_Row]:
-    """Return the rows of as many positions as fit; positions of the most evaluations first, otherwise at random."""
-    groups: dict[Hashable, list[_Row]] = {}
-    for row in rows:
-        of_step = row.step if row.stage == "training" else None
-        groups.setdefault((of_step, row.values["position_id"]), []).append(row)
-    names = list(groups)
-    steps = np.array([len({row.step for row in groups[name]}) for name in names])
-    order = np.random.default_rng(0).permutation(len(names))
-    order = order[np.argsort(-steps[order], kind="stable")]
-    kept = []
-    for number in order:
-        group = groups[names[number]]
-        tokens = sum(len(row.values["completion_pieces"]) for row in group)
-        if len(group) > max_completions or tokens > max_tokens:
+def _files(directory: Path) -> tuple[list[_File], int]:
+    """Return the files of a run's completions, and how many an earlier version wrote, without log-probabilities."""
+    found, older = [], 0
+    for path in sorted((directory / "completions").glob("*.parquet")):
+        named = re.fullmatch(r"(step|evaluation)_(\d+)", path.stem)
+        if not named or "completion_pieces" not in pyarrow.parquet.read_schema(path).names:
+            older += 1
             continue
-        max_completions, max_tokens = max_completions - len(group), max_tokens - tokens
-        kept += group
-    return sorted(kept, key=lambda row: (row.step, row.values["position_id"]))
+        table = pyarrow.parquet.read_table(path, columns=["position_id", "tokens"])
+        positions, tokens = (table[name].to_numpy() for name in ("position_id", "tokens"))
+        stage = "training" if named[1] == "step" else "evaluation"
+        found.append(_File(path=path, stage=stage, step=int(named[2]), positions=positions, tokens=tokens))
+    return found, older
+
+
+def _within(files: list[_File], max_completions: int, max_tokens: int) -> list[tuple[_File, set[int]]]:
+    """Return files of one stage with the positions to read, as many as fit; those of the most evaluations first."""
+    is_evaluation = files[0].stage == "evaluation"
+    fits = sum(len(f.tokens) for f in files) <= max_completions and sum(f.tokens.sum() for f in files) <= max_tokens
+    if is_evaluation and not fits and len(files) > 2:
+        files = [files[0], files[-1]]
+    groups: dict[tuple, list[tuple[int, int, int]]] = {}
+    for number, file in enumerate(files):
+        for position in np.unique(file.positions).tolist():
+            own = file.positions == position
+            # A position is in several evaluations, but its training batches have nothing to do with each other.
+            group = groups.setdefault((None if is_evaluation else number, position), [])
+            group.append((number, int(own.sum()), int(file.tokens[own].sum())))
+    names = list(groups)
+    order = np.random.default_rng(0).permutation(len(names))
+    order = order[np.argsort([-len(groups[names[i]]) for i in order], kind="stable")]
+    kept: list[set[int]] = [set() for _ in files]
+    rows = tokens = 0
+    for i in order:
+        rows += sum(count for _, count, _ in groups[names[i]])
+        tokens += sum(length for _, _, length in groups[names[i]])
+        if any(kept) and (rows > max_completions or tokens > max_tokens):
+            break
+        for number, _, _ in groups[names[i]]:
+            kept[number].add(names[i][1])
+    return list(zip(files, kept, strict=True))
+
+
+def _rows(file: _File, positions: set[int]) -> list[_Row]:
+    """Read the completions of some positions, in their order."""
+    known = pyarrow.parquet.read_schema(file.path).names
+    table = pyarrow.parquet.read_table(file.path, columns=[name for name in _READ if name in known])
+    table = table.filter(pyarrow.array(np.isin(file.positions, list(positions)))).sort_by("position_id")
+    return [_Row(file.stage, file.step, values) for values in table.to_pylist()]
 
 
 def _compact(rows: list[_Row]) -> dict:

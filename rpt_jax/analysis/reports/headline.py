@@ -6,6 +6,8 @@ below two errors nothing is claimed.
 
 from dataclasses import dataclass
 
+from rpt_jax.rewards.catalog import VERIFIERS
+
 # Differences from which on "clearly" and "far" are said.
 _CLEARLY, _FAR = 0.03, 0.15
 # Fewer positions than this make a figure that only large differences can be read from.
@@ -119,6 +121,11 @@ def question_headline(results: dict) -> list[str]:
         f"On {figures['n']} held-out questions, {_share(figures)} of the sampled answers are right. With RL this share "
         f"{changed(change)}: {earlier:.3f} → {figures['value']:.3f}."
     ]
+    if results["config"]["reward"]["terms"][0].rpartition("*")[2] not in VERIFIERS:
+        old, new = before["reward"], after["reward"]
+        sentences.append(
+            f"The mean reward {changed(Difference.of(new, old))}: {old['value']:.3f} → {new['value']:.3f}."
+        )
     if "direct" in after:
         difference = Difference.of(figures, after["direct"])
         sentences.append(
@@ -142,8 +149,8 @@ def training_summary(steps: list[dict]) -> str:
         return f"{max(0.0, sum(values) / len(values)):.0%}" if values else "an unknown share"
 
     return (
-        f"On average, all rollouts earned the same in {mean('degenerate_group_fraction')} of the groups, which then "
-        f"teach nothing, and {mean('padded_prompt_fraction')} of the prompts of a batch were padding."
+        f"On average, all rollouts earned the same in {mean('degenerate_group_fraction')} of the groups (such groups "
+        f"teach nothing), and {mean('padded_prompt_fraction')} of the prompts of a batch were padding."
     )
 
 

@@ -37,23 +37,29 @@ def write_report(directory: Path) -> Path:
     results = read_evaluations(directory)
     write_atomically(directory / "results.json", json.dumps(results, indent=2))
     steps = [r for r in read_records(directory) if r["stage"] == "rpt"]
-    pictures = save_figures(directory, {"learning": _plot_learning(results), "training": plot_training(steps)})
+    pictures = save_figures(directory, {"learning": _plot_learning(results), "training": plot_training(steps, "RL")})
     page = directory / "report.html"
     write_atomically(page, _page(directory, results, steps, pictures))
     return page
 
 
 def _plot_learning(results: dict):
-    figure, axis = subplots(figsize=(6.4, 4))
-    for metric, style in (("sampled", "-o"), ("greedy", "--s"), ("direct", ":"), ("no_prediction", "-.")):
-        value, error = series(results["curve"], "all", metric)
-        if len(value):
-            axis.errorbar(results["steps"][-len(value) :], value, 2 * error, fmt=style, capsize=2, label=metric, ms=4)
-    axis.set_xlabel("RL step")
-    axis.set_ylim(0, 1.02)
-    axis.set_title(f"Held-out questions (n={results['curve'][-1]['all']['sampled']['n']}; bars: two standard errors)")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure, (left, right) = subplots(1, 2, figsize=(11, 3.8))
+    for axis, metrics in (
+        (left, (("sampled", "-o"), ("greedy", "--s"), ("direct", ":"), ("no_prediction", "-."))),
+        (right, (("reward", "-o"),)),
+    ):
+        for metric, style in metrics:
+            value, error = series(results["curve"], "all", metric)
+            if len(value):
+                steps, label = results["steps"][-len(value) :], _WORDS.get(metric, metric)
+                axis.errorbar(steps, value, 2 * error, fmt=style, capsize=2, label=label, ms=4)
+        axis.set_xlabel("RL step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    left.set_ylim(-0.02, 1.02)
+    n = results["curve"][-1]["all"]["sampled"]["n"]
+    figure.suptitle(f"Held-out questions (n={n}; bars: two standard errors)")
     return figure
 
 
@@ -88,7 +94,9 @@ def _page(directory: Path, results: dict, steps: list[dict], pictures: dict[str,
         return f"<img alt='{name}' src='data:image/png;base64,{data}'>"
 
     config, corpus = results["config"], results["corpus"]
-    judge = config["reward"]["function"] or " + ".join(config["reward"]["terms"])
+    function = config["reward"]["function"]
+    judge = "a Python function" if function.endswith(".pickle") else function or " + ".join(config["reward"]["terms"])
+    direct = "<b>direct</b>: the most likely letter without thinking." if "direct" in results["after"]["all"] else ""
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>RL on questions</title>
 <style>{PAGE_STYLE}</style>
 <h1>Reinforcement learning on questions: results of this run</h1>
@@ -96,9 +104,9 @@ def _page(directory: Path, results: dict, steps: list[dict], pictures: dict[str,
 <p>{results["steps"][-1]} steps on {corpus["training"]["questions"]:,} questions,
 {config["rollout"]["group_size"]} rollouts each, graded by {html.escape(judge)}. {training_summary(steps)}</p>
 {picture("learning")}{_table(results)}
-<p>± is one standard error over questions. <b>sampled</b>: mean of {config["eval"]["num_samples"]} thoughts;
-<b>greedy</b>: one thought at temperature 0; <b>direct</b>: the most likely letter without thinking (multiple
-choice only).</p>
+<p>± is one standard error over questions. <b>sampled</b>: mean of {config["eval"]["num_samples"]} completions;
+<b>greedy</b>: one at temperature 0. {direct} A right answer equals an accepted one, whatever the reward is. The errors
+of changes are those of two independent sets of questions, so they are too large for the same questions.</p>
 <h2>How training went</h2>{picture("training")}
 <h2>Thoughts and answers</h2>{completion_browser(directory)}
 <h2>The run</h2><p>seed {config["run"]["seed"]} · {html.escape(results["versions"]["devices"])} · code

@@ -177,22 +177,23 @@ def _plot_scaling(results: dict):
     return figure
 
 
-def plot_training(steps: list[dict]):
+def plot_training(steps: list[dict], what: str = "RPT"):
     """Plot reward, failure and optimisation metrics of training over the steps; return the figure."""
-    figure, axes = subplots(1, 3, figsize=(12, 3.2))
+    figure, axes = subplots(1, 4, figsize=(14, 3.2))
     x = [r["step"] for r in steps]
     for axis, names in zip(
         axes,
         (
-            ("reward", "reward_any_in_group"),
-            ("degenerate_group_fraction", "no_prediction_fraction", "truncated_fraction"),
+            ("reward",),
+            ("reward_any_in_group", "degenerate_group_fraction", "no_think_end_fraction"),
+            ("no_prediction_fraction", "truncated_fraction"),
             ("entropy", "grad_norm"),
         ),
         strict=True,
     ):
         for name in names:
             axis.plot(x, [r.get(name, np.nan) for r in steps], label=name, lw=1.2)
-        axis.set_xlabel("RPT step")
+        axis.set_xlabel(f"{what} step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle("Training rollouts")

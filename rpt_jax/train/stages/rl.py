@@ -102,7 +102,8 @@ class ReinforcementLearning:
 
     def set_cursor(self, cursor: dict) -> None:
         """Set the state of the task iterator and of the filter."""
-        if self.deviation_filter:
+        # A run that begins as a copy of one without the filter has none of its state.
+        if self.deviation_filter and "deviations" in cursor:
             self.deviation_filter.set_state(cursor["deviations"])
         self.tasks.set_state({name: value for name, value in cursor.items() if name != "deviations"})
 
