@@ -1,11 +1,13 @@
 """Rewards that run on the host: judges by hand, and every way a user's function can fail."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ from rpt_jax.rewards.base import earn
 from rpt_jax.rewards.catalog import make_reward
 from rpt_jax.rewards.host import JudgePool, check_function, store_function
 from rpt_jax.sequences import Task, build_tasks
+from rpt_jax.train.run import _note_function
 from rpt_jax.types import Rollouts
 
 MODULE = "tests.judges_for_tests"
@@ -232,3 +235,19 @@ def test_faults_follow_the_policy(letters):
     with pytest.raises(RewardError, match="ValueError: on purpose on task 1 .*boxed") as error:
         earn(strict, {}, tasks, rollouts)
     assert 'raise ValueError("on purpose")' in str(error.value)
+
+
+def test_a_changed_function_is_said(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text("def reward(*_):\n    return 1.0\n")
+
+    def keep(name, value):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+
+    directory = SimpleNamespace(path=tmp_path, keep=keep)
+    for _ in range(2):
+        _note_function(directory, f"{file}:reward")
+    assert "has changed" not in capsys.readouterr().out
+    file.write_text("def reward(*_):\n    return 2.0\n")
+    _note_function(directory, f"{file}:reward")
+    assert "has changed since the run last started" in " ".join(capsys.readouterr().out.split())

@@ -1,5 +1,6 @@
 """A checked run, which its stages share. Invalid input is found here, before anything compiles."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -158,6 +159,8 @@ def prepare(config: Config, *, read_only: bool = False, judges: bool = False) ->
     begin_as_copy(config, identity)
     directory = RunDirectory(config, identity, read_only=read_only, judges=judges)
     run = Run(config=config, mesh=mesh, directory=directory, tokenizer=tokenizer, domain=domain, warm_examples=examples)
+    if config.reward.function and not read_only:
+        _note_function(directory, config.reward.function)
     if config.data.chat:
         directory.remember("chat", {"started": started.isoformat()})
     if kept is None and not read_only:
@@ -175,6 +178,17 @@ def prepare(config: Config, *, read_only: bool = False, judges: bool = False) ->
         if is_main():
             tokenizer.save(directory.path / "tokenizer")
     return run
+
+
+def _note_function(directory: RunDirectory, function: str) -> None:
+    """Keep the checksum of a reward function's file, and say so if the file has changed since the run began."""
+    file = Path(function.rpartition(":")[0])
+    if file.suffix != ".py" or not file.exists():
+        return
+    found, kept = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}, directory.path / "reward_function.json"
+    if kept.exists() and read_json(kept) != found:
+        console.print(f"{file} has changed since the run last started; earlier steps used the old reward")
+    directory.keep("reward_function", found)
 
 
 def _check_steps(config: Config) -> None:
