@@ -247,7 +247,7 @@ def test_a_changed_function_is_said(tmp_path, capsys):
     directory = SimpleNamespace(path=tmp_path, keep=keep)
     for _ in range(2):
         _note_function(directory, f"{file}:reward")
-    assert "has changed" not in capsys.readouterr().out
+    assert "has changed" not in capsys.readouterr().err
     file.write_text("def reward(*_):\n    return 2.0\n")
     _note_function(directory, f"{file}:reward")
-    assert "has changed since the run last started" in " ".join(capsys.readouterr().out.split())
+    assert "has changed since the run last started" in " ".join(capsys.readouterr().err.split())
