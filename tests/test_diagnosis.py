@@ -9,7 +9,7 @@ from test_system import corpus, evaluated_at_the_ends, tiny_run  # noqa: F401  (
 
 from experiments.presets import PRESETS
 from rpt_jax import session
-from rpt_jax.config import Config
+from rpt_jax.config import Config, RunConfig
 from rpt_jax.errors import DataError
 from rpt_jax.train import diagnosis
 from rpt_jax.train.diagnosis import WINDOW, Diagnosis, diagnose_steps, diagnose_tasks
@@ -109,3 +109,13 @@ def test_a_run_that_cannot_learn_stops_with_its_cause(corpus, tmp_path):  # noqa
     steps = [r["step"] for r in read_records(tmp_path / "run") if r["stage"] == "rpt"]
     # A step's record may arrive one step late; that step is saved too.
     assert steps == list(range(1, len(steps) + 1)) and len(steps) in (WINDOW, WINDOW + 1)
+
+
+@pytest.mark.parametrize("name", ["no_prediction", "sampled_no_prediction"])
+def test_a_policy_without_the_format_is_said_before_the_first_step(name, capsys):
+    watch = Diagnosis(Config(run=RunConfig(on_diagnosis="stop")))
+    watch.of_evaluation({"splits": {"all": {name: {"value": 0.5}}}})
+    assert not capsys.readouterr().err
+    watch.of_evaluation({"splits": {"all": {name: {"value": 1.0}}}})
+    said = " ".join(capsys.readouterr().err.split())
+    assert "100% of the completions have no closed box" in said and "--reward.no-require-think-end" in said

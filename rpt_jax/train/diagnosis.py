@@ -71,11 +71,7 @@ def diagnose_steps(records: list[dict]) -> tuple[str, str] | None:
                 f"{none}, and {mean['truncated_fraction']:.0%} reach rollout.max_completion_tokens before they end. "
                 "Raise --rollout.max-completion-tokens, or teach shorter thoughts in a cold start."
             )
-        return "format", (
-            f"{none}: the policy does not know the response format. Give it a cold start (--supervised.num-steps with "
-            "--supervised.draft-fraction or --supervised.path), or a prompt that asks for it (--data.template v6). A "
-            "chat model that boxes its answer without a </think> needs --reward.no-require-think-end."
-        )
+        return "format", f"{none}: {_UNKNOWN_FORMAT}"
     equal = (
         f"in {mean['degenerate_group_fraction']:.0%} of the groups all rollouts earn the same, so nothing is learned"
     )
@@ -101,6 +97,12 @@ def diagnose_steps(records: list[dict]) -> tuple[str, str] | None:
     )
 
 
+_UNKNOWN_FORMAT = (
+    "the policy does not know the response format. Give it a cold start (--supervised.num-steps with "
+    "--supervised.draft-fraction or --supervised.path), or a prompt that asks for it (--data.template v6, "
+    "--questions.template boxed). A chat model that boxes its answer without a </think> needs "
+    "--reward.no-require-think-end."
+)
 _READ = (
     "reward_fault_fraction", "no_prediction_fraction", "truncated_fraction", "degenerate_group_fraction",
     "identical_group_fraction", "reward_any_in_group",
@@ -127,6 +129,18 @@ class Diagnosis:
         """
         for message in messages:
             self._say("this run may not learn", message, message)
+
+    def of_evaluation(self, figures: dict) -> None:
+        """Say at once if almost no completion of the first evaluation has an answer; the run goes on."""
+        everything = figures["splits"]["all"]
+        share = everything.get("no_prediction", everything.get("sampled_no_prediction"))["value"]
+        if share > _ALMOST_ALL:
+            self._said.add("format")
+            console.print(
+                f"[yellow]before the first step:[/] {share:.0%} of the completions have no closed box after </think>: "
+                f"{_UNKNOWN_FORMAT}",
+                highlight=False,
+            )
 
     def add(self, record: dict) -> None:
         """Judge the last steps, with the record of another one.

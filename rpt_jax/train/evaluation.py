@@ -26,18 +26,20 @@ class Evaluations:
     source: Source
     start: Any = None
 
-    def at_step(self, step: int, params, flops: Callable[[], float]) -> None:
+    def at_step(self, step: int, params, flops: Callable[[], float]) -> dict | None:
         """Evaluate before the first step, every eval.every_steps steps and after the last, unless already logged.
 
         Args:
             step: number of steps done.
             params: of the policy.
             flops: returns the FLOPs so far.
+        Returns:
+            Figures as `evaluate` returns them; None: nothing was evaluated.
         """
         config, directory = self.run.config, self.run.directory
         is_last = step == config.run.num_steps
         if not (is_last or step % config.eval.every_steps == 0) or directory.has_record("evaluation", step):
-            return
+            return None
         kept: list[dict[str, list]] = []
         # All processes take part in fetching completions, and one writes them.
         collect = kept.append if is_main() else lambda _: None
@@ -47,6 +49,7 @@ class Evaluations:
             rows = {name: [value for columns in kept for value in columns[name]] for name in kept[0]}
             directory.write_completions("evaluation", step, rows)
         directory.log("evaluation", step, {"flops": flops()} | figures)
+        return figures
 
     @needs_memory("an evaluation", "--rollout.slots-per-trunk, or --eval.batch-trunks in a new run")
     def evaluate(

@@ -167,7 +167,9 @@ def run_rl(run: Run, params, tasks: Tasks, evaluations: Evaluations, *, stop_at_
         training.deviation_filter = DeviationFilter(config.reward.deviation_filter)
 
     def at_boundary(step, state, flops):
-        evaluations.at_step(step, join(trainer.frozen, state.params), flops)
+        figures = evaluations.at_step(step, join(trainer.frozen, state.params), flops)
+        if step == 0 and figures:
+            diagnosis.of_evaluation(figures)
 
     with run.checkpoints(NAME) as checkpoints:
         _, flops = fit(
