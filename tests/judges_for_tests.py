@@ -26,8 +26,8 @@ def by_column(completion, prediction, columns):
 
 
 def only_when_tried(completion, prediction, columns):
-    """Fail on every completion but the one that a run tries it on."""
-    if prediction != b"42":
+    """Fail on every completion but those that a run tries it on."""
+    if not completion.startswith(b"a thought"):
         raise LookupError("no answer to this")
     return 1.0
 
