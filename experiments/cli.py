@@ -229,7 +229,8 @@ def describe(config: Config) -> str:
         needed = [estimate(sized, 32) / 2**30 for estimate in (estimate_rollout, estimate_update)]
         lines.append(
             f"policy: {WorkShape(model).stored / 1e6:,.1f} M parameters; up to {tokens:,} tokens per step; about "
-            f"{needed[0]:.1f} GiB per device for rollouts and {needed[1]:.1f} GiB for updates, by an estimate"
+            f"{needed[0]:.1f} GiB per device for rollouts and {needed[1]:.1f} GiB for updates, by an "
+            "estimate; on a CPU, programs and the process take 1 to 4 GiB more"
         )
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import shared_path
 
 from rpt_jax.config import RewardConfig, ShapingConfig
-from rpt_jax.rewards import shaping
+from rpt_jax.rewards import shaping, text
 from rpt_jax.rewards.base import Reward, Term, compose
 from rpt_jax.rewards.code_judge import code
 from rpt_jax.rewards.prefix import _earned
@@ -92,6 +92,14 @@ def test_syntax_by_hand(text, share):
 )
 def test_our_format_by_hand(completion, kept):
     assert judge_format(completion.encode(), None, {}) == kept
+
+
+def test_a_perfect_response_earns_every_format():
+    """The prompt has opened the thought and its line."""
+    completion = b"a thought\n</think>\n<answer>\n7\n</answer>"
+    for judge in (text.judge_format_lines, text.judge_format_tags, text.judge_format_think, text.judge_tag_count):
+        assert judge(completion, None, {}) == 1
+    assert text.judge_format_nover(completion, None, {}) == 1 > text.judge_format(completion, None, {})
 
 
 def test_unknown_modes_and_languages_are_refused():

@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 _OPEN, _CLOSE = "<think>", "</think>"
 
@@ -231,34 +232,16 @@ def _response(completion: bytes) -> str:
     return text if text.lstrip().startswith(_OPEN) else _OPEN + "\n" + text.removeprefix("\n")
 
 
-def judge_format(completion: bytes, prediction: bytes | None, columns: dict) -> float:
-    """Return `format` in mode boxed."""
-    return format(_response(completion), "boxed")
+def _judge_format(mode: str, completion: bytes, prediction: bytes | None, columns: dict) -> float:
+    return format(_response(completion), mode)
 
 
-def judge_format_nover(completion: bytes, prediction: bytes | None, columns: dict) -> float:
-    """Return `format` in mode nover."""
-    return format(_response(completion), "nover")
-
-
-def judge_format_lines(completion: bytes, prediction: bytes | None, columns: dict) -> float:
-    """Return `format` in mode lines."""
-    return format(_response(completion), "lines")
-
-
-def judge_format_tags(completion: bytes, prediction: bytes | None, columns: dict) -> float:
-    """Return `format` in mode tags."""
-    return format(_response(completion), "tags")
-
-
-def judge_tag_count(completion: bytes, prediction: bytes | None, columns: dict) -> float:
-    """Return `format` in mode tag_count."""
-    return format(_response(completion), "tag_count")
-
-
-def judge_format_think(completion: bytes, prediction: bytes | None, columns: dict) -> float:
-    """Return `format` in mode think."""
-    return format(_response(completion), "think")
+judge_format = partial(_judge_format, "boxed")
+judge_format_nover = partial(_judge_format, "nover")
+judge_format_lines = partial(_judge_format, "lines")
+judge_format_tags = partial(_judge_format, "tags")
+judge_format_think = partial(_judge_format, "think")
+judge_tag_count = partial(_judge_format, "tag_count")
 
 
 def judge_repetition(completion: bytes, prediction: bytes | None, columns: dict) -> float:
