@@ -288,7 +288,7 @@ def _scaling_text(results: dict) -> str:
         else:
             # Constants that the points do not determine are not shown; results.json has them.
             found = f"A={fit['A']:.3g}, α={fit['alpha']:.3f}, P*={fit['p_star']:.3f}, R²={fit['r2']:.3f}"
-            found = f"not determined, {fit['doubt']}" if fit["doubt"] else found
+            found = f"no constants; {fit['doubt']}" if fit["doubt"] else found
             items.append(f"<li>{html.escape(split)}: {found}, {fit['num_points']} evaluations</li>")
     return f"<ul>{''.join(items)}</ul><p>With three constants and few points, R² is weak evidence.</p>"
 
