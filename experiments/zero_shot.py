@@ -15,7 +15,8 @@ from experiments.cli import describe, parse_config, run_script
 from experiments.presets import PRESETS
 from rpt_jax.data.questions import make_question_template, read_questions
 from rpt_jax.errors import ConfigError
-from rpt_jax.evals.questions import QuestionEvaluator, category_splits
+from rpt_jax.evals.questions import QuestionEvaluator, category_splits, verification
+from rpt_jax.rewards.base import Reward
 from rpt_jax.rewards.catalog import make_reward
 from rpt_jax.scoring.requests import Scorer
 from rpt_jax.train.domains import question_source
@@ -41,13 +42,20 @@ def main(argv: list[str]) -> None:
     model = load_policy(config, lambda t, resolved: make_question_template(t, resolved.questions, resolved.data))
     source = question_source(config.questions.path, "evaluation", model.config, model.tokenizer)
     scorer = Scorer(model.config.model, model.tokenizer, int(model.tokenizer.bos_id is not None))
+
+    def make(terms: tuple[str, ...]) -> Reward:
+        return make_reward(
+            replace(config.reward, terms=terms), model.tokenizer, source.columns, scorer, kind="questions"
+        )
+
     evaluator = QuestionEvaluator(
         config=model.config,
         mesh=model.mesh,
         tokenizer=model.tokenizer,
         source=source,
         splits=category_splits(source.questions, config.eval.num_positions, seed=config.run.seed),
-        reward=make_reward(config.reward, model.tokenizer, source.columns, scorer, kind="questions"),
+        reward=make(config.reward.terms),
+        **verification(config.reward, source, make),
     )
     figures = evaluator.evaluate(model.params)
     print(table(figures))

@@ -13,12 +13,11 @@ from conftest import shared_path
 from rpt_jax.config import Config, DataConfig, DecoderConfig, EvalConfig, QuestionsConfig, RewardConfig, RolloutConfig
 from rpt_jax.data.questions import Question, make_question_source, read_questions
 from rpt_jax.errors import ConfigError, DataError
-from rpt_jax.evals.questions import QuestionEvaluator, _majority, category_splits, pass_at_k
+from rpt_jax.evals.questions import QuestionEvaluator, _majority, category_splits, pass_at_k, verification
 from rpt_jax.models import decoder
 from rpt_jax.rewards.answer import Predictions
 from rpt_jax.rewards.base import Reward
 from rpt_jax.tokenizer import load_tokenizer, train_byte_level
-from rpt_jax.train.domains import _verification
 from rpt_jax.types import Earned
 
 VERL = {
@@ -279,19 +278,17 @@ def test_categories():
 def test_what_is_right_does_not_depend_on_a_reward_of_ones_own():
     made = []
 
-    def verification(*terms, choices=()):
+    def of(*terms, choices=()):
         made.clear()
-        run = SimpleNamespace(
-            config=Config(reward=RewardConfig(terms=terms)), make_reward=lambda _, terms: made.append(terms) or terms
-        )
-        return _verification(run, SimpleNamespace(questions=[question("q", "A", choices)]))
+        source = SimpleNamespace(questions=[question("q", "A", choices)])
+        return verification(RewardConfig(terms=terms), source, lambda terms: made.append(terms) or terms)
 
-    assert verification("math") == {} and not made
-    assert verification("math", "0.1*format") == {"right_metric": "reward/math"} and not made
-    assert verification("0.9*exact") == {"right_metric": "reward/exact"}
-    assert verification("custom") == {"verifier": ("math",)}
-    assert verification("verifree") == {"verifier": ("math",)} and made == [("math",)]
-    assert verification("ttrl", choices=("x", "y")) == {"verifier": ("choice",)}
+    assert of("math") == {} and not made
+    assert of("math", "0.1*format") == {"right_metric": "reward/math"} and not made
+    assert of("0.9*exact") == {"right_metric": "reward/exact"}
+    assert of("custom") == {"verifier": ("math",)}
+    assert of("verifree") == {"verifier": ("math",)} and made == [("math",)]
+    assert of("ttrl", choices=("x", "y")) == {"verifier": ("choice",)}
 
 
 def test_figures_against_plain_recomputation(mesh):

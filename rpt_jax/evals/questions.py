@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax.config import Config
+from rpt_jax.config import Config, RewardConfig
 from rpt_jax.data.layouts import LETTERS
 from rpt_jax.data.questions import Question, QuestionSource
 from rpt_jax.evals.next_token import by_split
 from rpt_jax.evals.sampling import policies_of, sample
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import shard_batch
-from rpt_jax.rewards.base import Reward, earn
+from rpt_jax.rewards.base import Reward, earn, parse_terms
+from rpt_jax.rewards.catalog import VERIFIERS
 from rpt_jax.rewards.judges import named_letter
 from rpt_jax.rollout.completions import completion_columns
 from rpt_jax.scoring.logprobs import score
@@ -42,6 +43,22 @@ def category_splits(questions: list[Question], limit: int, *, seed: int) -> dict
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     """Return the chance that k of the samples, without replacement, include a correct one (arXiv:2107.03374 eq. 1)."""
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def verification(
+    config: RewardConfig, source: QuestionSource, make: Callable[[tuple[str, ...]], Reward]
+) -> dict[str, Reward | str]:
+    """Return the fields of `QuestionEvaluator` that tell right answers, whatever the reward is.
+
+    Args:
+        config: of the reward. If its first term is a verifier, that decides.
+        source: the questions; without such a term, they are judged by choice if all have options, else by math.
+        make: terms -> a reward for these questions.
+    """
+    first, *others = parse_terms(config.terms)
+    if first.name not in VERIFIERS:
+        return {"verifier": make(("choice" if all(q.choices for q in source.questions) else "math",))}
+    return {"right_metric": f"reward/{first.name}"} if others or first.weight != 1 else {}
 
 
 @dataclass(frozen=True, kw_only=True)

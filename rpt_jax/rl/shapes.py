@@ -31,7 +31,7 @@ def microbatch_shape(config: Config, tasks: TaskBatch, num_lanes: int = 0, learn
         config: of the run.
         tasks: from `tasks_shape`.
         num_lanes: lanes of each trunk; 0: one for each rollout, as if every one is trained on and has full length.
-        learned_width: length of rows that end with a reference to learn; 0: there are none.
+        learned_width: length of rows that end with a reference to learn; 0: rows are completions.
     """
     U = config.microbatch_trunks
     R = num_lanes or config.rollout.prompts_per_trunk * config.rollout.group_size

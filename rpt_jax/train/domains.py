@@ -33,11 +33,9 @@ from rpt_jax.data.readers import Corpus, count_paragraphs, is_text_file, trainin
 from rpt_jax.data.templates import Template, continuation, make_template, token_facts
 from rpt_jax.errors import ConfigError
 from rpt_jax.evals.next_token import Evaluator, difficulty_splits
-from rpt_jax.evals.questions import QuestionEvaluator, category_splits
+from rpt_jax.evals.questions import QuestionEvaluator, category_splits, verification
 from rpt_jax.models.families import read_config
 from rpt_jax.models.hf import load_hf
-from rpt_jax.rewards.base import parse_terms
-from rpt_jax.rewards.catalog import VERIFIERS
 from rpt_jax.scoring.entropy import Proxy
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.train.policies import fingerprint
@@ -155,17 +153,9 @@ class Questions:
         splits = {which: category_splits(source.questions, limit, seed=seed) for which, limit in limits.items()}
         return QuestionEvaluator(
             config=run.config, mesh=run.mesh, tokenizer=run.tokenizer, source=source, splits=_named(splits),
-            reward=reward, progress=tracked, **_verification(run, source),
+            reward=reward, progress=tracked,
+            **verification(run.config.reward, source, partial(run.make_reward, source)),
         )  # fmt: skip
-
-
-def _verification(run, source: QuestionSource) -> dict:
-    """Return what tells right answers: the first term if it is a verifier, else a verifier of its own."""
-    first, *others = parse_terms(run.config.reward.terms)
-    if first.name not in VERIFIERS:
-        name = "choice" if all(q.choices for q in source.questions) else "math"
-        return {"verifier": run.make_reward(source, terms=(name,))}
-    return {"right_metric": f"reward/{first.name}"} if others or first.weight != 1 else {}
 
 
 def open_questions(config: Config, tokenizer: Tokenizer) -> Questions:
