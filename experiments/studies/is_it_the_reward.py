@@ -20,7 +20,7 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ COLUMNS = (
 METRICS = (
     *(metric for _, metric in COLUMNS), "pass@k", "direct_logprob", "sampled_no_prediction", "sampled_thought_tokens",
 )  # fmt: skip
+# Of these, what pictures show over FLOPs and seconds.
+DRAWN = ("sampled_prefix", "direct_prefix")
 
 
 def shared_start(config: Config, directory: Path) -> Config:
@@ -93,7 +95,7 @@ def run_rl_arm(config: Config, directory: Path, arm: str, changes: Mapping[str, 
     return {
         "flops": [r["flops"] for r in evaluations],
         "seconds": [sum(seconds[: r["step"]]) for r in evaluations],
-        "curve": [_brief(r.get("curve", r["splits"])) for r in evaluations],
+        "curve": [_brief(r.get("curve", r["splits"]), DRAWN) for r in evaluations],
         "before": _brief(evaluations[0]["splits"]),
         "after": _brief(evaluations[-1]["splits"]),
         "reward": [r["reward"] for r in read_records(path) if r["stage"] == "rpt"],
@@ -115,16 +117,16 @@ def run_supervised_arm(run: Run, directory: Path, arm: str, of_prefix: dict) -> 
         "seconds": [0.0, seconds],
         "updates": steps,
         "examples": len(examples),
-        "curve": [of_prefix["curve"][0], _brief(figures["curve"])],
+        "curve": [of_prefix["curve"][0], _brief(figures["curve"], DRAWN)],
         "before": of_prefix["before"],
         "after": _brief(figures["splits"]),
     }
 
 
-def _brief(splits: dict) -> dict:
+def _brief(splits: dict, metrics: Sequence[str] = METRICS) -> dict:
     """Return the figures of interest to five places, so that the file stays small."""
     return {
-        split: {m: {k: round(v, 5) for k, v in cells[m].items()} for m in METRICS if m in cells}
+        split: {m: {k: round(v, 5) for k, v in cells[m].items()} for m in metrics if m in cells}
         for split, cells in splits.items()
     }
 
@@ -217,29 +219,41 @@ def plot(found: dict, splits: list[str]):
     return figure
 
 
-def main(argv: list[str]) -> None:
-    """Run the arms of every seed, then print the table and draw the picture."""
+def parse_study(argv: list[str], arms: Sequence[str], splits: list[str]) -> tuple[argparse.Namespace, Config]:
+    """Parse a study's command line: its own flags, and a preset with settings."""
     parser = argparse.ArgumentParser(add_help=False)
     asks_help = bool({"-h", "--help", "--help-all"} & set(argv))
     parser.add_argument("--directory", type=Path, required=not asks_help)
     parser.add_argument("--out", type=Path, required=not asks_help)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=[*RL_ARMS, *SUPERVISED_ARMS], choices=[*RL_ARMS, *SUPERVISED_ARMS])
-    parser.add_argument("--splits", nargs="+", default=["all", "settled", "easy", "hard"])
+    parser.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms))
+    parser.add_argument("--splits", nargs="+", default=splits)
     args, flags = parser.parse_known_args(argv)
     config, _ = parse_config([*flags, "--run.directory", str(args.directory)], default_preset="tiny_worked")
-    found = read_json(args.out) if args.out.exists() else {}
+    return args, config
+
+
+def missing_arms(args: argparse.Namespace, config: Config, found: dict) -> Iterator[tuple]:
+    """Yield (config, directory of the seed, arm, the seed's figures) of each arm that --out lacks, then write --out."""
     for seed in args.seeds:
         directory, of_seed = args.directory / f"seed{seed}", found.setdefault(str(seed), {})
-        if all(arm in of_seed for arm in args.arms):
+        missing = [arm for arm in args.arms if arm not in of_seed]
+        if not missing:
             continue
         begun = shared_start(replace(config, run=replace(config.run, seed=seed)), directory)
-        for arm in args.arms:
-            if arm not in of_seed:
-                of_seed[arm] = run_arm(begun, directory, arm, of_seed)
-                # A run's objects refer to each other; its parameters must not outlive it.
-                gc.collect()
-                write_atomically(args.out, json.dumps(found))
+        for arm in missing:
+            yield begun, directory, arm, of_seed
+            # A run's objects refer to each other; its parameters must not outlive it.
+            gc.collect()
+            write_atomically(args.out, json.dumps(found))
+
+
+def main(argv: list[str]) -> None:
+    """Run the arms of every seed, then print the table and draw the picture."""
+    args, config = parse_study(argv, [*RL_ARMS, *SUPERVISED_ARMS], ["all", "settled", "easy", "hard"])
+    found = read_json(args.out) if args.out.exists() else {}
+    for begun, directory, arm, of_seed in missing_arms(args, config, found):
+        of_seed[arm] = run_arm(begun, directory, arm, of_seed)
     print(table(found, args.splits))
     plot(found, args.splits).savefig(args.out.with_suffix(".png"), dpi=110, bbox_inches="tight")
 

@@ -9,20 +9,14 @@ tenth of the information gain. They resume, and a finished arm is not run again.
 prints a Markdown table, and draws accuracy over FLOPs.
 """
 
-import argparse
-import gc
-import json
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
 
-from experiments.cli import parse_config, run_script
+from experiments.cli import run_script
 from experiments.presets import METHODS
-from experiments.studies.is_it_the_reward import run_rl_arm, shared_start
+from experiments.studies.is_it_the_reward import missing_arms, parse_study, run_rl_arm
 from rpt_jax.analysis.reports.figures import subplots
 from rpt_jax.analysis.reports.run import series
-from rpt_jax.train.run_directory import read_json, write_atomically
+from rpt_jax.train.run_directory import read_json
 
 ARMS = {
     "prefix": {"reward.terms": ("prefix",)},
@@ -88,26 +82,10 @@ def plot(found: dict, splits: list[str]):
 
 def main(argv: list[str]) -> None:
     """Run the arms of every seed, then print the tables and draw the picture."""
-    parser = argparse.ArgumentParser(add_help=False)
-    asks_help = bool({"-h", "--help", "--help-all"} & set(argv))
-    parser.add_argument("--directory", type=Path, required=not asks_help)
-    parser.add_argument("--out", type=Path, required=not asks_help)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--splits", nargs="+", default=["hard determined", "all"])
-    args, flags = parser.parse_known_args(argv)
-    config, _ = parse_config([*flags, "--run.directory", str(args.directory)], default_preset="tiny_worked")
+    args, config = parse_study(argv, list(ARMS), ["hard determined", "all"])
     found = read_json(args.out) if args.out.exists() else {}
-    for seed in args.seeds:
-        directory, of_seed = args.directory / f"seed{seed}", found.setdefault(str(seed), {})
-        missing = [arm for arm in args.arms if arm not in of_seed]
-        if not missing:
-            continue
-        begun = shared_start(replace(config, run=replace(config.run, seed=seed)), directory)
-        for arm in missing:
-            of_seed[arm] = run_rl_arm(begun, directory, arm, ARMS[arm])
-            gc.collect()  # a run's objects refer to each other
-            write_atomically(args.out, json.dumps(found))
+    for begun, directory, arm, of_seed in missing_arms(args, config, found):
+        of_seed[arm] = run_rl_arm(begun, directory, arm, ARMS[arm])
     for split in args.splits:
         print(table(found, split) + "\n")
     plot(found, args.splits).savefig(args.out.with_suffix(".png"), dpi=110, bbox_inches="tight")
