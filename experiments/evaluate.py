@@ -18,6 +18,7 @@ from experiments.zero_shot import table
 from rpt_jax.config import Config
 from rpt_jax.errors import ConfigError
 from rpt_jax.models.lora import join
+from rpt_jax.rewards.catalog import shows_references
 from rpt_jax.train.domains import cache_directory
 from rpt_jax.train.evaluation import Evaluations
 from rpt_jax.train.run import newest_state, prepare
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
         config = replace(
             config,
             questions=replace(questions, heldout_path=questions.heldout_path if is_given else questions.path),
-            rollout=replace(config.rollout, prompts_per_trunk=1),
+            rollout=replace(config.rollout, prompts_per_trunk=2 if shows_references(config.reward) else 1),
         )
     with tempfile.TemporaryDirectory() as overlay:
         run = fitted(prepare(with_overlay(config, Path(overlay)), read_only=True, judges=True))

@@ -239,6 +239,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "reward.terms": ("0.9*rlpr", "0.1*format"), "loss.advantage": "grpo", "loss.aggregation": "token_mean",
         "loss.clip_eps_high": 0.27, "reward.deviation_filter": 0.5,
     },
+    "ravr": {"reward.terms": ("ravr",), "loss.advantage": "grpo", "loss.aggregation": "token_mean"},
     "rubric": {
         "reward.terms": ("rubric",), "questions.template": "none", "loss.advantage": "grpo",
         "loss.aggregation": "token_mean",
@@ -250,6 +251,7 @@ METHOD_PURPOSES = {
     "nover": "perplexity of the reference after the thought, ranked in the group",
     "verifree": "probability of the reference after the thought, whose gradient is exact",
     "rlpr": "mean token probability of the reference, against that without a thought",
+    "ravr": "thoughts written with the reference in view, by what they add, and distilled",
     "rubric": "how likely a text makes criteria; with questions: questions+rubric",
     "ttrl": "the group's majority; the truth only evaluates",
 }
@@ -264,7 +266,16 @@ def find_preset(name: str | None) -> tuple[str, Config] | None:
         base, plus, method = "text", "+", base
     if base not in PRESETS or (plus and method not in METHODS):
         return None
-    return base, with_values(PRESETS[base], METHODS[method]) if method else PRESETS[base]
+    return base, with_values(PRESETS[base], method_settings(method, PRESETS[base])) if method else PRESETS[base]
+
+
+def method_settings(method: str, config: Config) -> dict[str, Any]:
+    """Return the settings of a method on top of a config."""
+    settings = METHODS[method]
+    if method == "ravr" and config.rollout.prompts_per_trunk == 1:
+        # Two prompts for each task, and as many rollouts as before.
+        settings = settings | {"rollout.prompts_per_trunk": 2, "rollout.num_trunks": config.rollout.num_trunks // 2}
+    return settings
 
 
 def preset_names() -> str:

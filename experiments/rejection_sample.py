@@ -9,7 +9,7 @@ script prints how many rollouts were kept, and how many were dropped for each re
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.cli import describe, parse_config, run_script
@@ -77,8 +77,9 @@ def sample_accepted(
         state, _, _ = newest_state(run, params)
     policies, rollout = trainer.policies(state), run.config.rollout
     # A different seed, so that these are not the prompts that training starts with.
+    source = replace(tasks.source, template=replace(tasks.source.template, num_shown=0))
     iterator = TrainIterator(
-        tasks.source,
+        source,
         tasks.ids,
         num_trunks=rollout.num_trunks,
         prompts_per_trunk=rollout.prompts_per_trunk,

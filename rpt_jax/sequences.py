@@ -27,6 +27,8 @@ class Task:
     """Lengths in bytes at which tokens of the text end."""
     tokens: Sequence[int] = ()
     """Tokens of the reference."""
+    hinted_tail: Sequence[int] = ()
+    """Tail that shows the reference. Empty: the tail of all prompts, which does not."""
 
 
 def build_tasks(
@@ -37,6 +39,7 @@ def build_tasks(
     trunk_length: int,
     num_bytes: int = 8,
     num_tokens: int = 1,
+    hint_width: int = 0,
 ) -> TaskBatch:
     """Build a TaskBatch of NumPy arrays.
 
@@ -47,23 +50,26 @@ def build_tasks(
         trunk_length: L, trunk tokens.
         num_bytes: Y, continuation bytes.
         num_tokens: A, reference tokens.
+        hint_width: most tokens that a hinted tail has more than `tail`. 0: no prompt shows its reference.
     """
-    (U, M, _), E = row_ids.shape, len(tail)
+    (U, M, _), E = row_ids.shape, len(tail) + hint_width
     prompts = Prompts(
         trunk_tokens=np.zeros((U, trunk_length), np.int32),
         trunk_lengths=np.ones(U, np.int32),
         cuts=np.ones((U, M), np.int32),
-        tail_tokens=np.broadcast_to(np.asarray(tail, np.int32), (U, M, E)).copy(),
-        tail_lengths=np.full((U, M), E, np.int32),
+        tail_tokens=np.zeros((U, M, E), np.int32),
+        tail_lengths=np.full((U, M), len(tail), np.int32),
         prompt_mask=np.zeros((U, M), bool),
         row_ids=row_ids,
     )
+    prompts.tail_tokens[..., hint_width:] = tail
     references = References(
         task_ids=np.full((U, M), -1, np.int32),
         bytes=np.zeros((U, M, num_bytes), np.uint8),
         boundary_mask=np.zeros((U, M, num_bytes), bool),
         tokens=np.zeros((U, M, num_tokens), np.int32),
         lengths=np.zeros((U, M), np.int32),
+        shown=np.zeros((U, M), bool) if hint_width else None,
     )
     for u, (tokens, tasks) in enumerate(trunks):
         if tasks:
@@ -75,6 +81,9 @@ def build_tasks(
             references.bytes[u, m, : len(task.text)] = np.frombuffer(task.text, np.uint8)
             references.boundary_mask[u, m, np.asarray(task.boundaries, int) - 1] = True
             references.tokens[u, m, : len(task.tokens)] = task.tokens
+            if hinted := len(task.hinted_tail):
+                prompts.tail_tokens[u, m, E - hinted :] = task.hinted_tail
+                prompts.tail_lengths[u, m], references.shown[u, m] = hinted, True
     return TaskBatch(prompts=prompts, references=references)
 
 
@@ -116,6 +125,19 @@ def completions(prompts: Prompts, tokens_URC, mask_URC) -> Sequences:
         branch_mask=mask_URC,
         branch_prompts=jnp.broadcast_to(prompts_R[:, None], tokens_URC.shape),
         branch_index=jnp.broadcast_to(jnp.arange(tokens_URC.shape[-1]), tokens_URC.shape),
+    )
+
+
+def without_hints(tasks: TaskBatch) -> Prompts:
+    """Return prompts of which none shows its reference: those that do get the tail of the prompt before."""
+    prompts = tasks.prompts
+    if tasks.references is None or tasks.references.shown is None:
+        return prompts
+    shown_UM = tasks.references.shown
+    return replace(
+        prompts,
+        tail_tokens=jnp.where(shown_UM[..., None], jnp.roll(prompts.tail_tokens, 1, axis=1), prompts.tail_tokens),
+        tail_lengths=jnp.where(shown_UM, jnp.roll(prompts.tail_lengths, 1, axis=1), prompts.tail_lengths),
     )
 
 

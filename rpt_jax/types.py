@@ -46,6 +46,7 @@ class References:
     boundary_mask: Any  # bool [U, M, Y], True at j iff j + 1 bytes end at a token boundary
     tokens: Any  # i32 [U, M, A], the corpus's tokens from the position on, or those of the accepted answer
     lengths: Any  # i32 [U, M], number of real reference tokens
+    shown: Any = None  # bool [U, M], the prompt shows its reference; the prompt before it is its twin without
 
 
 @record
@@ -91,6 +92,7 @@ class Earned:
     group_mask: Any = None  # bool [U, M], prompts that take part in the update
     token_mask: Any = None  # bool [U, R, C], completion tokens that the reward depends on, which have a loss term
     reference_weights: Any = None  # f32 [U, M, G], weight of the reference's log-likelihood behind the thought
+    distilled: Any = None  # f32 [U, M, G], of that of the next prompt's thought and the reference, behind this prompt
 
 
 @record

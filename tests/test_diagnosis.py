@@ -79,7 +79,8 @@ def test_a_run_may_stop_on_a_diagnosis():
 
 def tasks_of(number, per_trunk):
     """`number` positions, in trunks of `per_trunk` each."""
-    source = SimpleNamespace(group=lambda ids, size: [None] * -(-len(ids) // min(size, per_trunk)))
+    template = SimpleNamespace(prompts_per_task=1)
+    source = SimpleNamespace(template=template, group=lambda ids, size: [None] * -(-len(ids) // min(size, per_trunk)))
     return SimpleNamespace(ids=np.arange(number), source=source)
 
 

@@ -103,7 +103,7 @@ def test_sizes_that_nobody_has_chosen_yet(trunks, minibatches, shards, expected)
 
 def test_a_run_keeps_its_sizes_until_they_may_not_fit(config, mesh, tmp_path, monkeypatch):
     config = changed(changed(config, "mesh", microbatch_trunks=-1), "rollout", slots_per_trunk=-1)
-    template = SimpleNamespace(tail=[0] * TAIL)
+    template = SimpleNamespace(width=TAIL)
     directory = SimpleNamespace(
         path=tmp_path,
         is_read_only=False,

@@ -345,6 +345,10 @@ def test_a_method_runs_on_the_quickstarts_puzzles(method, corpus, tmp_path):  # 
     """Two steps through sampling, scoring and update; the reward and the reference's term are logged and finite."""
     config = find_preset(f"tiny_worked+{method}")[1]
     small = tiny_run(corpus, tmp_path / "run")
+    if method == "ravr":
+        small = dataclasses.replace(
+            small, rollout=dataclasses.replace(small.rollout, num_trunks=4, prompts_per_trunk=2)
+        )
     config = dataclasses.replace(
         small, reward=config.reward, loss=config.loss, companion=config.companion,
         run=dataclasses.replace(small.run, num_steps=2, control=False),

@@ -212,7 +212,8 @@ def test_prompts_and_tasks():
     assert text.startswith("what is one?") and "\\boxed{}" in text and "letter" not in text
     assert "letter" in tokenizer.decode(source.prompts[1])
     assert tokenizer.decode(source.direct_prompts[1]) == "Pick"
-    assert tokenizer.decode(source.tail) == "\n<think>\n" and tokenizer.decode(source.direct_tail) == "\nAnswer:"
+    assert tokenizer.decode(source.template.tail) == "\n<think>\n"
+    assert tokenizer.decode(source.direct_tail) == "\nAnswer:"
     batch = source.make([[1], [], [0]], prompts_per_trunk=1, group_size=2)
     assert batch.prompts.prompt_mask[:, 0].tolist() == [True, False, True]
     length = len(source.prompts[1])
@@ -232,13 +233,13 @@ def test_chat_prompts_are_token_native():
     messages = (("system", "Be brief."), ("user", "2+2?"))
     asked = Question(id="q", messages=messages, answers=("4",))
     source, _ = make_question_source([asked], tokenizer, QuestionsConfig(), DataConfig(chat=True))
-    pieces = tokenizer._backend.convert_ids_to_tokens([*source.prompts[0].tolist(), *source.tail.tolist()])
+    pieces = tokenizer._backend.convert_ids_to_tokens([*source.prompts[0].tolist(), *source.template.tail.tolist()])
     assert pieces[:2] == ["<|im_start|>", "system"] and pieces.count("<|im_start|>") == 3
-    assert tokenizer.decode(source.tail).endswith("assistant\n<think>\n")
+    assert tokenizer.decode(source.template.tail).endswith("assistant\n<think>\n")
     whole = tokenizer._render(
         [messages[0], ("user", "2+2?" + "\n\nReason step by step, then put the final answer within \\boxed{}.")]
     )
-    assert tokenizer.encode(whole + "<think>\n", specials=True) == [*source.prompts[0], *source.tail]
+    assert tokenizer.encode(whole + "<think>\n", specials=True) == [*source.prompts[0], *source.template.tail]
 
 
 def test_a_question_cannot_forge_the_assistants_turn():

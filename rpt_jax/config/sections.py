@@ -295,8 +295,8 @@ class LikelihoodConfig:
     """What the reward `likelihood` is of the reference's token probabilities; see rewards/likelihood.py."""
     reference_term: Literal["none", "one", "reward", "advantage", "jepo"] = "none"
     """Weight with which `likelihood` also learns the reference behind the thought: 0, 1, its reward, or its advantage
-    (leave-one-out). jepo: its share of the group's likelihood, with that bound's advantages. verifree always learns
-    it, with its reward."""
+    (leave-one-out). jepo: its share of the group's likelihood, with that bound's advantages. verifree and ravr
+    always learn it, with their rewards."""
     judge: Literal["start", "current", "average"] = "start"
     """Policy that judges in self_evaluation: the one that RL started from, the one in training, or its average."""
     nover_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -304,6 +304,9 @@ class LikelihoodConfig:
     rlpr_shaping: str = "threshold_0"
     """threshold_T: the gain over the baseline, clipped to [0, 1], and 0 below T. identity: unclipped. one_minus: 1 -
     gain."""
+    ravr_drift: float = setting(0.1, at_least=0.0)
+    """Share of the reward that ravr takes from a thought for each nat per token by which it is less likely without the
+    reference in view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,8 +325,8 @@ class RewardConfig:
     """Rewards to add up, each NAME or WEIGHT*NAME. For positions: prefix (arXiv:2506.08007 eq. 3), first_token, dense,
     conditional_dense (its appendix A), and as controls random, shuffled_targets. For questions: math (equal to an
     answer), choice (the letter), exact (the string), code (unit tests). For both: custom (reward.function); without a
-    verifier likelihood, information_gain, verifree, rlpr, nover, ttrl; shaping terms such as format or kimi_length.
-    docs/rewards.md has all."""
+    verifier likelihood, information_gain, verifree, rlpr, ravr, nover, ttrl; shaping terms such as format or
+    kimi_length. docs/rewards.md has all."""
     compose: Literal["sum", "normalize_then_sum", "gate"] = "sum"
     """sum; normalize_then_sum standardises each term in its group, then the sum over the batch, and uses the result as
     the advantage; gate counts later terms only if the first is 1."""

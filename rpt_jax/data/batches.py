@@ -85,14 +85,15 @@ class TaskSource:
         return self.trunk_length - len(self.template.header)
 
     def group(self, task_ids, prompts_per_trunk: int) -> Trunks:
-        """Group positions that share a window, at most `prompts_per_trunk` to a trunk."""
+        """Group positions that share a window, with at most `prompts_per_trunk` prompts to a trunk."""
+        num_positions = prompts_per_trunk // self.template.prompts_per_task
         ids = np.sort(np.asarray(task_ids, np.int64))
         starts = window_start(self.table.index[ids], window=self.window, stride=self.stride)
         documents = self.table.document[ids]
         is_new = np.append(True, (np.diff(documents) != 0) | (np.diff(starts) != 0))[: len(ids)]
         # A window with more than M positions becomes several trunks.
         first = np.maximum.accumulate(np.where(is_new, np.arange(len(ids)), 0))
-        is_first = (np.arange(len(ids)) - first) % prompts_per_trunk == 0
+        is_first = (np.arange(len(ids)) - first) % num_positions == 0
         return Trunks(ids, np.append(np.flatnonzero(is_first)[1:], len(ids)))
 
     def make(
@@ -110,10 +111,13 @@ class TaskSource:
         return build_tasks(
             [self._trunk(trunks[row]) for row in rows],
             tail=self.template.tail,
-            row_ids=row_ids(trunks, rows, prompts_per_trunk, len(self.table), group_size),
+            row_ids=row_ids(
+                trunks, rows, prompts_per_trunk, len(self.table), group_size, self.template.prompts_per_task
+            ),
             trunk_length=self.trunk_length,
             num_bytes=self.num_bytes,
             num_tokens=self.continuation_tokens,
+            hint_width=self.template.hint_width,
         )
 
     def _trunk(self, ids: list[int]) -> tuple[np.ndarray, list[Task]]:
@@ -126,7 +130,8 @@ class TaskSource:
             index = int(self.table.index[i])
             text, ends = continuation(document, index, self.token_bytes, self.continuation_tokens)
             tokens = document.tokens[index : index + self.continuation_tokens]
-            tasks.append(Task(id=i, cut=len(header) + index - start, text=text, boundaries=ends, tokens=tokens))
+            task = Task(id=i, cut=len(header) + index - start, text=text, boundaries=ends, tokens=tokens)
+            tasks += self.template.prompts_of(task)
         return np.concatenate([header, document.tokens[start : start + self.window]]), tasks
 
     def columns(self, task_id: int) -> dict[str, Any]:
@@ -137,7 +142,12 @@ class TaskSource:
 
 
 def row_ids(
-    trunks: list[list[int]], rows: Sequence[int], num_prompts: int, num_tasks: int, group_size: int
+    trunks: list[list[int]],
+    rows: Sequence[int],
+    num_prompts: int,
+    num_tasks: int,
+    group_size: int,
+    prompts_per_task: int = 1,
 ) -> np.ndarray:
     """Return row ids, i32 [rows, M, G], unique even if a trunk occurs twice in a batch that spans two epochs.
 
@@ -147,15 +157,18 @@ def row_ids(
         num_prompts: M.
         num_tasks: number of tasks in the source.
         group_size: G.
+        prompts_per_task: a task's prompts are neighbours; they have ids of their own.
     """
     occurrences, occurrence = Counter(), np.zeros(len(trunks), np.int32)
     for u, ids in enumerate(trunks):
         occurrence[u] = occurrences[tuple(ids)]
         occurrences[tuple(ids)] += 1
-    numbers = np.full((len(rows), num_prompts), -1, np.int32)
+    numbers = np.full((len(rows), num_prompts // prompts_per_task), -1, np.int32)
     for u, row in enumerate(rows):
         numbers[u, : len(trunks[row])] = trunks[row]
     numbers += occurrence[np.asarray(rows, int), None] * num_tasks
+    numbers = numbers[..., None] * prompts_per_task + np.arange(prompts_per_task, dtype=np.int32)
+    numbers = numbers.reshape(len(rows), num_prompts)
     return numbers[..., None] * group_size + np.arange(group_size, dtype=np.int32)
 
 

@@ -17,7 +17,7 @@ from rpt_jax.config import DataConfig, QuestionsConfig
 from rpt_jax.data.batches import Trunks, row_ids
 from rpt_jax.data.layouts import LayoutError, parse_record
 from rpt_jax.data.readers import has_files, read_records
-from rpt_jax.data.templates import QUESTION, Template, check_marks, open_thought
+from rpt_jax.data.templates import QUESTION, Template, check_marks, hint_texts, open_thought
 from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.sequences import Task, build_tasks
 from rpt_jax.tokenizer import THINK_OPEN, Tokenizer
@@ -102,7 +102,7 @@ class QuestionSource:
     Attributes:
         questions: questions with their records.
         prompts: token ids of each question's trunk.
-        tail: token ids at the end of every prompt, <think> last.
+        template: its tail ends every prompt, <think> last.
         direct_prompts: the prompts without the request to reason.
         direct_tail: token ids at the end of every direct prompt; an option's letter follows.
         answer_tokens: ids of each question's first accepted answer, encoded alone.
@@ -111,7 +111,7 @@ class QuestionSource:
 
     questions: list[Question]
     prompts: list[np.ndarray]
-    tail: np.ndarray
+    template: Template
     direct_prompts: list[np.ndarray]
     direct_tail: np.ndarray
     answer_tokens: list[list[int]]
@@ -142,24 +142,28 @@ class QuestionSource:
 
         Args:
             trunks: question numbers of each trunk; an empty list is padding.
-            prompts_per_trunk: 1.
+            prompts_per_trunk: 1, or 2 if every second prompt shows the answer.
             group_size: G.
             rows: trunks of the batch to build; None: all.
         """
         rows = range(len(trunks)) if rows is None else rows
         return build_tasks(
             [self._trunk(trunks[row]) for row in rows],
-            tail=self.tail,
-            row_ids=row_ids(trunks, rows, prompts_per_trunk, len(self.questions), group_size),
+            tail=self.template.tail,
+            row_ids=row_ids(
+                trunks, rows, prompts_per_trunk, len(self.questions), group_size, self.template.prompts_per_task
+            ),
             trunk_length=self.trunk_length,
             num_tokens=self.num_tokens,
+            hint_width=self.template.hint_width,
         )
 
     def _trunk(self, ids: list[int]) -> tuple[np.ndarray, list[Task]]:
         if not ids:
             return np.zeros(0, np.int32), []
         (i,) = ids
-        return self.prompts[i], [Task(id=i, cut=len(self.prompts[i]), tokens=self.answer_tokens[i])]
+        task = Task(id=i, cut=len(self.prompts[i]), tokens=self.answer_tokens[i])
+        return self.prompts[i], self.template.prompts_of(task)
 
     def columns(self, task_id: int) -> dict[str, Any]:
         """Return id, answers, choices, category and the record as read."""
@@ -176,8 +180,12 @@ def make_question_template(tokenizer: Tokenizer, questions: QuestionsConfig, dat
     tail = tokenizer.chat_parts()[1] if data.chat else "\n"
     check_marks(tokenizer)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tail_ids = _encode_tail(tokenizer, open_thought(tail, "\n"), data)
-    return Template(header=np.asarray(bos, np.int32), tail=np.asarray(tail_ids, np.int32))
+    before, after = hint_texts(questions.template == "none")
+    return Template(
+        header=np.asarray(bos, np.int32),
+        tail=np.asarray(_encode_tail(tokenizer, open_thought(tail, "\n"), data), np.int32),
+        hint=tuple(_encode_tail(tokenizer, text, data) for text in (before, open_thought(after + tail, "\n"))),
+    )
 
 
 def make_question_source(
@@ -218,7 +226,7 @@ def make_question_source(
     source = QuestionSource(
         questions=[questions[i] for i in kept],
         prompts=[prompts[i] for i in kept],
-        tail=template.tail,
+        template=template,
         direct_prompts=direct,
         direct_tail=np.asarray(_encode_tail(tokenizer, direct_tail, data), np.int32),
         answer_tokens=[tokenizer.encode_continuation(questions[i].answers[0]) for i in kept],

@@ -6,6 +6,7 @@ and the document keeps the corpus's tokens. The templates keep the meaning, not 
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from rpt_jax.config import Config, DataConfig
 from rpt_jax.config.schema import flag_of
 from rpt_jax.data.documents import Document
 from rpt_jax.errors import ConfigError
+from rpt_jax.sequences import Task
 from rpt_jax.tokenizer import THINK_CLOSE, THINK_OPEN, Tokenizer
 
 # One long fence for every document: a fence chosen for the text would leak its future to a shared trunk.
@@ -105,10 +107,38 @@ class Template:
     Attributes:
         header: i32 [.], before the document window, including BOS; may be empty.
         tail: i32 [E], after the cut; never empty.
+        hint: ids before and after the reference in a tail that shows it.
+        num_shown: leading tokens of the reference that every second prompt shows. 0: each task has one prompt, which
+            shows none; otherwise two, first the one that shows none.
     """
 
     header: np.ndarray
     tail: np.ndarray
+    hint: tuple[Sequence[int], Sequence[int]] = ((), ())
+    num_shown: int = 0
+
+    @property
+    def prompts_per_task(self) -> int:
+        """Return 2 if every second prompt shows its reference, else 1."""
+        return 2 if self.num_shown else 1
+
+    @property
+    def hint_width(self) -> int:
+        """Return how many tokens the longest tail has more than `tail`."""
+        return sum(map(len, self.hint)) + self.num_shown - len(self.tail) if self.num_shown else 0
+
+    @property
+    def width(self) -> int:
+        """Return the number of tokens of the longest tail."""
+        return len(self.tail) + self.hint_width
+
+    def prompts_of(self, task: Task) -> list[Task]:
+        """Return the task once for each of its prompts."""
+        if not self.num_shown:
+            return [task]
+        before, after = self.hint
+        shown = [int(token) for token in task.tokens[: self.num_shown]]
+        return [task, replace(task, hinted_tail=[*before, *shown, *after])]
 
     @property
     def fingerprint(self) -> str:
@@ -128,10 +158,13 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
         DataError: data.chat without a usable chat template.
     """
     header, tail = _TEMPLATES.get(config.template) or config.template.split(CONTEXT)
+    show, after = hint_texts(config.template == "minimal"), ""
     if config.chat:
         before, after = tokenizer.chat_parts()
-        header, tail = before + header, tail + after
-    tail = open_thought(tail, "" if config.template == "minimal" else "\n")
+        header = before + header
+    separator = "" if config.template == "minimal" else "\n"
+    hint = tail + show[0], open_thought(show[1] + after, separator)
+    tail = open_thought(tail + after, separator)
     check_marks(tokenizer)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     encode_header = tokenizer.encode_rendered if config.chat else partial(tokenizer.encode, specials=True)
@@ -139,6 +172,7 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
     template = Template(
         header=np.asarray(bos + (encode_header(header) if header else []), np.int32),
         tail=np.asarray(encode_tail(tail), np.int32),
+        hint=(encode_tail(hint[0]), encode_tail(hint[1])),
     )
     if len(template.header) >= config.trunk_length:
         raise ConfigError(
@@ -152,6 +186,19 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
             f"{config.trunk_length} holds after its header; windows must touch or overlap. Lower --data.window-stride."
         )
     return template
+
+
+# Around a reference that the prompt shows, so that the policy writes a thought that leads to it.
+_SHOWN = (
+    "\nYou already know what the answer is: \\boxed{",
+    "}. Think aloud in the first person, step by step, as you would without knowing it, until it follows. Do not say "
+    "that it was given.\n",
+)
+
+
+def hint_texts(is_bare: bool) -> tuple[str, str]:
+    """Return the texts before and after a reference that the prompt shows; a bare prompt has no words for it."""
+    return ("\\boxed{", "}") if is_bare else _SHOWN
 
 
 def open_thought(tail: str, separator: str) -> str:

@@ -58,6 +58,7 @@ CATALOG = {
     "information_gain": Row(fn=likelihood.information_gain, requests=likelihood.with_average_baseline),
     "verifree": Row(fn=likelihood.verifree, requests=likelihood.after_thought, learns=True),
     "rlpr": Row(fn=likelihood.rlpr, options=True, requests=likelihood.with_start_baseline),
+    "ravr": Row(fn=likelihood.ravr, options=True, requests=likelihood.of_posterior, learns=True),
     "nover": Row(fn=likelihood.nover, options=True, requests=likelihood.after_thought_of_average),
     "ttrl": Row(fn=vote.ttrl, options=True),
     "self_evaluation": Row(fn=likelihood.self_evaluation, requests=likelihood.judgement, tasks=_QUESTIONS),
@@ -140,7 +141,7 @@ def _requests(row: Row, config: RewardConfig, kind: str) -> tuple[Request, ...]:
 
 
 def _learns(name: str, config: RewardConfig) -> bool:
-    return name == "verifree" or config.likelihood.reference_term != "none"
+    return name in ("verifree", "ravr") or config.likelihood.reference_term != "none"
 
 
 def _row(name: str) -> Row:
@@ -158,6 +159,11 @@ def requested_policies(config: RewardConfig) -> set[str]:
     """Return the policies that the reward's scoring passes need: a subset of current, start, average."""
     terms = parse_terms(config.terms)
     return {request.policy for term in terms for request in _requests(_row(term.name), config, "documents")}
+
+
+def shows_references(config: RewardConfig) -> bool:
+    """Return whether every second prompt of training shows its reference."""
+    return any(term.name == "ravr" for term in parse_terms(config.terms))
 
 
 def check_rewards(config: Config) -> None:
@@ -192,7 +198,7 @@ def check_rewards(config: Config) -> None:
 # Rewards of 0 or 1.
 _OUTCOMES = (*VERIFIERS, "prefix", "first_token", "ttrl", "random", "shuffled_targets", "custom")
 # Rewards that depend on the thought alone, or on no token.
-_ON_THOUGHT = ("likelihood", "information_gain", "verifree", "rlpr", "coherence", "overlong_filter")
+_ON_THOUGHT = ("likelihood", "information_gain", "verifree", "rlpr", "ravr", "coherence", "overlong_filter")
 
 
 def _check_learned(config: Config, names: list[str]) -> None:
@@ -228,12 +234,32 @@ def _check_learned(config: Config, names: list[str]) -> None:
         )
 
 
+def _check_pairs(config: Config, names: list[str]) -> None:
+    """Check settings that would part the two prompts of a task."""
+    number = config.rollout.prompts_per_trunk
+    problem = {
+        f"reward.terms={config.reward.terms}": len(names) > 1 and "ravr must be alone. Remove the other terms",
+        f"rollout.prompts_per_trunk={number}": number % 2 and "it must be even. Change --rollout.prompts-per-trunk",
+        "rollout.dynamic_sampling_from_step is set": config.rollout.dynamic_sampling_from_step >= 0
+        and "rounds are chosen by prompt. Set --rollout.dynamic-sampling-from-step -1",
+        "reward.deviation_filter is set": config.reward.deviation_filter > 0
+        and "it leaves out single prompts. Set --reward.deviation-filter 0",
+        "positions.selector='pass_rate_band'": config.positions.selector == "pass_rate_band"
+        and "rewards of thoughts with the reference in view are no pass rates. Choose another --positions.selector",
+    }
+    for received, required in problem.items():
+        if required:
+            raise ConfigError(f"{received} with ravr, whose tasks have two prompts each; {required}.")
+
+
 def _check_settings(config: Config, names: list[str]) -> None:
     if _row(names[0]).shapes:
         raise ConfigError(
             f"reward.terms begins with {names[0]!r}, which shapes the outcome of the first term; an outcome must come "
             "first. Set --reward.terms to e.g. prefix " + f"{names[0]}."
         )
+    if "ravr" in names:
+        _check_pairs(config, names)
     _check_learned(config, names)
     graded = [name for name in names[1:] if name in ("kimi_length", "cosine_length")]
     if graded and names[0] not in _OUTCOMES:

@@ -16,7 +16,7 @@ from rpt_jax.types import Earned, Evidence
 
 # Names of the scoring passes.
 _THOUGHT, _PROXY, _BASELINE, _AVERAGE = "after_thought", "after_thought_average", "baseline", "average_direct"
-_RUBRIC, _JUDGE, _OWN = "rubric", "judge", "own_tokens"
+_RUBRIC, _JUDGE, _OWN, _PRIOR = "rubric", "judge", "own_tokens", "behind_prior"
 
 
 def measure(logprobs, mask, how: str):
@@ -153,6 +153,11 @@ def own_tokens(options: RewardConfig, kind: str) -> tuple[Request, ...]:
     return (Request(name=_OWN, policy="start", keep="nothing", target="completion"),)
 
 
+def of_posterior(options: RewardConfig, kind: str) -> tuple[Request, ...]:
+    """Request the reference behind the thought, and the thought behind the prompt that hides the reference."""
+    return (*after_thought(options, kind), Request(name=_PRIOR, keep="nothing", target="completion", is_tempered=True))
+
+
 def _without_thought(name: str, policy: str, options: RewardConfig, kind: str) -> Request:
     """Request the reference without a thought: after a text alone, or after a question and an empty thought."""
     count = _num_targets(options, kind)
@@ -226,6 +231,48 @@ def information_gain(evidence: Evidence) -> Earned:
     """
     gain = _grouped(_log(evidence.scores[_THOUGHT]) - _log(evidence.scores[_AVERAGE]), evidence)
     return _earned(gain, evidence)
+
+
+def ravr(evidence: Evidence, options: RewardConfig) -> Earned:
+    """Reward thoughts that were written with the reference in view by what they add without it, and distil them.
+
+    Every task has two prompts: the prior's, and the posterior's, which shows the reference. s is the geometric mean
+    probability of the reference behind a thought and the prior's prompt; 0 for an unfinished thought. A posterior
+    thought gains w = max(0, s - mean s of the prior's thoughts) and earns w * clip(1 - drift * k, 0, 1), where k is its
+    mean log-ratio to the prior per token. The prior learns thought and reference with weight w. Evaluations, which have
+    no posterior, report s.
+
+    Source: RAVR, arXiv:2510.25206, which has no published code. Differs: the paper's divergences, weighted by utility,
+    are the distillation and the factor 1 - drift * k.
+    """
+    scores, drift = evidence.scores[_THOUGHT], options.likelihood.ravr_drift
+    utility = _grouped(measure(scores.values, scores.mask, "geometric_mean"), evidence) * _is_closed(evidence)
+    shown_UM = evidence.tasks.references.shown
+    if shown_UM is None:
+        return _earned(utility, evidence)
+    baseline = utility[:, ::2].mean(-1, keepdims=True)
+    gain = jnp.maximum(utility[:, 1::2] - baseline, 0.0)
+    prior = evidence.scores[_PRIOR]
+    thought = (jnp.arange(prior.mask.shape[-1]) < _thought_tokens(evidence)[..., None]) & prior.mask
+    log_ratio = measure(evidence.rollouts.sampler_logprobs - prior.values, thought, "mean_log")
+    log_ratio = _grouped(log_ratio, evidence)[:, 1::2]
+
+    def by_prompt(of_prior, of_posterior):
+        pairs = jnp.stack(jnp.broadcast_arrays(of_prior, of_posterior), axis=2)
+        return pairs.reshape(utility.shape)
+
+    return _earned(
+        by_prompt(utility[:, ::2], gain * jnp.clip(1 - drift * log_ratio, 0.0, 1.0)),
+        evidence,
+        metrics={
+            "prior": by_prompt(utility[:, ::2], utility[:, ::2]),
+            "posterior": by_prompt(utility[:, 1::2], utility[:, 1::2]),
+            "gain": by_prompt(gain, gain),
+            "drift": by_prompt(log_ratio, log_ratio),
+        },
+        row_mask=jnp.broadcast_to(shown_UM[..., None], utility.shape),
+        distilled=by_prompt(gain, 0.0),
+    )
 
 
 def nover(evidence: Evidence, options: RewardConfig) -> Earned:

@@ -56,6 +56,18 @@ def _scale(name: str, mask_URC, row_mask_UR, width: int):
     raise ValueError(f"a reference's term has no scale with aggregation {name!r}")
 
 
+def _with_next_prompts_rows(appended: Appended, row_mask_UMG) -> Appended:
+    """Give prompts without a policy term the rows of the next prompt."""
+    U, M, G = row_mask_UMG.shape
+    own_UR = row_mask_UMG.reshape(U, M * G)
+
+    def moved(x):
+        is_own = own_UR.reshape(U, M * G, *[1] * (x.ndim - 2))
+        return jnp.where(is_own, x, jnp.roll(x, -G, axis=1))
+
+    return jax.tree.map(moved, appended)
+
+
 @partial(jax.jit, static_argnames=("loss", "temperature", "header_length"))
 def policy_rows(
     experience: Experience,
@@ -71,9 +83,10 @@ def policy_rows(
 
     Args:
         experience: the whole global batch.
-        appended: rows that replace the completions, if the reward gives the references weights. Kept tokens have the
-            policy's terms. Each token of the reference has the likelihood term, at temperature 1, with the reference's
-            weight and the scale of a policy term's token.
+        appended: rows that replace the completions, if the reward gives the references weights or distils. Kept tokens
+            have the policy's terms. Each token of the reference has the likelihood term, at temperature 1, with the
+            reference's weight and the scale of a policy term's token. A prompt that distils has the next prompt's rows
+            instead of its own, and the likelihood term on kept tokens and reference.
         loss: settings of the loss.
         temperature: of the rollouts.
         header_length: trunk tokens before the document, which the next-token term skips.
@@ -95,15 +108,22 @@ def policy_rows(
     tokens, mask, sampler_logprobs = rollouts.tokens, rollouts.mask, rollouts.sampler_logprobs
     temperatures, likelihood_weights = jnp.full(mask.shape, temperature, jnp.float32), None
     if appended is not None:
+        if earned.distilled is not None:
+            appended = _with_next_prompts_rows(appended, earned.row_mask)
         tokens, mask, places = appended.tokens, appended.mask, jnp.arange(appended.mask.shape[-1])
         is_kept = places < appended.kept[..., None]
         padding = ((0, 0), (0, 0), (0, mask.shape[-1] - C))
         terms_URC, sampler_logprobs = jnp.pad(terms_URC, padding) & is_kept, jnp.pad(sampler_logprobs, padding)
         sampler_logprobs, temperatures = sampler_logprobs * is_kept, jnp.where(is_kept, temperature, 1.0)
-        is_reference = mask & (places >= appended.first[..., None]) & rows_UR[..., None]
-        scale = _scale(loss.aggregation, terms_URC, rows_UR, C)
-        weights_UR1 = earned.reference_weights.reshape(U, M * G, 1)
-        likelihood_weights = loss.num_minibatches * scale * jnp.where(is_reference, weights_UR1, 0.0)
+        is_reference = mask & (places >= appended.first[..., None])
+        likelihood_weights = jnp.zeros(mask.shape, jnp.float32)
+        if earned.reference_weights is not None:
+            weights_UR = jnp.where(rows_UR, earned.reference_weights.reshape(U, M * G), 0.0)
+            likelihood_weights += jnp.where(is_reference, weights_UR[..., None], 0.0)
+        if earned.distilled is not None:
+            weights_UR = jnp.where(group_mask_UM[..., None], earned.distilled, 0.0).reshape(U, M * G)
+            likelihood_weights += jnp.where(is_reference | is_kept, weights_UR[..., None], 0.0)
+        likelihood_weights *= loss.num_minibatches * _scale(loss.aggregation, terms_URC, rows_UR, C)
     weights = aggregation_weights(loss.aggregation, terms_URC, rows_UR, C)
     columns = jnp.arange(prompts.trunk_tokens.shape[1])
     trunk_mask = (columns >= max(1, header_length)) & (columns < prompts.trunk_lengths[:, None])

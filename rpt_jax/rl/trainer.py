@@ -86,7 +86,7 @@ class Trainer:
         """Take one update per minibatch; with a single minibatch the ratio is exactly 1."""
         loss, mesh = self.config.loss, self.config.mesh
         appended = None
-        if experience.earned.reference_weights is not None:
+        if self.reward.learned is not None:
             tasks, rollouts, predictions = experience.tasks, experience.rollouts, experience.predictions
             appended = self.reward.scorer.append(self.reward.learned, tasks, rollouts, predictions)
         rows = policy_rows(

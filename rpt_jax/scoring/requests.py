@@ -4,7 +4,7 @@ A request is data; `Scorer.score` runs it through the model's one graph. Rollout
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from rpt_jax.errors import ConfigError
 from rpt_jax.scoring.answers import Answers, answer_statistics, choice_logprobs
 from rpt_jax.scoring.logprobs import score
 from rpt_jax.scoring.vocabulary import longest_prefix_tokens, vocabulary_index
-from rpt_jax.sequences import append_targets, completions
+from rpt_jax.sequences import append_targets, completions, without_hints
 from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE
 from rpt_jax.types import Prompts, Rollouts, TaskBatch, record
 
@@ -47,6 +47,8 @@ class Request:
     """Texts of one token each."""
     num_targets: int = 0
     """Number of leading reference tokens to score. 0: all."""
+    is_tempered: bool = False
+    """At the temperature of the rollouts, instead of 1."""
 
     def __post_init__(self):
         if self.view == "direct" and (self.keep != "nothing" or self.stub):
@@ -62,7 +64,7 @@ DIRECT_ANSWER = Request(name="direct_answer", view="direct", keep="nothing", num
 class Scores:
     """The result of a scoring pass."""
 
-    values: Any  # f32 [U, R, A], log-probabilities of the target's tokens at temperature 1, nats; padding 0
+    values: Any  # f32 [U, R, A], log-probabilities of the target's tokens, nats; padding 0
     mask: Any  # bool [U, R, A], real target tokens
     tokens_run: Any  # i32 [U], tokens that the model ran
 
@@ -99,19 +101,21 @@ class Scorer:
         tokenizer: of the model.
         header_length: trunk tokens before the document, including BOS.
         trunks_at_once: U -> number of trunks to run at a time, a divisor of U; None: all.
+        temperature: of the rollouts, for requests that are tempered.
     """
 
     config: DecoderConfig
     tokenizer: Any
     header_length: int
     trunks_at_once: Callable[[int], int] | None = None
+    temperature: float = 1.0
 
     @cached_property
     def _index(self):
         return vocabulary_index(self.tokenizer.byte_table())
 
     def score(self, request: Request, params, tasks: TaskBatch, rollouts: Rollouts, predictions) -> Scores:
-        """Run one request.
+        """Run one request. Where a prompt shows its reference, the prompt before it, which does not, takes its place.
 
         Args:
             request: what to score.
@@ -119,6 +123,7 @@ class Scorer:
             tasks, rollouts: of one batch.
             predictions: `answer.Predictions` of the rollouts, [U, R, ...].
         """
+        tasks = replace(tasks, prompts=_without_hints(tasks))
         if request.target == "choices":
             return self._score_choices(request, params, tasks, rollouts, predictions)
         if request.target == "completion":
@@ -167,7 +172,8 @@ class Scorer:
     def _score(self, request: Request, params, prompts: Prompts, kept: Kept | None, targets) -> Scores:
         at_once = self._at_once(prompts)
         prompts, sequences, first_UR = self._sequences(request, prompts, kept, *targets)
-        logprobs = score(self.config, params, sequences, temperature=1.0, trunks_at_once=at_once)
+        temperature = self.temperature if request.is_tempered else 1.0
+        logprobs = score(self.config, params, sequences, temperature=temperature, trunks_at_once=at_once)
         return _gather(prompts, logprobs, first_UR, targets[1], num_targets=targets[0].shape[-1])
 
     def answers(self, request: Request, params, tasks: TaskBatch, kept: Kept | None) -> Answers:
@@ -275,7 +281,7 @@ def start_past_close(token: bytes) -> str:
     return token[: ends[-1]].decode(errors="ignore")
 
 
-_append, _completions = jax.jit(append_targets), jax.jit(completions)
+_append, _completions, _without_hints = map(jax.jit, (append_targets, completions, without_hints))
 
 
 @partial(jax.jit, static_argnames="num_targets")

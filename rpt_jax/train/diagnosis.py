@@ -24,7 +24,8 @@ def diagnose_tasks(tasks: Tasks, config: Config, num_examples: int) -> list[str]
         num_examples: examples of the warm start; 0: there is none.
     """
     rollout, found = config.rollout, []
-    per_batch, number = rollout.num_trunks * rollout.prompts_per_trunk, len(tasks.ids)
+    per_trunk = rollout.prompts_per_trunk // tasks.source.template.prompts_per_task
+    per_batch, number = rollout.num_trunks * per_trunk, len(tasks.ids)
     unit = "questions" if config.questions.path else "positions"
     epochs = config.supervised.num_steps * config.supervised.batch_size / max(1, num_examples)
     memorised = (
@@ -39,7 +40,7 @@ def diagnose_tasks(tasks: Tasks, config: Config, num_examples: int) -> list[str]
             "text, lower --positions.entropy-threshold, or lower --rollout.num-trunks."
         )
     trunks = tasks.source.group(tasks.ids, rollout.prompts_per_trunk)
-    padding = 1 - number / (len(trunks) * rollout.prompts_per_trunk)
+    padding = 1 - number / (len(trunks) * per_trunk)
     if padding > _MOST:
         found.append(
             f"{padding:.0%} of the prompts of a batch are padding: documents have {number / len(trunks):.1f} {unit} "

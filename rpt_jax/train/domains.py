@@ -25,7 +25,6 @@ from rpt_jax.data.questions import (
     Question,
     QuestionSource,
     make_question_source,
-    make_question_template,
     read_or_recall,
     read_questions,
 )
@@ -36,6 +35,7 @@ from rpt_jax.evals.next_token import Evaluator, difficulty_splits
 from rpt_jax.evals.questions import QuestionEvaluator, category_splits, verification
 from rpt_jax.models.families import read_config
 from rpt_jax.models.hf import load_hf
+from rpt_jax.rewards.catalog import shows_references
 from rpt_jax.scoring.entropy import Proxy
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.train.policies import fingerprint
@@ -66,7 +66,7 @@ class Domain(Protocol):
 
     Attributes:
         name: documents or questions.
-        template: of every prompt.
+        template: of every prompt in training; those of held-out tasks show no reference.
         identity: JSON-able, identifies the data; a run resumes only with the same data.
     """
 
@@ -165,10 +165,12 @@ def open_questions(config: Config, tokenizer: Tokenizer) -> Questions:
         ConfigError: unusable settings.
         DataError: unusable records.
     """
-    if config.rollout.prompts_per_trunk != 1:
+    number = 2 if shows_references(config.reward) else 1
+    if config.rollout.prompts_per_trunk != number:
+        pair = " of two prompts, of which one shows the answer (ravr)" if number > 1 else ""
         raise ConfigError(
-            f"rollout.prompts_per_trunk={config.rollout.prompts_per_trunk}; every question is a separate trunk. "
-            "Set --rollout.prompts-per-trunk 1."
+            f"rollout.prompts_per_trunk={config.rollout.prompts_per_trunk}; every question is a separate trunk{pair}. "
+            f"Set --rollout.prompts-per-trunk {number}."
         )
     training = read_or_recall(config.questions.path, cache_directory(config))
     if config.questions.heldout_path:
@@ -181,9 +183,13 @@ def open_questions(config: Config, tokenizer: Tokenizer) -> Questions:
             "questions.path holds one question; training and evaluation need at least one each. "
             "Set --questions.heldout-path, or add questions."
         )
+    source = question_source(training, "training", config, tokenizer)
+    if number > 1:
+        num_shown = config.reward.likelihood.num_targets or source.num_tokens
+        source = replace(source, template=replace(source.template, num_shown=num_shown))
     return Questions(
-        template=make_question_template(tokenizer, config.questions, config.data),
-        training=question_source(training, "training", config, tokenizer),
+        template=source.template,
+        training=source,
         held_out=question_source(heldout[: config.eval.max_documents], "held-out", config, tokenizer),
     )
 
@@ -239,7 +245,8 @@ class Documents:
         settings = run.config.positions
         corpus = self.training_positions(run, *load_proxy(run, params))
         selected = select_from_corpus(corpus, settings, seed=run.config.run.seed).table
-        source, ids, corpora = self._source(run, corpus.documents, selected), np.arange(len(selected)), None
+        source = self._source(run, corpus.documents, selected, self.template)
+        ids, corpora = np.arange(len(selected)), None
         if len(self.weights) > 1:
             trunks = source.group(ids, run.config.rollout.prompts_per_trunk)
             corpora = corpus.documents.corpora[selected.document[trunks.ids[trunks.ends - 1]]]
@@ -257,7 +264,8 @@ class Documents:
         proxy, identity = load_proxy(run, params)
         limit = run.config.eval.max_tokens
         parts = list(self._scored(run, self.held_out, proxy, identity, max_tokens=limit, always=True))
-        return self._source(run, self.held_out, PositionTable.concatenate(parts))
+        template = replace(self.template, num_shown=0)
+        return self._source(run, self.held_out, PositionTable.concatenate(parts), template)
 
     def example_columns(self, config: Config, tokenizer: Tokenizer) -> dict:
         least = config.positions.min_context_tokens
@@ -278,10 +286,10 @@ class Documents:
             reward=reward, progress=tracked,
         )  # fmt: skip
 
-    def _source(self, run, documents: Sequence[Document], table: PositionTable) -> Source:
+    def _source(self, run, documents: Sequence[Document], table: PositionTable, template: Template) -> Source:
         data = run.config.data
         return make_source(
-            documents, table, self.template, run.token_bytes, trunk_length=data.trunk_length,
+            documents, table, template, run.token_bytes, trunk_length=data.trunk_length,
             stride=data.window_stride, continuation_tokens=data.continuation_tokens,
         )  # fmt: skip
 
@@ -316,6 +324,9 @@ def open_documents(config: Config, tokenizer: Tokenizer) -> Documents:
     """
     _check_proxy(config, tokenizer)
     template = make_template(tokenizer, config.data)
+    if shows_references(config.reward):
+        num_shown = min(config.reward.likelihood.num_targets or 1, config.data.continuation_tokens)
+        template = replace(template, num_shown=num_shown)
     least = config.data.trunk_length - len(template.header) - config.data.window_stride + 1
     if least < config.positions.min_context_tokens:
         raise ConfigError(

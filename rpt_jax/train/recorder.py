@@ -15,10 +15,16 @@ from rpt_jax.types import Experience
 
 @jax.jit
 def experience_metrics(experience: Experience) -> dict[str, jax.Array]:
-    """Compute f32 scalars of one rollout batch; fractions are over rollouts of real prompts unless named otherwise."""
+    """Compute f32 scalars of one rollout batch; fractions are over rollouts of real prompts unless named otherwise.
+
+    Prompts that show their reference do not count.
+    """
     tasks, rollouts, predictions = experience.tasks, experience.rollouts, experience.predictions
     earned = experience.earned
     groups = tasks.prompts.prompt_mask
+    padded = 1 - jnp.mean(groups)
+    if tasks.references.shown is not None:
+        groups &= ~tasks.references.shown
     rows = jnp.repeat(groups, tasks.prompts.row_ids.shape[-1], axis=1)
     num_rows, num_groups = jnp.maximum(1, rows.sum()), jnp.maximum(1, groups.sum())
     lengths, width = rollouts.mask.sum(-1), predictions.bytes.shape[-1]
@@ -42,7 +48,7 @@ def experience_metrics(experience: Experience) -> dict[str, jax.Array]:
         # Longer than any continuation, so it cannot match; bytes past the horizon are unknown.
         "prediction_overflow_fraction": fraction(predictions.lengths > width),
         "excluded_mass": jnp.sum(rollouts.num_rejected) / jnp.maximum(1, jnp.sum(lengths)),
-        "padded_prompt_fraction": 1 - jnp.mean(groups),
+        "padded_prompt_fraction": padded,
     } | {name: jnp.sum(jnp.where(groups[..., None], x, 0)) / num_rows for name, x in earned.metrics.items()}
 
 

@@ -87,7 +87,8 @@ class Run:
 
     def make_scorer(self) -> Scorer:
         """Create the scorer of the run's requests."""
-        return Scorer(self.config.model, self.tokenizer, len(self.template.header), _at_once(self.config))
+        header, temperature = len(self.template.header), self.config.rollout.temperature
+        return Scorer(self.config.model, self.tokenizer, header, _at_once(self.config), temperature)
 
     def start_params(self) -> Any:
         """Return the policy's parameters before any training.
@@ -236,10 +237,10 @@ def check_model(config: Config, mesh: Mesh) -> None:
 
 def check_positions(config: Config, template: Template) -> None:
     """Raise ConfigError if a prompt and its completion need more positions than the model has."""
-    longest = config.data.trunk_length + len(template.tail) + config.rollout.max_completion_tokens
+    longest = config.data.trunk_length + template.width + config.rollout.max_completion_tokens
     if longest > config.model.max_positions:
         raise ConfigError(
-            f"data.trunk_length={config.data.trunk_length}, a tail of {len(template.tail)} and "
+            f"data.trunk_length={config.data.trunk_length}, a tail of {template.width} and "
             f"rollout.max_completion_tokens={config.rollout.max_completion_tokens} make {longest} positions; the model "
             f"has {config.model.max_positions}. Lower one of the two settings."
         )

@@ -39,7 +39,7 @@ def fitted(run: Run) -> Run:
         if memory is None:
             of_host = np.array([host_memory() / len(run.mesh.local_devices) / _GIB], np.float32)
             memory = float(gathered(of_host).min()) * _GIB
-        check_memory(run.config, len(run.template.tail), memory)
+        check_memory(run.config, run.template.width, memory)
         return run
     path, key = run.directory.path / "sizes.json", _key(run.config)
     kept = read_json(path) if path.exists() else None
@@ -47,7 +47,7 @@ def fitted(run: Run) -> Run:
         return replace(run, config=with_sizes(run.config, kept["sizes"]))
     if run.directory.is_read_only:
         return run
-    config = fit_sizes(run.config, run.mesh, len(run.template.tail), memory, console.print)
+    config = fit_sizes(run.config, run.mesh, run.template.width, memory, console.print)
     run.directory.keep("sizes", {"key": key, "memory_gib": memory / _GIB, "sizes": sizes_of(config)})
     return replace(run, config=config)
 
