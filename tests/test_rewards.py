@@ -389,6 +389,34 @@ def test_random_rewards_keep_each_groups_rate_and_tell_nothing(monkeypatch):
     assert abs((advantage[0] * advantage[1]).mean()) < 0.09 and (got != real).any()
 
 
+def test_random_lengths_follow_right_lengths_and_nothing_else(monkeypatch):
+    """Right ones have 3 tokens, or 2 a tenth as often: so have rewarded ones, and among equals they are random."""
+    rng = np.random.default_rng(0)
+    U, M, G, C = 64, 8, 6, 3
+    lengths = rng.integers(1, 4, (U, M, G))
+    real = (rng.random((U, M, G)) < np.array([0, 0, 0.05, 0.5])[lengths]).astype(np.float32)
+    tasks = SimpleNamespace(
+        references=SimpleNamespace(task_ids=jnp.arange(U * M).reshape(U, M)),
+        prompts=SimpleNamespace(prompt_mask=jnp.ones((U, M), bool)),
+    )
+    rollouts = SimpleNamespace(
+        tokens=jnp.asarray(rng.integers(0, 50, (U, M * G, C)), jnp.int32),
+        mask=jnp.asarray(np.arange(C) < lengths.reshape(U, M * G, 1)),
+    )
+    right = Earned(rewards=jnp.asarray(real), faults=jnp.zeros((U, M, G), bool), metrics={})
+    monkeypatch.setattr(controls, "prefix", lambda _: right)
+    got = np.asarray(controls.random_lengths(SimpleNamespace(tasks=tasks, rollouts=rollouts)).rewards)
+    np.testing.assert_array_equal(got.sum(-1), real.sum(-1))
+    assert not got[lengths == 1].any()
+    shares = [(r * (lengths == 3)).sum() / r.sum() for r in (got, real)]
+    assert shares[0] == pytest.approx(shares[1], abs=0.03) and shares[1] > 0.85
+    threes = lengths == 3
+    among = [
+        (r - (r * threes).sum(-1, keepdims=True) / np.maximum(1, threes.sum(-1, keepdims=True))) for r in (got, real)
+    ]
+    assert abs((among[0] * among[1])[threes].mean()) < 0.03
+
+
 def test_shuffled_targets_belong_to_another_prompt(letters):
     """Four real prompts of six: predictions right for the prompt two further on are rewarded, and only these."""
     truths = ["ab", "cd", "ef", "gh"]

@@ -53,7 +53,8 @@ COLUMNS = (
     ("log p, thinking", "reasoned_logprob"),
 )
 METRICS = (
-    *(metric for _, metric in COLUMNS), "pass@k", "direct_logprob", "sampled_no_prediction", "sampled_thought_tokens",
+    *(metric for _, metric in COLUMNS), "pass@k", "majority@k", "majority_share", "direct_logprob",
+    "sampled_no_prediction", "sampled_thought_tokens",
 )  # fmt: skip
 # Of these, what pictures show over FLOPs and seconds.
 DRAWN = ("sampled_prefix", "direct_prefix")

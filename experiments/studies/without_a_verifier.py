@@ -4,15 +4,16 @@ python -m experiments.studies.without_a_verifier --preset tiny_worked --director
     --out docs/results/without_a_verifier.json [--arms prefix verifree ...] [--section.field VALUE ...]
 
 Arms start from the seed's warm start and take equally many steps: prefix and random as in is_it_the_reward, whose
---directory can be used, so that they are run once; each method with its own loss; both is the prefix reward plus a
-tenth of the information gain. They resume, and a finished arm is not run again. The script writes --out after each arm,
-prints a Markdown table, and draws accuracy over FLOPs.
+--directory can be used, so that they are run once; random_lengths rewards completions that are as long as right ones;
+each method has its own loss; both is the prefix reward plus a tenth of the information gain. They resume, and a
+finished arm is not run again. The script writes --out after each arm, prints a Markdown table, and draws accuracy over
+FLOPs.
 """
 
 import numpy as np
 
 from experiments.cli import run_script
-from experiments.presets import METHODS
+from experiments.presets import METHODS, TINY_WORKED, method_settings
 from experiments.studies.is_it_the_reward import missing_arms, parse_study, run_rl_arm
 from rpt_jax.analysis.reports.figures import subplots
 from rpt_jax.analysis.reports.run import series
@@ -21,7 +22,9 @@ from rpt_jax.train.run_directory import read_json
 ARMS = {
     "prefix": {"reward.terms": ("prefix",)},
     "random": {"reward.terms": ("random",)},
+    "random_lengths": {"reward.terms": ("random_lengths",)},
     **{name: METHODS[name] for name in ("information_gain", "verifree", "rlpr", "nover", "ttrl")},
+    "ravr": method_settings("ravr", TINY_WORKED),
     "both": {"reward.terms": ("prefix", "0.1*information_gain")},
 }
 COLUMNS = (
@@ -30,6 +33,8 @@ COLUMNS = (
     ("log p, thinking", "reasoned_logprob"),
     ("log p, direct", "direct_logprob"),
     ("tokens", "sampled_thought_tokens"),
+    ("vote right", "majority@k"),
+    ("its share", "majority_share"),
 )
 GOAL = 0.8
 

@@ -323,10 +323,10 @@ class ShapingConfig:
 class RewardConfig:
     terms: tuple[str, ...] = setting(("prefix",), shown=True)
     """Rewards to add up, each NAME or WEIGHT*NAME. For positions: prefix (arXiv:2506.08007 eq. 3), first_token, dense,
-    conditional_dense (its appendix A), and as controls random, shuffled_targets. For questions: math (equal to an
-    answer), choice (the letter), exact (the string), code (unit tests). For both: custom (reward.function); without a
-    verifier likelihood, information_gain, verifree, rlpr, ravr, nover, ttrl; shaping terms such as format or
-    kimi_length. docs/rewards.md has all."""
+    conditional_dense (its appendix A), and as controls random, random_lengths, shuffled_targets. For questions: math
+    (equal to an answer), choice (the letter), exact (the string), code (unit tests). For both: custom
+    (reward.function); without a verifier likelihood, information_gain, verifree, rlpr, ravr, nover, ttrl; shaping terms
+    such as format or kimi_length. docs/rewards.md has all."""
     compose: Literal["sum", "normalize_then_sum", "gate"] = "sum"
     """sum; normalize_then_sum standardises each term in its group, then the sum over the batch, and uses the result as
     the advantage; gate counts later terms only if the first is 1."""

@@ -97,7 +97,8 @@ class Evaluator:
         """Return figures per split: {split: {metric: {"value", "standard_error", "n"}}}.
 
         sampled_*: mean over k sampled rollouts at the rollout temperature. greedy_*: temperature 0. direct_*: argmax
-        without thinking. pass@k, majority@k: over the sampled rollouts. reasoned_logprob: log mean_i p(x_t | context,
+        without thinking. pass@k, majority@k: over the sampled rollouts; majority_share: the share of them that the most
+        frequent prediction has, which is a confidence. reasoned_logprob: log mean_i p(x_t | context,
         thought_i), and direct_logprob, nats. thought_tokens: mean completion length. no_prediction: share of rollouts
         without a closed box. forced_close: share of thoughts that were closed to score them. prefix, first: the two
         definitions of a correct token. reward, reward/*: the run's reward and its terms.
@@ -185,7 +186,7 @@ class Evaluator:
         if style == "sampled":
             texts = predictions.bytes.reshape(U, M, G, -1)
             figures["pass@k"] = right.max(-1)
-            figures["majority@k"] = _majority(texts, lengths, found, right)
+            figures["majority@k"], figures["majority_share"] = _majority(texts, lengths, found, right)
             scores = self.reward.scorer.score(AFTER_THOUGHT, policies[CURRENT], tasks, rollouts, evidence.predictions)
             figures["reasoned_logprob"] = to_host(_log_mean(scores.values[..., 0], num_prompts=M))
             figures["forced_close"] = (predictions.think_end_tokens.reshape(U, M, G) == 0).mean(-1)
@@ -209,16 +210,20 @@ def _log_mean(logprobs_UR, *, num_prompts: int):
 
 
 def _majority(texts, lengths, found, correct):
-    """Return the reward of the most frequent prediction, f32 [U, M]; the first seen wins a tie, none never wins."""
+    """Return (reward of the most frequent prediction, its share of the rollouts), f32 [U, M].
+
+    The first seen wins a tie, none never wins.
+    """
     U, M, G = found.shape
-    result = np.zeros((U, M), np.float32)
+    result, share = np.zeros((2, U, M), np.float32)
     for u in range(U):
         for m in range(M):
             votes = [(texts[u, m, g, : lengths[u, m, g]].tobytes(), g) for g in range(G) if found[u, m, g]]
             if votes:
-                winner = Counter(text for text, _ in votes).most_common(1)[0][0]
+                winner, count = Counter(text for text, _ in votes).most_common(1)[0]
+                share[u, m] = count / G
                 result[u, m] = correct[u, m, next(g for text, g in votes if text == winner)]
-    return result
+    return result, share
 
 
 def by_split(splits: dict[str, np.ndarray], ids: np.ndarray, columns: dict[str, np.ndarray]) -> dict:

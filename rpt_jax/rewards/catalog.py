@@ -47,6 +47,7 @@ CATALOG = {
     "dense": Row(fn=dense, requests=(DIRECT_PREDICTION,), tasks=_TEXT),
     "conditional_dense": Row(fn=conditional_dense, requests=(DIRECT_PREDICTION,), tasks=_TEXT),
     "random": Row(fn=controls.random, tasks=_TEXT),
+    "random_lengths": Row(fn=controls.random_lengths, tasks=_TEXT),
     "shuffled_targets": Row(fn=controls.shuffled_targets, tasks=_TEXT),
     "math": Row(judge="rpt_jax.rewards.math_judge:math", tasks=_QUESTIONS),
     "choice": Row(judge="rpt_jax.rewards.judges:choice", tasks=_QUESTIONS),
@@ -196,7 +197,7 @@ def check_rewards(config: Config) -> None:
 
 
 # Rewards of 0 or 1.
-_OUTCOMES = (*VERIFIERS, "prefix", "first_token", "ttrl", "random", "shuffled_targets", "custom")
+_OUTCOMES = (*VERIFIERS, "prefix", "first_token", "ttrl", "random", "random_lengths", "shuffled_targets", "custom")
 # Rewards that depend on the thought alone, or on no token.
 _ON_THOUGHT = ("likelihood", "information_gain", "verifree", "rlpr", "ravr", "coherence", "overlong_filter")
 
