@@ -16,12 +16,13 @@ import pytest
 from rpt_jax.config import RewardConfig
 from rpt_jax.errors import ConfigError, RewardError
 from rpt_jax.rewards import judges, math_judge
+from rpt_jax.rewards.answer import Predictions
 from rpt_jax.rewards.base import earn
 from rpt_jax.rewards.catalog import make_reward
 from rpt_jax.rewards.host import JudgePool, check_function, store_function
 from rpt_jax.sequences import Task, build_tasks
 from rpt_jax.train.run import _note_function
-from rpt_jax.types import Rollouts
+from rpt_jax.types import Evidence, Rollouts
 
 MODULE = "tests.judges_for_tests"
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,6 +222,28 @@ def test_rewards_of_questions_by_hand(letters):
     assert np.asarray(rewards)[:, 0].tolist() == [[1, 0], [0, 0], [0, 0]]
     assert not np.asarray(faults).any()
     assert np.asarray(predictions.found).tolist() == [[True, True], [False, False], [False, False]]
+
+
+def test_answers_that_the_judge_takes_for_equal_vote_together(letters):
+    """Byte for byte 7 would win in the first group; with 1/2 and 0.5 as one vote, these do. Padding has no vote."""
+    texts = [[b"7", b"1/2", b"7", b"0.5", rb"\frac12"], [b"", b"3", b"4", b"", b"4"], [b"1"] * 5]
+    width, shape = 16, (3, 1, 5)
+    found = np.array([[True] * 5, [True, True, True, False, True], [True] * 5])
+    padded = [[list(t.ljust(width, b"\0")) for t in row] for row in texts]
+    predictions = Predictions(
+        bytes=jnp.asarray(padded, np.uint8), lengths=jnp.asarray([[len(t) for t in row] for row in texts]),
+        found=jnp.asarray(found), think_end_tokens=None,
+    )  # fmt: skip
+    trunks = [(np.zeros(4, np.int32), [Task(id=i, cut=4)]) for i in range(2)] + [(np.zeros(0), [])]
+    tasks = build_tasks(trunks, tail=[1], row_ids=np.zeros(shape, np.int32), trunk_length=4)
+    evidence = Evidence(tasks=tasks, rollouts=None, predictions=predictions, unescaped=None, scores={})
+    earned = {
+        name: make_reward(RewardConfig(terms=(name,)), letters, {}.get, kind="questions").fn(evidence)
+        for name in ("ttrl", "ttrl_math")
+    }
+    assert np.asarray(earned["ttrl"].rewards)[:2, 0].tolist() == [[1, 0, 1, 0, 0], [0, 0, 1, 0, 1]]
+    assert np.asarray(earned["ttrl_math"].rewards)[:2, 0].tolist() == [[0, 1, 0, 1, 1], [0, 0, 1, 0, 1]]
+    assert not np.asarray(earned["ttrl_math"].faults).any()
 
 
 def test_faults_follow_the_policy(letters):

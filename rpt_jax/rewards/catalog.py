@@ -11,10 +11,10 @@ from rpt_jax.config import Config, RewardConfig
 from rpt_jax.errors import ConfigError
 from rpt_jax.rewards import controls, likelihood, shaping, vote
 from rpt_jax.rewards.base import Reward, compose, make_reader, parse_terms
-from rpt_jax.rewards.host import make_host_reward_fn
+from rpt_jax.rewards.host import make_equivalence_fn, make_host_reward_fn
 from rpt_jax.rewards.prefix import DIRECT_PREDICTION, conditional_dense, dense, first_token, prefix
 from rpt_jax.scoring.requests import Request, Scorer
-from rpt_jax.types import Earned
+from rpt_jax.types import Earned, Evidence
 
 # Maximum length of an answer that a judge sees; longer text is not an answer.
 _ANSWER_BYTES = 512
@@ -29,6 +29,8 @@ class Row:
     options: bool = False
     judge: str | None = None
     """package.module:function that runs on the host; "" stands for reward.function."""
+    votes: bool = False
+    """`judge` tells which predictions of a group are equal, and the most frequent one is rewarded."""
     requests: tuple[Request, ...] | Callable[[RewardConfig, str], tuple[Request, ...]] = ()
     """Scoring passes, or a function of the reward's settings and the kind of tasks that returns them."""
     learns: bool = False
@@ -62,6 +64,7 @@ CATALOG = {
     "ravr": Row(fn=likelihood.ravr, options=True, requests=likelihood.of_posterior, learns=True),
     "nover": Row(fn=likelihood.nover, options=True, requests=likelihood.after_thought_of_average),
     "ttrl": Row(fn=vote.ttrl, options=True),
+    "ttrl_math": Row(judge="rpt_jax.rewards.math_judge:math", votes=True, tasks=_QUESTIONS),
     "self_evaluation": Row(fn=likelihood.self_evaluation, requests=likelihood.judgement, tasks=_QUESTIONS),
     "rubric": Row(fn=likelihood.rubric, requests=likelihood.rubric_after_text, tasks=_QUESTIONS),
     # Shaping, next to a reward of the outcome.
@@ -124,9 +127,17 @@ def make_reward(
         # The policy's text makes a built-in judge slow, which must not stop a run.
         on_fault = "zero" if row.judge else config.on_fault
         function = row.judge or config.function
+        if row.votes:
+            fn = partial(_elect, make_equivalence_fn(config, function, width=_ANSWER_BYTES), config)
+            rewards.append(Reward(fn, requests, _ANSWER_BYTES, read, scorer))
+            continue
         fn = make_host_reward_fn(config, function, tokenizer, columns, width=_ANSWER_BYTES, on_fault=on_fault)
         rewards.append(Reward(fn, requests, _ANSWER_BYTES, read, scorer))
     return compose(terms, rewards, config.compose)
+
+
+def _elect(same: Callable, config: RewardConfig, evidence: Evidence) -> Earned:
+    return vote.ttrl_judged(evidence, *same(evidence), config)
 
 
 _compiled = cache(jax.jit)
@@ -197,7 +208,17 @@ def check_rewards(config: Config) -> None:
 
 
 # Rewards of 0 or 1.
-_OUTCOMES = (*VERIFIERS, "prefix", "first_token", "ttrl", "random", "random_lengths", "shuffled_targets", "custom")
+_OUTCOMES = (
+    *VERIFIERS,
+    "prefix",
+    "first_token",
+    "ttrl",
+    "ttrl_math",
+    "random",
+    "random_lengths",
+    "shuffled_targets",
+    "custom",
+)
 # Rewards that depend on the thought alone, or on no token.
 _ON_THOUGHT = ("likelihood", "information_gain", "verifree", "rlpr", "ravr", "coherence", "overlong_filter")
 

@@ -7,6 +7,7 @@ machine.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -256,6 +257,57 @@ def make_host_reward_fn(
         return Earned(rewards=rewards, faults=faults, metrics={})
 
     return judge
+
+
+def make_equivalence_fn(
+    config: RewardConfig, function: str, *, width: int
+) -> Callable[[Evidence], tuple[jax.Array, jax.Array]]:
+    """Make a function that tells which predictions of a group a judge takes for equal.
+
+    Two different predictions are equal if the judge accepts one where the other is the accepted answer. It returns
+    (bool [U, M, G, G], reflexive and symmetric; bool [U, M, G], a comparison with this rollout's prediction failed, and
+    counts as unequal).
+
+    Args:
+        config: of the reward.
+        function: package.module:function of a judge.
+        width: maximum length of a prediction in bytes; a longer one counts as none.
+    """
+    pool = JudgePool(function, num_workers=config.num_workers, time_limit=config.time_limit_seconds)
+
+    def same(evidence: Evidence):
+        shape, task_ids = evidence.tasks.prompts.row_ids.shape, evidence.tasks.references.task_ids
+        groups = _distinct_predictions(evidence, width)
+        pairs = [(u, m, one, two) for (u, m), of in groups.items() for one, two in itertools.combinations(of, 2)]
+        equal, faults = np.zeros((*shape, shape[-1]), bool), np.zeros(shape, bool)
+        own = pairs[jax.process_index() :: jax.process_count()]
+        requests = [(b"", two, {"answers": (one.decode(errors="replace"),)}) for *_, one, two in own]
+        for (u, m, one, two), result in zip(own, pool.judge(requests), strict=True):
+            rows, others = groups[u, m][one], groups[u, m][two]
+            faults[u, m, rows + others] |= isinstance(result, Fault)
+            equal[u, m][np.ix_(rows, others)] = not isinstance(result, Fault) and result == 1
+        equal, faults = gathered(equal).any(0), gathered(faults).any(0)
+        for (u, m), of in groups.items():
+            for rows in of.values():
+                equal[u, m][np.ix_(rows, rows)] = True
+        equal |= np.swapaxes(equal, -1, -2) | np.eye(shape[-1], dtype=bool)
+        return sharded_like(task_ids, equal), sharded_like(task_ids, faults)
+
+    return same
+
+
+def _distinct_predictions(evidence: Evidence, width: int) -> dict[tuple[int, int], dict[bytes, list[int]]]:
+    """Return {(u, m) of each real prompt: {prediction: its rollouts}}; empty and longer predictions are left out."""
+    predictions, shape = evidence.predictions, evidence.tasks.prompts.row_ids.shape
+    fields = (predictions.bytes, predictions.lengths, predictions.found, evidence.tasks.references.task_ids)
+    texts, lengths, found, task_ids = to_host(fields)
+    texts, lengths, found = texts.reshape(*shape, -1), lengths.reshape(shape), found.reshape(shape)
+    groups: dict[tuple[int, int], dict[bytes, list[int]]] = {}
+    for u, m in np.argwhere(task_ids >= 0).tolist():
+        of = groups.setdefault((u, m), {})
+        for g in np.flatnonzero(found[u, m] & (lengths[u, m] > 0) & (lengths[u, m] <= width)).tolist():
+            of.setdefault(texts[u, m, g, : lengths[u, m, g]].tobytes(), []).append(g)
+    return groups
 
 
 def _requests(evidence: Evidence, tokenizer, columns: Callable[[int], dict], width: int):

@@ -1,5 +1,7 @@
 """Rewards by vote: no truth is used; the group's most frequent prediction stands in for it."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 
 from rpt_jax.config import RewardConfig
@@ -29,16 +31,37 @@ def ttrl(evidence: Evidence, options: RewardConfig) -> Earned:
     vote. Differs: an empty prediction does not vote either (it can win in the authors' code), and all G count in the
     baseline of the n that are trained on.
     """
+    texts, lengths, is_vote = _votes(evidence)
+    same = jnp.all(texts[..., :, None, :] == texts[..., None, :, :], axis=-1)
+    same &= lengths[..., :, None] == lengths[..., None, :]
+    return _elected(same, is_vote, options)
+
+
+def ttrl_judged(evidence: Evidence, same_UMGG, faults_UMG, options: RewardConfig) -> Earned:
+    """Reward like `ttrl`, with predictions that a judge takes for equal: 1/2 and 0.5 are one vote.
+
+    Args:
+        evidence: of the batch.
+        same_UMGG, faults_UMG: from `host.make_equivalence_fn`.
+        options: of the reward.
+    """
+    return replace(_elected(same_UMGG, _votes(evidence)[2], options), faults=faults_UMG)
+
+
+def _votes(evidence: Evidence):
+    """Return (texts u8 [U, M, G, X], padding 0; their lengths i32 [U, M, G]; rollouts that vote bool [U, M, G])."""
     predictions, shape = evidence.predictions, evidence.tasks.prompts.row_ids.shape
     texts = predictions.bytes.reshape(*shape, -1)
     lengths, found = predictions.lengths.reshape(shape), predictions.found.reshape(shape)
     # A prediction longer than what was read cannot be compared.
     is_vote = found & (lengths > 0) & (lengths <= texts.shape[-1])
     inside = jnp.arange(texts.shape[-1]) < lengths[..., None]
-    texts = jnp.where(inside, texts, 0)
-    same = jnp.all(texts[..., :, None, :] == texts[..., None, :, :], axis=-1)
-    same &= lengths[..., :, None] == lengths[..., None, :]
-    rewards, votes = majority(same, is_vote)
+    return jnp.where(inside, texts, 0), lengths, is_vote
+
+
+def _elected(same_UMGG, is_vote_UMG, options: RewardConfig) -> Earned:
+    shape = is_vote_UMG.shape
+    rewards, votes = majority(same_UMGG, is_vote_UMG)
     ratio = votes.max(-1, keepdims=True) / shape[-1]
     trained = jnp.arange(shape[-1]) < (options.vote_train or shape[-1])
     return Earned(
