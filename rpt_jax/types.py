@@ -92,6 +92,7 @@ class Earned:
     group_mask: Any = None  # bool [U, M], prompts that take part in the update
     token_mask: Any = None  # bool [U, R, C], completion tokens that the reward depends on, which have a loss term
     reference_weights: Any = None  # f32 [U, M, G], weight of the reference's log-likelihood behind the thought
+    choices: Any = None  # i32 [U, M, G], which choice the learned request's target is; None: its targets are no choices
     distilled: Any = None  # f32 [U, M, G], of that of the next prompt's thought and the reference, behind this prompt
 
 

@@ -298,7 +298,12 @@ class LikelihoodConfig:
     (leave-one-out). jepo: its share of the group's likelihood, with that bound's advantages. verifree and ravr
     always learn it, with their rewards."""
     judge: Literal["start", "current", "average"] = "start"
-    """Policy that judges in self_evaluation: the one that RL started from, the one in training, or its average."""
+    """Policy that judges in self_evaluation and candidate_choice: the one that RL started from, the one in training, or
+    its average."""
+    num_rivals: int = setting(1, at_least=1)
+    """candidate_choice compares a text with that many of its group's on either side, in both orders."""
+    ranking_loss: float = setting(0.0, at_least=0.0)
+    """Weight with which candidate_choice also teaches the policy to choose as the rubric's likelihood does. 0: not."""
     nover_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Weights of format, rank and efficiency in nover."""
     rlpr_shaping: str = "threshold_0"

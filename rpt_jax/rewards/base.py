@@ -178,6 +178,7 @@ def _combine(parts: list[Earned], prompt_mask_UM, terms: tuple[Term, ...], how: 
         group_mask=_joined(jnp.logical_and, [part.group_mask for part in parts]),
         token_mask=_tokens_of_any(parts),
         reference_weights=_joined(jnp.add, _weighted(terms, [part.reference_weights for part in parts])),
+        choices=next((part.choices for part in parts if part.choices is not None), None),
         distilled=_joined(jnp.add, _weighted(terms, [part.distilled for part in parts])),
     )
 

@@ -66,6 +66,13 @@ CATALOG = {
     "ttrl": Row(fn=vote.ttrl, options=True),
     "ttrl_math": Row(judge="rpt_jax.rewards.math_judge:math", votes=True, tasks=_QUESTIONS),
     "self_evaluation": Row(fn=likelihood.self_evaluation, requests=likelihood.judgement, tasks=_QUESTIONS),
+    "candidate_choice": Row(
+        fn=likelihood.candidate_choice,
+        options=True,
+        requests=likelihood.choices_of_pairs,
+        learns=True,
+        tasks=_QUESTIONS,
+    ),
     "rubric": Row(fn=likelihood.rubric, requests=likelihood.rubric_after_text, tasks=_QUESTIONS),
     # Shaping, next to a reward of the outcome.
     "format": Row(judge=f"{_ON_TEXT}format"),
@@ -79,6 +86,7 @@ CATALOG = {
     "repeated_window": Row(judge=f"{_ON_TEXT}repeated_window"),
     "coherence": Row(fn=likelihood.coherence, requests=likelihood.own_tokens),
     "syntax": Row(judge=f"{_ON_TEXT}syntax"),
+    "fact": Row(fn=likelihood.fact, requests=likelihood.fact_behind_text, tasks=_QUESTIONS),
     "kimi_length": Row(fn=shaping.kimi_length_reward, shapes=True),
     "cosine_length": Row(fn=shaping.cosine_length_reward, options=True, shapes=True),
     "soft_overlong": Row(fn=shaping.soft_overlong_reward, options=True, shapes=True),
@@ -153,6 +161,8 @@ def _requests(row: Row, config: RewardConfig, kind: str) -> tuple[Request, ...]:
 
 
 def _learns(name: str, config: RewardConfig) -> bool:
+    if name == "candidate_choice":
+        return config.likelihood.ranking_loss > 0
     return name in ("verifree", "ravr") or config.likelihood.reference_term != "none"
 
 
@@ -167,10 +177,14 @@ def judges(terms: Sequence[str]) -> list[str]:
     return [term.name for term in parse_terms(terms) if _row(term.name).judge is not None]
 
 
+def requests_of(config: RewardConfig, kind: str) -> list[Request]:
+    """Return the reward's scoring passes on tasks of this kind."""
+    return [r for term in parse_terms(config.terms) for r in _requests(_row(term.name), config, kind)]
+
+
 def requested_policies(config: RewardConfig) -> set[str]:
     """Return the policies that the reward's scoring passes need: a subset of current, start, average."""
-    terms = parse_terms(config.terms)
-    return {request.policy for term in terms for request in _requests(_row(term.name), config, "documents")}
+    return {request.policy for request in requests_of(config, "documents")}
 
 
 def shows_references(config: RewardConfig) -> bool:
@@ -236,9 +250,21 @@ def _check_learned(config: Config, names: list[str]) -> None:
             f"reward.likelihood.reference_term='reward' with measure={settings.measure!r}, which is negative: the "
             "reference would be unlearned. Set --reward.likelihood.measure probability, or another reference term."
         )
-    if not any(_row(name).learns and _learns(name, config.reward) for name in names):
+    learning = [name for name in names if _row(name).learns and _learns(name, config.reward)]
+    if not learning:
         return
-    if others := [name for name in names if name not in _ON_THOUGHT]:
+    if len(learning) > 1:
+        raise ConfigError(
+            f"reward.terms has {learning[0]!r} and {learning[1]!r}, which both teach what follows a completion; a row "
+            "holds one of them. Remove one."
+        )
+    if learning == ["candidate_choice"] and settings.judge != "current":
+        raise ConfigError(
+            f"reward.likelihood.ranking_loss={settings.ranking_loss} with judge={settings.judge!r}, which does not "
+            "learn. Set --reward.likelihood.judge current, or --reward.likelihood.ranking-loss 0."
+        )
+    others = [name for name in names if name not in _ON_THOUGHT]
+    if others and learning != ["candidate_choice"]:
         raise ConfigError(
             f"reward.terms has {others[0]!r} next to a reward whose update also learns the reference; its rows hold "
             f"thought and reference, so what {others[0]} rewards after the thought would not be learned. Use one "
@@ -299,6 +325,11 @@ def _check_settings(config: Config, names: list[str]) -> None:
         raise ConfigError(
             f"reward.likelihood.rlpr_shaping={shaping!r}; it must be threshold_T with T in [0, 1], identity or "
             "one_minus. Correct --reward.likelihood.rlpr-shaping."
+        )
+    if "candidate_choice" in names and config.reward.likelihood.num_rivals >= config.rollout.group_size:
+        raise ConfigError(
+            f"reward.likelihood.num_rivals={config.reward.likelihood.num_rivals} of rollout.group_size="
+            f"{config.rollout.group_size} rollouts; a text is no rival of itself. Lower --reward.likelihood.num-rivals."
         )
     if config.reward.vote_train > config.rollout.group_size:
         raise ConfigError(

@@ -17,6 +17,7 @@ from rpt_jax.types import Earned, Evidence
 # Names of the scoring passes.
 _THOUGHT, _PROXY, _BASELINE, _AVERAGE = "after_thought", "after_thought_average", "baseline", "average_direct"
 _RUBRIC, _JUDGE, _OWN, _PRIOR = "rubric", "judge", "own_tokens", "behind_prior"
+_CHOICE, _FACT, _NO_FACT = "choice", "evidence", "evidence_alone"
 
 
 def measure(logprobs, mask, how: str):
@@ -146,6 +147,28 @@ def judgement(options: RewardConfig, kind: str) -> tuple[Request, ...]:
             target="choices", choices=("1", "2", "3", "4", "5"),
         ),
     )  # fmt: skip
+
+
+def choices_of_pairs(options: RewardConfig, kind: str) -> tuple[Request, ...]:
+    """Request a judge's choice between each text and its rivals, in both orders; the rubric, if the judge learns."""
+    pairs = tuple(
+        Request(
+            name=f"{_CHOICE}{rival:+d}", policy=options.likelihood.judge, keep="pair", rival=rival,
+            between="\n\nAnother text: ", stub="\n\nThe better one (1 or 2): ", target="choices", choices=("1", "2"),
+        )
+        for distance in range(1, options.likelihood.num_rivals + 1)
+        for rival in (distance, -distance)
+    )  # fmt: skip
+    return (*pairs, *rubric_after_text(options, kind)) if options.likelihood.ranking_loss else pairs
+
+
+def fact_behind_text(options: RewardConfig, kind: str) -> tuple[Request, ...]:
+    """Request the evidence behind the whole text and without it, of the policy that RL started from."""
+    stub = "\n\nEvidence: "
+    return (
+        Request(name=_FACT, policy="start", keep="completion", stub=stub),
+        Request(name=_NO_FACT, policy="start", keep="nothing", stub=stub),
+    )
 
 
 def own_tokens(options: RewardConfig, kind: str) -> tuple[Request, ...]:
@@ -302,9 +325,7 @@ def rubric(evidence: Evidence) -> Earned:
     meets criteria makes them likely. Source: the inverse incentive of NOVER, arXiv:2505.16022 §5, which has no
     published code.
     """
-    scores = evidence.scores[_RUBRIC]
-    rewards = _grouped(measure(scores.values, scores.mask, "geometric_mean"), evidence)
-    return _earned(rewards, evidence, on_thought=False)
+    return _earned(_rubric_likelihood(evidence), evidence, on_thought=False)
 
 
 def self_evaluation(evidence: Evidence) -> Earned:
@@ -322,6 +343,49 @@ def self_evaluation(evidence: Evidence) -> Earned:
     return _earned(_grouped(expected, evidence), evidence, metrics=metrics, on_thought=False)
 
 
+def candidate_choice(evidence: Evidence, options: RewardConfig) -> Earned:
+    """Reward how often a judge policy chooses the text over others of its group, in [0, 1].
+
+    A text meets reward.likelihood.num_rivals others on either side, once as the first and once as the second, so that a
+    liking for a place cancels. The prompt states the criteria. With a ranking loss, the policy also learns to choose
+    the text of each pair that makes the rubric (the accepted answer) more likely; equal ones teach nothing.
+    """
+    settings, shape = options.likelihood, evidence.tasks.prompts.row_ids.shape
+    scores = {name: s.values for name, s in evidence.scores.items() if name.startswith(_CHOICE)}
+    # Row g of rival r is the pair (g, g + r); this is the probability that its first text is chosen.
+    chosen = {name: _grouped(jax.nn.softmax(values, axis=-1)[..., 0], evidence) for name, values in scores.items()}
+    wins = []
+    for distance in range(1, settings.num_rivals + 1):
+        further, back = chosen[f"{_CHOICE}{distance:+d}"], chosen[f"{_CHOICE}{-distance:+d}"]
+        wins += [further, 1 - jnp.roll(back, -distance, axis=-1), back, 1 - jnp.roll(further, distance, axis=-1)]
+    rewards = sum(wins) / len(wins)
+    sums = [_grouped(jnp.exp(jax.nn.logsumexp(values, axis=-1)), evidence) for values in scores.values()]
+    metrics = {"digit_probability": sum(sums) / len(sums), "first_chosen": sum(chosen.values()) / len(chosen)}
+    if not settings.ranking_loss:
+        return _earned(rewards, evidence, metrics=metrics, on_thought=False)
+    likely = _rubric_likelihood(evidence)
+    rival = jnp.roll(likely, -1, axis=-1)
+    agrees = (chosen[f"{_CHOICE}+1"] > 0.5) == (likely > rival)
+    return _earned(
+        rewards, evidence, metrics=metrics | {"as_rubric": agrees.astype(jnp.float32)},
+        on_thought=False, choices=(rival > likely).astype(jnp.int32),
+        reference_weights=jnp.broadcast_to(settings.ranking_loss * (rival != likely), shape),
+    )  # fmt: skip
+
+
+def fact(evidence: Evidence) -> Earned:
+    """Reward the geometric mean probability of the evidence behind the text, minus that without the text; in [-1, 1].
+
+    The evidence is the question's accepted answer; the judge is the policy that RL started from. A text that agrees
+    with evidence makes it likely. Our definition.
+    """
+    with_text, without = (
+        _grouped(measure(s.values, s.mask, "geometric_mean"), evidence)
+        for s in (evidence.scores[_FACT], evidence.scores[_NO_FACT])
+    )
+    return _earned(with_text - without, evidence, metrics={"alone": without}, on_thought=False)
+
+
 def coherence(evidence: Evidence) -> Earned:
     """Reward the geometric mean of the start policy's probabilities of the thought's tokens, each given those before.
 
@@ -331,6 +395,11 @@ def coherence(evidence: Evidence) -> Earned:
     thought = jnp.arange(scores.mask.shape[-1]) < _thought_tokens(evidence)[..., None]
     rewards = measure(scores.values, scores.mask & thought, "geometric_mean")
     return _earned(_grouped(rewards, evidence), evidence)
+
+
+def _rubric_likelihood(evidence: Evidence):
+    scores = evidence.scores[_RUBRIC]
+    return _grouped(measure(scores.values, scores.mask, "geometric_mean"), evidence)
 
 
 def _log(scores: Scores):

@@ -88,7 +88,8 @@ class Trainer:
         appended = None
         if self.reward.learned is not None:
             tasks, rollouts, predictions = experience.tasks, experience.rollouts, experience.predictions
-            appended = self.reward.scorer.append(self.reward.learned, tasks, rollouts, predictions)
+            choices = experience.earned.choices
+            appended = self.reward.scorer.append(self.reward.learned, tasks, rollouts, predictions, choices)
         rows = policy_rows(
             experience, appended, loss=loss, temperature=self.config.rollout.temperature,
             header_length=self.header_length,

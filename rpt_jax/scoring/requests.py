@@ -35,9 +35,12 @@ class Request:
     """The policy in training, the policy it started from, or its moving average."""
     view: Literal["prompt", "direct"] = "prompt"
     """prompt: after the template, like rollouts; direct: after document tokens alone, without a template."""
-    keep: Literal["nothing", "thought", "completion"] = "thought"
-    """Tokens of the rollout to put before the stub. thought: up to the end of the last </think>; a token that runs past
-    it is replaced by its part of the mark."""
+    keep: Literal["nothing", "thought", "completion", "pair"] = "thought"
+    """Tokens to put before the stub. thought: those of the rollout up to the end of the last </think>; a token that
+    runs past it is replaced by its part of the mark. completion: all but a stop token. pair: all, then `between`, then
+    the completion of the group's rollout that is `rival` places further on."""
+    between: str = ""
+    rival: int = 0
     stub: str = ""
     """Text before the target; an open thought is closed before it."""
     target: Literal["reference", "prediction", "choices", "completion"] = "reference"
@@ -130,7 +133,7 @@ class Scorer:
             return self._score(request, params, tasks.prompts, None, (rollouts.tokens, rollouts.mask.sum(-1)))
         targets = self._targets(request, tasks, predictions)
         is_direct = request.view == "direct"
-        kept = None if is_direct else self.kept(request, rollouts, predictions.think_end_tokens)
+        kept = None if is_direct else self._kept_of(request, tasks, rollouts, predictions)
         return self._score(request, params, tasks.prompts, kept, targets)
 
     def _score_choices(self, request: Request, params, tasks: TaskBatch, rollouts: Rollouts, predictions) -> Scores:
@@ -143,7 +146,10 @@ class Scorer:
         # A token in the choices' place; its value does not matter.
         U, R = rollouts.tokens.shape[:2]
         targets = jnp.full((U, R, 1), ids_K[0], jnp.int32), jnp.ones((U, R), jnp.int32)
-        kept, at_once = self.kept(request, rollouts, predictions.think_end_tokens), self._at_once(tasks.prompts)
+        kept, at_once = (
+            self._kept_of(request, tasks, rollouts, predictions),
+            self._at_once(tasks.prompts),
+        )
         prompts, sequences, first_UR = self._sequences(request, tasks.prompts, kept, *targets)
         logprobs = choice_logprobs(self.config, params, sequences, first_UR, ids_K, trunks_at_once=at_once)
         padded = jnp.zeros((U, R, sequences.branch_tokens.shape[-1]), jnp.float32)
@@ -192,17 +198,32 @@ class Scorer:
             trunks_at_once=self._at_once(tasks.prompts),
         )  # fmt: skip
 
-    def append(self, request: Request, tasks: TaskBatch, rollouts: Rollouts, predictions) -> Appended:
-        """Return the rows that `score` runs, in the prompt view; arguments as there."""
-        targets = self._targets(request, tasks, predictions)
-        kept = self.kept(request, rollouts, predictions.think_end_tokens)
-        tokens, mask, first = _append(kept.tokens, kept.length, *self._stubs(request.stub), kept.stub, *targets)
-        return Appended(tokens=tokens, mask=mask, kept=kept.length, first=first)
+    def append(self, request: Request, tasks: TaskBatch, rollouts: Rollouts, predictions, choices_UMG=None) -> Appended:
+        """Return the rows that `score` runs, in the prompt view; arguments as there.
 
-    def appended_width(self, request: Request, num_sampled: int, num_reference: int) -> int:
-        """Return T of `append` for rollouts of this many tokens and references of up to `num_reference`."""
-        width = self._stubs(request.stub)[0].shape[1]
-        return num_sampled + width + min(request.num_targets or num_reference, num_reference)
+        Args:
+            choices_UMG: i32, index of the choice that is each row's target, if the request's targets are choices.
+        """
+        if request.target == "choices":
+            chosen_UR = jnp.asarray(self.choice_ids(request))[choices_UMG].reshape(rollouts.mask.shape[:2])
+            targets = chosen_UR[..., None], jnp.ones_like(chosen_UR)
+        else:
+            targets = self._targets(request, tasks, predictions)
+        kept = self._kept_of(request, tasks, rollouts, predictions)
+        tokens, mask, first = _append(kept.tokens, kept.length, *self._stubs(request.stub), kept.stub, *targets)
+        sampled = rollouts.mask.sum(-1) if request.keep == "pair" else kept.length
+        return Appended(tokens=tokens, mask=mask, kept=sampled, first=first)
+
+    def row_width(self, request: Request, num_sampled: int, num_reference: int) -> int:
+        """Return how long rows are, T of `append`, for rollouts and references of up to that many tokens."""
+        if request.target == "completion":
+            return num_sampled
+        width = self._stubs(request.stub)[0].shape[1] if request.view == "prompt" else 0
+        if request.keep == "pair":
+            width += num_sampled + self._between(request)[0].shape[1]
+        if request.keep != "nothing":
+            width += num_sampled
+        return width + (1 if request.choices else min(request.num_targets or num_reference, num_reference))
 
     def _sequences(self, request: Request, prompts: Prompts, kept, targets_URA, lengths_UR):
         """Return (prompts in the request's view, sequences, index i32 [U, R] of each row's first target)."""
@@ -228,13 +249,24 @@ class Scorer:
             return jnp.maximum(chosen_UR, 0)[..., None], (chosen_UR >= 0).astype(jnp.int32)
         return _references(tasks, request.num_targets)
 
+    def _kept_of(self, request: Request, tasks: TaskBatch, rollouts: Rollouts, predictions) -> Kept:
+        if request.keep == "pair":
+            num_prompts = tasks.prompts.cuts.shape[1]
+            return _pairs(rollouts, *self._between(request), num_prompts=num_prompts, rival=request.rival)
+        return self.kept(request, rollouts, predictions.think_end_tokens)
+
     def kept(self, request: Request, rollouts: Rollouts, think_end_tokens_UR) -> Kept:
-        """Return the tokens of the rollouts to put before the stub, and which stub follows them."""
+        """Return the tokens of the rollouts to put before the stub, and which stub follows them; not for pairs."""
         if request.keep == "nothing":
             nothing = jnp.zeros_like(think_end_tokens_UR)
             return Kept(tokens=rollouts.tokens[..., :0], length=nothing, stub=nothing)
         is_thought = request.keep == "thought"
         return _kept(rollouts, think_end_tokens_UR, self._closers, is_thought=is_thought)
+
+    def _between(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
+        """Return the text between the completions of a pair, as (ids [1, W], lengths [1])."""
+        ids = self.tokenizer.encode_continuation(request.between)
+        return np.asarray([ids], np.int32), np.asarray([len(ids)], np.int32)
 
     def replaced_bytes(self, stub: np.ndarray) -> np.ndarray:
         """Return how many bytes of the stub with this index stand for a token that ran past the </think>."""
@@ -305,6 +337,24 @@ def _kept(rollouts: Rollouts, think_end_tokens_UR, closers_V, *, is_thought: boo
     stub_UR = jnp.where(is_closed, closer_UR, OPEN)
     closed_UR = jnp.where(closer_UR >= _AFTER_CLOSE, last, think_end_tokens_UR)
     return Kept(tokens=rollouts.tokens, length=jnp.where(is_closed, closed_UR, num_open), stub=stub_UR)
+
+
+@partial(jax.jit, static_argnames=("num_prompts", "rival"))
+def _pairs(rollouts: Rollouts, between_1W, length_1, *, num_prompts: int, rival: int) -> Kept:
+    """Put each group's rollouts, moved by `rival` places, after its own."""
+    U, R, _ = rollouts.tokens.shape
+
+    def moved(x):
+        grouped = x.reshape(U, num_prompts, R // num_prompts, *x.shape[2:])
+        return jnp.roll(grouped, -rival, axis=2).reshape(x.shape)
+
+    # The own stop token ends the first text; nothing must follow that of the second but the stub.
+    lengths_UR = moved(jnp.maximum(0, rollouts.mask.sum(-1) - ~rollouts.truncated))
+    zeros = jnp.zeros((U, R), jnp.int32)
+    tokens, mask, _ = append_targets(
+        rollouts.tokens, rollouts.mask.sum(-1), between_1W, length_1, zeros, moved(rollouts.tokens), lengths_UR
+    )
+    return Kept(tokens=tokens, length=mask.sum(-1), stub=zeros + CLOSED)
 
 
 @partial(jax.jit, static_argnames=("header_length", "bos_id"))

@@ -40,7 +40,7 @@ def compile_ahead(trainer: Trainer, state: TrainState, num_tail: int) -> None:
     reward, width = trainer.reward, 0
     if reward.learned:
         num_sampled, num_reference = config.rollout.max_completion_tokens, tasks.references.tokens.shape[-1]
-        width = reward.scorer.appended_width(reward.learned, num_sampled, num_reference)
+        width = reward.scorer.row_width(reward.learned, num_sampled, num_reference)
     chains = {"sampling": partial(_compile_sampling, trainer, state, on_trunks(tasks.prompts))}
     rows, steps = config.rollout.prompts_per_trunk * config.rollout.group_size, ROUNDINGS["few"].lanes
     for lanes in sorted({rounded(n, rows, steps) for n in range(1, rows + 1)}):

@@ -67,11 +67,13 @@ class Domain(Protocol):
     Attributes:
         name: documents or questions.
         template: of every prompt in training; those of held-out tasks show no reference.
+        num_reference: tokens of the longest reference.
         identity: JSON-able, identifies the data; a run resumes only with the same data.
     """
 
     name: str
     template: Template
+    num_reference: int
     identity: dict
 
     def warm_examples(self, config: Config, tokenizer: Tokenizer) -> Sequence[Example]:
@@ -124,6 +126,10 @@ class Questions:
     training: QuestionSource
     held_out: QuestionSource
     name: str = "questions"
+
+    @property
+    def num_reference(self) -> int:
+        return self.training.num_tokens
 
     @property
     def identity(self) -> dict:
@@ -216,6 +222,7 @@ class Documents:
     template: Template
     training: Sequence[Document]
     held_out: Sequence[Document]
+    num_reference: int
     weights: tuple[float, ...] = (1.0,)
     name: str = "documents"
 
@@ -354,7 +361,10 @@ def open_documents(config: Config, tokenizer: Tokenizer) -> Documents:
         short = documents_lib.check_lengths(found, config.positions.min_context_tokens, where, limit)
         if short:
             console.print(f"{short} of {len(found)} {where} documents are too short to hold a position")
-    return Documents(template=template, training=training, held_out=heldout, weights=tuple(c.weight for c in corpora))
+    return Documents(
+        template=template, training=training, held_out=heldout, num_reference=config.data.continuation_tokens,
+        weights=tuple(c.weight for c in corpora),
+    )  # fmt: skip
 
 
 def _say_how_to_split(corpora: list[Corpus]) -> None:

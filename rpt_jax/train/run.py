@@ -24,7 +24,7 @@ from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.parallel.programs import use_cache
 from rpt_jax.planning.fitting import sizes_of, with_sizes
 from rpt_jax.rewards.base import Reward
-from rpt_jax.rewards.catalog import check_rewards, make_reward
+from rpt_jax.rewards.catalog import check_rewards, make_reward, requests_of
 from rpt_jax.rewards.host import check_function
 from rpt_jax.scoring.requests import Scorer
 from rpt_jax.tokenizer import Tokenizer
@@ -151,7 +151,7 @@ def prepare(config: Config, *, read_only: bool = False, judges: bool = False) ->
         domain = open_domain(config, tokenizer)
     if config.reward.function:
         check_function(config.reward, domain.example_columns(config, tokenizer))
-    check_positions(config, domain.template)
+    check_positions(config, domain.template, _longest_row(config, domain, tokenizer))
     examples = domain.warm_examples(config, tokenizer) if config.supervised.num_steps and not judges else ()
     identity = domain.identity | {
         "tokenizer": {"sha256": tokenizer.fingerprint},
@@ -235,15 +235,23 @@ def check_model(config: Config, mesh: Mesh) -> None:
     config_json(config.model, "float32", {})
 
 
-def check_positions(config: Config, template: Template) -> None:
-    """Raise ConfigError if a prompt and its completion need more positions than the model has."""
-    longest = config.data.trunk_length + template.width + config.rollout.max_completion_tokens
+def check_positions(config: Config, template: Template, num_tokens: int) -> None:
+    """Raise ConfigError if a prompt and a row of `num_tokens` behind it need more positions than the model has."""
+    longest, limit = config.data.trunk_length + template.width + num_tokens, config.rollout.max_completion_tokens
+    scored = f" and {num_tokens - limit} that the reward scores" if num_tokens > limit else ""
     if longest > config.model.max_positions:
         raise ConfigError(
-            f"data.trunk_length={config.data.trunk_length}, a tail of {template.width} and "
-            f"rollout.max_completion_tokens={config.rollout.max_completion_tokens} make {longest} positions; the model "
-            f"has {config.model.max_positions}. Lower one of the two settings."
+            f"data.trunk_length={config.data.trunk_length}, a tail of {template.width}, rollout.max_completion_tokens="
+            f"{limit}{scored} make {longest} positions; the model has {config.model.max_positions}. Lower one of the "
+            "two settings."
         )
+
+
+def _longest_row(config: Config, domain: Domain, tokenizer: Tokenizer) -> int:
+    """Return the number of tokens of the longest row behind a prompt: a completion, or one with what is scored."""
+    scorer, limit = Scorer(config.model, tokenizer, len(domain.template.header)), config.rollout.max_completion_tokens
+    requests = requests_of(config.reward, domain.name)
+    return max([limit, *(scorer.row_width(request, limit, domain.num_reference) for request in requests)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +284,7 @@ def load_policy(config: Config, template_of) -> LoadedPolicy:
     use_cache(config.run.compilation_cache)
     mesh, tokenizer = make_mesh(config.mesh), find_tokenizer(config)
     config = resolve(config, tokenizer)
-    check_positions(config, template_of(tokenizer, config))
+    check_positions(config, template_of(tokenizer, config), config.rollout.max_completion_tokens)
     return LoadedPolicy(config=config, mesh=mesh, tokenizer=tokenizer, params=start_params(config, mesh))
 
 
