@@ -25,6 +25,8 @@ class Example:
     """Loss weight of trunk tokens."""
     completion: list[int] | None
     """Completion tokens, including the end token; loss weight 1. None: plain text."""
+    given: int = 0
+    """Number of leading completion tokens that are read only: loss weight 0."""
 
     def num_tokens(self, tail_length: int) -> int:
         """Return the number of trunk tokens, plus tail and completion tokens if there is a completion."""
@@ -37,8 +39,8 @@ def read_examples(path: str, tokenizer: Tokenizer, template: Template, config: C
     A line is {"text", "completion"?, "text_weight"?}. With a completion, the text goes into the template's prompt and
     the completion, with the end token, is its answer; without one, the text is plain. Completion tokens have loss
     weight 1, text tokens `text_weight`: by default 1 in plain text, supervised.context_weight in prompts. Or a line is
-    {"trunk_tokens", "completion_tokens", "tokenizer", "template"}: the ids of a rollout, never encoded again; only the
-    completion has weight.
+    {"trunk_tokens", "completion_tokens", "given_tokens"?, "tokenizer", "template"}: the ids of a rollout, never encoded
+    again; only the completion has weight, without its first `given_tokens`: a judge learns its label, not the text.
 
     Raises:
         DataError: missing file, bad line, ids of another tokenizer, or a sequence that does not fit; names file and
@@ -123,7 +125,13 @@ def _from_tokens(record: dict, where: str, tokenizer: Tokenizer, template: Templ
                 f"{where}: trunk_tokens and completion_tokens must be lists of ids below {tokenizer.vocab_size}. "
                 "Write the file again."
             )
-    return Example(trunk=trunk, first=1, weight=0.0, completion=completion)
+    given = record.get("given_tokens", 0)
+    if type(given) is not int or not 0 <= given < len(completion):
+        raise DataError(
+            f"{where}: given_tokens is {given!r:.40}; it must be at least 0 and less than the {len(completion)} "
+            "completion tokens. Correct it."
+        )
+    return Example(trunk=trunk, first=1, weight=0.0, completion=completion, given=given)
 
 
 def plain_trunk(tokens, tokenizer: Tokenizer) -> list[int]:

@@ -90,6 +90,7 @@ def make_batch(examples: list[Example], config: Config, tail) -> Rows:
     U, L, C = len(examples), config.data.trunk_length, config.rollout.max_completion_tokens
     trunk_tokens, trunk_weights = np.zeros((U, L), np.int32), np.zeros((U, L), np.float32)
     cuts, tokens, mask = np.ones(U, np.int32), np.zeros((U, C), np.int32), np.zeros((U, C), bool)
+    is_given = np.zeros((U, 1, C), bool)
     for u, e in enumerate(examples):
         trunk_tokens[u, : len(e.trunk)] = e.trunk
         trunk_weights[u, e.first : len(e.trunk)] = e.weight
@@ -97,9 +98,10 @@ def make_batch(examples: list[Example], config: Config, tail) -> Rows:
             cuts[u] = len(e.trunk)
             tokens[u, : len(e.completion)] = e.completion
             mask[u, : len(e.completion)] = True
+            is_given[u, :, : e.given] = True
     if not mask.any():
         return _weighted(trunks_alone(trunk_tokens), trunk_weights)
-    return _weighted(one_completion_each(trunk_tokens, cuts, tail, tokens, mask), trunk_weights)
+    return _weighted(one_completion_each(trunk_tokens, cuts, tail, tokens, mask), trunk_weights, is_given)
 
 
 def make_packed_batch(
@@ -109,7 +111,7 @@ def make_packed_batch(
 
     A trunk is trunk_length + tail + max_completion_tokens long, so that every example fits. Each example goes to the
     first trunk with enough space. The batch is complete when no trunk has space for one, which starts the next batch.
-    Prompt, tail and completion are one segment of the trunk; completion tokens have weight 1, the tail 0.
+    Prompt, tail and completion are one segment of the trunk; completion tokens have weight 1, tail and given ones 0.
 
     Args:
         next_example: returns the next example; the last one that it returns is not taken.
@@ -133,24 +135,25 @@ def make_packed_batch(
         completion = [] if example.completion is None else [*tail, *example.completion]
         tokens[row, start : start + size] = [*example.trunk, *completion]
         weights[row, start + example.first : start + len(example.trunk)] = example.weight
-        weights[row, start + size - len(example.completion or ()) : start + size] = (
-            1.0 if completion else example.weight
-        )
+        if completion:
+            weights[row, start + size - len(example.completion) + example.given : start + size] = 1.0
         segments[row, start : start + size] = taken + 1
         used[row] += size
         taken += 1
     return _weighted(trunks_alone(tokens, segments), weights), taken, int(used.sum())
 
 
-def _weighted(sequences: Sequences, trunk_weights) -> Rows:
-    """Build Rows whose weights sum to 1, without a policy term."""
-    total, mask = max(1e-9, trunk_weights.sum() + sequences.branch_mask.sum()), sequences.branch_mask
+def _weighted(sequences: Sequences, trunk_weights, is_given=False) -> Rows:
+    """Build Rows whose weights sum to 1, without a policy term; given completion tokens have none."""
+    mask = sequences.branch_mask
+    learned = mask & ~np.asarray(is_given)
+    total = max(1e-9, trunk_weights.sum() + learned.sum())
     return Rows(
         sequences=sequences,
         row=np.where(mask, np.arange(mask.shape[1], dtype=np.int32)[:, None], -1),
         policy_weights=None,
         advantages=None,
-        likelihood_weights=(mask / total).astype(np.float32),
+        likelihood_weights=(learned / total).astype(np.float32),
         trunk_weights=(trunk_weights / total).astype(np.float32),
         temperature=np.ones(mask.shape, np.float32),
         sampler_logprobs=None,
