@@ -48,7 +48,7 @@ ARMS = {
 # On top of tiny_worked; flags of the command line come after them.
 SETTINGS = (
     "--run.num-steps", "60", "--run.no-control", "--rollout.num-trunks", "24", "--rollout.max-completion-tokens", "96",
-    "--supervised.num-steps", "500", "--eval.every-steps", "10", "--eval.num-positions", "24",
+    "--supervised.num-steps", "500", "--eval.every-steps", "15", "--eval.num-positions", "24",
     "--eval.final-num-positions", "24", "--eval.batch-trunks", "24",
 )  # fmt: skip
 # Tokens of a pair, which the warm start learns to judge.
