@@ -4,6 +4,8 @@ from rpt_jax.config.sections import (
     CheckpointConfig,
     CompanionConfig,
     Config,
+    CorrectionConfig,
+    CriticConfig,
     DataConfig,
     DecoderConfig,
     DistributedConfig,
@@ -24,12 +26,15 @@ from rpt_jax.config.sections import (
     RunConfig,
     ShapingConfig,
     SupervisedConfig,
+    SurrogateConfig,
 )
 
 __all__ = [
     "CheckpointConfig",
     "CompanionConfig",
     "Config",
+    "CorrectionConfig",
+    "CriticConfig",
     "DataConfig",
     "DecoderConfig",
     "DistributedConfig",
@@ -50,4 +55,5 @@ __all__ = [
     "RunConfig",
     "ShapingConfig",
     "SupervisedConfig",
+    "SurrogateConfig",
 ]

@@ -361,21 +361,113 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SurrogateConfig:
+    """Constants of the objectives; each belongs to those that it names."""
+
+    dual_clip: float = setting(0.0, at_least=0.0)
+    """ppo, gspo, sequence_ppo, clip_cov: where the advantage is negative, the term is at least this times it (verl: 3,
+    TRL's delta). 0: unlimited; otherwise above 1."""
+    ratio_cap: tuple[float, float] = (0.0, 5.0)
+    """cispo: bounds of the ratio. TRL 0 5; open-instruct 0 and 1 + eps; verl 1 - eps and 1 + eps."""
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)
+    """sapo: tau for positive advantages, and for others."""
+    kimi_tau: float = setting(0.1, at_least=0.0)
+    """kimi: weight of half the squared log-ratio."""
+    cov_fraction: float = setting(0.0002, inside=(0, 1))
+    """clip_cov, kl_cov: share of the tokens that they treat (the authors' codes: 0.0002)."""
+    cov_bounds: tuple[float, float] = (1.0, 5.0)
+    """clip_cov: covariances outside are left alone."""
+    cov_kl_coef: float = setting(1.0, at_least=0.0)
+    """kl_cov: weight of |log-ratio|."""
+    dpo_beta: float = setting(0.1, above=0, because="because 0 makes every pair the same")
+    """dpo: scale of the margin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionConfig:
+    """Correction for tokens that another policy sampled: weights w = pi_old / pi_sampler, or masks."""
+
+    mode: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
+    """What multiplies a token's term: w clipped to the bounds, or w where it is inside them and 0 elsewhere; of the
+    token, or of the whole sequence."""
+    low: float = setting(0.0, at_least=0.0)
+    high: float = setting(3.0, above=0, because="because w is positive")
+    """Bounds of w."""
+    max_old_drift: float = setting(0.0, at_least=0.0)
+    """Leave out sequences with a negative advantage whose mean log(pi_old / pi) is above this (DeepSeek-V3.2). 0: none.
+    No effect with one update per rollout batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """A value readout of the policy's hidden states, for loss.advantage gae."""
+
+    coef: float = setting(0.5, above=0, because="because the critic would not learn")
+    """Weight of the value loss."""
+    clip: float = setting(0.2, above=0, because="because values could not move")
+    """The new value is clipped to this distance from the old one in the value loss."""
+    gamma: float = setting(1.0, above=0, at_most=1)
+    lam: float = setting(1.0, above=0, at_most=1)
+    """Discount and trace of generalised advantage estimation; in (0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    advantage: Literal["grpo", "mean", "rloo", "batch_std", "opo"] = "grpo"
-    """Baseline and scale of the advantage; see rl/advantages.py."""
-    aggregation: Literal["seq_mean", "token_mean", "constant"] = "token_mean"
+    objective: Literal[
+        "ppo", "reinforce", "cispo", "sapo", "kimi", "gspo", "sequence_ppo", "gmpo", "clip_cov", "kl_cov", "dpo"
+    ] = "ppo"
+    """What is maximised; see rl/surrogates.py and docs/objectives.md. Most differ only with several updates per rollout
+    batch."""
+    advantage: Literal[
+        "grpo",
+        "mean",
+        "rloo",
+        "batch_std",
+        "opo",
+        "anchor",
+        "max_gap",
+        "gpg",
+        "reinforce_pp",
+        "reinforce_pp_baseline",
+        "gae",
+    ] = "grpo"
+    """Baseline and scale of the advantage; see rl/advantages.py. gae trains a critic."""
+    ddof: Literal["population", "sample"] = "population"
+    """Deviations of a group divide by G, or by G - 1 as in TRL and verl, which makes them larger."""
+    aggregation: Literal["seq_mean", "token_mean", "constant", "seq_sum"] = "token_mean"
     """Aggregation of token terms into the loss; see rl/rows.py."""
     clip_eps_low: float = setting(0.2, at_least=0.0)
     clip_eps_high: float = setting(0.2, at_least=0.0)
-    """The ratio is clipped to [1 - low, 1 + high]; no effect with one update per rollout batch."""
+    """The ratio is clipped to [1 - low, 1 + high]; no effect with one update per rollout batch. gspo: a hundredth of
+    the usual (3e-4, 4e-4), because it averages the log-ratio; gmpo clips log-ratios."""
     kl_coef: float = setting(0.0, at_least=0.0)
     """Weight of the KL term towards the policy that RL started from. 0: no reference policy."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Literal["k1", "abs", "k2", "k3", "k3_ratio"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    """reward: subtract kl_coef times the estimate from the reward instead, per token where the advantage is per token
+    (reinforce_pp, gae), else its sum."""
     ntp_coef: float = setting(0.0, at_least=0.0)
     """Weight of a next-token loss on the trunks' document tokens, added to the RL loss."""
     num_minibatches: int = setting(1, at_least=1)
     """Updates per rollout batch. 1 is exactly on-policy."""
+    surrogate: SurrogateConfig = field(default_factory=SurrogateConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+
+    @property
+    def has_reference(self) -> bool:
+        """Return whether the loss reads the policy that RL started from."""
+        return self.kl_coef > 0 or self.objective == "dpo"
+
+    @property
+    def has_kl_term(self) -> bool:
+        """Return whether the loss has a KL term of its own."""
+        return self.kl_coef > 0 and self.kl_in == "loss"
+
+    @property
+    def has_critic(self) -> bool:
+        """Return whether the policy has a value readout."""
+        return self.advantage == "gae"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,10 @@ def aggregation_weights(name: str, mask_URC, row_mask_UR, width: int = 0):
     seq_mean: mean over rollouts of the mean over their tokens (GRPO, arXiv:2402.03300 eq. 3).
     token_mean: mean over all tokens of the batch (DAPO, arXiv:2503.14476 eq. 8).
     constant: sum over tokens / (rollouts * C) (Dr. GRPO, arXiv:2503.20783).
+    seq_sum: mean over rollouts of the sum over their tokens (with gspo: LUSPO).
 
     Args:
-        name: seq_mean, token_mean or constant.
+        name: seq_mean, token_mean, constant or seq_sum.
         mask_URC: bool, tokens of the whole global batch that count.
         row_mask_UR: bool, rollouts that count.
         width: C of constant; 0: that of the mask.
@@ -40,6 +41,8 @@ def aggregation_weights(name: str, mask_URC, row_mask_UR, width: int = 0):
         return mask / jnp.maximum(mask.sum(), 1)
     if name == "constant":
         return mask / (num_rows * (width or mask_URC.shape[-1]))
+    if name == "seq_sum":
+        return mask / num_rows
     raise ValueError(f"unknown aggregation {name!r}")
 
 
@@ -51,8 +54,8 @@ def _scale(name: str, mask_URC, row_mask_UR, width: int):
     """
     if name == "token_mean":
         return 1 / jnp.maximum((mask_URC & row_mask_UR[..., None]).sum(), 1)
-    if name == "constant":
-        return 1 / (jnp.maximum(jnp.sum(row_mask_UR), 1) * width)
+    if name in ("constant", "seq_sum"):
+        return 1 / (jnp.maximum(jnp.sum(row_mask_UR), 1) * (width if name == "constant" else 1))
     raise ValueError(f"a reference's term has no scale with aggregation {name!r}")
 
 
