@@ -143,7 +143,10 @@ class Rows:
     temperature: Any  # f32 [U, R, T], temperature of the log-probabilities in the loss; above 0
     sampler_logprobs: Any  # f32 [U, R, T], 0 for tokens that were not sampled
     old_logprobs: Any  # f32 [U, R, T], of the policy before the first of several updates; None: the ratio is 1
-    ref_logprobs: Any  # f32 [U, R, T], of the reference policy; None: no KL term
+    ref_logprobs: Any  # f32 [U, R, T], of the reference policy; None: nothing reads them
+    slopes: Any = None  # f32 [U, R, T], of a batch objective by each log-probability, with its weights; None: a token's
+    old_values: Any = None  # f32 [U, R, T], of the critic before the updates; None: there is no critic
+    returns: Any = None  # f32 [U, R, T], what the critic learns
 
 
 @record

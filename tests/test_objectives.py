@@ -1,18 +1,35 @@
 """Objectives, advantages and corrections: the authors' numbers, and that no batching changes them."""
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from test_rollout import EOS, make_tasks
 
-from rpt_jax.config import CorrectionConfig, LossConfig, SurrogateConfig
+from rpt_jax.config import Config, CorrectionConfig, LossConfig, MeshConfig, SurrogateConfig
+from rpt_jax.config.schema import with_values
+from rpt_jax.errors import ConfigError
+from rpt_jax.models import decoder
+from rpt_jax.models.lora import VALUE
+from rpt_jax.parallel.mesh import make_mesh, replicated, shard_batch
+from rpt_jax.rewards.base import Reward
 from rpt_jax.rl import advantages as adv
 from rpt_jax.rl import surrogates
 from rpt_jax.rl.corrections import clipped_value_loss, keeps_sequence, sampler_weights
-from rpt_jax.rl.rows import aggregation_weights
+from rpt_jax.rl.objective import objective_fn
+from rpt_jax.rl.optimizer import init_state
+from rpt_jax.rl.rows import aggregation_weights, policy_rows
+from rpt_jax.rl.trainer import Trainer
+from rpt_jax.rollout.engine import generate, rollout_key
+from rpt_jax.scoring.logprobs import predicting_states, score
+from rpt_jax.scoring.requests import Scorer
+from rpt_jax.types import Earned, Experience
 
 VECTORS = json.loads((Path(__file__).parent / "golden" / "vectors.json").read_text())
 ENTRIES = {entry["name"]: entry["cases"] for entry in VECTORS}
@@ -363,3 +380,217 @@ def test_every_objective_of_the_file_is_compared():
         "sampler_correction.weights", "value.clipped_loss",
     }  # fmt: skip
     assert here - LOSSES.keys() - OUTCOME.keys() - own == NOT_OURS | elsewhere
+
+
+# --- Updates ------------------------------------------------------------------------------------------------------
+
+RATE = 0.05
+# Each with two updates per batch, so that ratios are not 1 in the second.
+UPDATES = {
+    "ppo": {"surrogate.dual_clip": 3.0},
+    "reinforce": {"objective": "reinforce", "advantage": "gpg"},
+    "cispo": {"objective": "cispo", "surrogate.ratio_cap": (0.8, 1.2), "aggregation": "constant"},
+    "sapo": {"objective": "sapo", "aggregation": "seq_mean"},
+    "kimi": {"objective": "kimi", "advantage": "mean", "surrogate.kimi_tau": 0.5},
+    "gspo": {"objective": "gspo", "aggregation": "seq_mean", "clip_eps_low": 3e-2, "clip_eps_high": 4e-2},
+    "sequence_ppo": {"objective": "sequence_ppo", "aggregation": "seq_mean", "advantage": "rloo"},
+    "gmpo": {"objective": "gmpo", "aggregation": "seq_mean"},
+    "clip_cov": {"objective": "clip_cov", "surrogate.cov_fraction": 0.2, "surrogate.cov_bounds": (0.1, 9.0)},
+    "kl_cov": {"objective": "kl_cov", "surrogate.cov_fraction": 0.2},
+    "dpo": {"objective": "dpo"},
+    "reinforce_pp": {"advantage": "reinforce_pp", "kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1"},
+    "reinforce_pp_baseline": {"advantage": "reinforce_pp_baseline", "kl_coef": 0.1, "kl_estimator": "k3_ratio"},
+    "gae": {"advantage": "gae", "critic.gamma": 0.9, "critic.lam": 0.8},
+    "sequence_truncate": {"correction.mode": "sequence_truncate", "correction.high": 1.1},
+    "token_mask": {"correction.mode": "token_mask", "correction.low": 0.9, "correction.high": 1.2},
+    "max_old_drift": {"correction.max_old_drift": 1e-4},
+}
+
+
+def trainer_of(name, model, mesh, start, *, num_trunks, microbatch, minibatches=2, shards=None):
+    config = with_values(
+        Config(model=model),
+        {f"loss.{key}": value for key, value in UPDATES[name].items()}
+        | {
+            "loss.num_minibatches": minibatches, "mesh.microbatch_trunks": microbatch, "rollout.num_trunks": num_trunks,
+            "rollout.prompts_per_trunk": 2, "rollout.group_size": 4, "rollout.max_completion_tokens": 10,
+            "rollout.temperature": 1.0, **(shards or {}),
+        },
+    )  # fmt: skip
+    config.validate()
+    scorer = Scorer(model, None, 0)
+    return Trainer(
+        config=config, mesh=mesh, tokenizer=None, header_length=0, reward=Reward(fn=None, scorer=scorer),
+        optimizer=optax.sgd(RATE, momentum=1.0), columns=None, start=start,
+    )  # fmt: skip
+
+
+def parameters_of(name, params, width):
+    if UPDATES[name].get("advantage") != "gae":
+        return params
+    return params | {VALUE: 0.1 * jnp.asarray(np.random.default_rng(5).normal(size=width + 1), jnp.float32)}
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_config, tiny_params):
+    """Rollouts of a policy that is not quite the one that is updated, as after a step of training."""
+    tasks = make_tasks(tiny_config, U=4)
+    other = jax.tree.map(lambda p: p * 1.02, tiny_params)
+    rollouts = generate(
+        tiny_config, other, tasks.prompts, rollout_key(0, 0), max_completion_tokens=10, temperature=1.0, top_p=1.0,
+        top_k=0, stop_ids=(EOS,), vocab_size=tiny_config.vocab_size,
+    )  # fmt: skip
+    rewards = jnp.asarray(np.random.default_rng(1).random((4, 2, 4)).round(1), jnp.float32)
+    return Experience(
+        tasks=tasks, rollouts=rollouts, predictions=None,
+        earned=Earned(rewards=rewards.at[0, 0].set(1.0), faults=jnp.zeros(rewards.shape, bool), metrics={}),
+        group_mask=jnp.asarray(tasks.prompts.prompt_mask), tokens_scored=jnp.zeros(4, jnp.int32),
+    )  # fmt: skip
+
+
+def plain_updates(trainer, params, experience):
+    """The same updates by differentiating the whole loss of unpacked rows, without slopes, lanes or microbatches."""
+    config, loss = trainer.config, trainer.config.loss
+    state = SimpleNamespace(params=params, companions={})
+    values = trainer._values(state, experience)
+    rows = policy_rows(experience, None, trainer._penalties(experience), values, loss=loss, temperature=1.0,
+                       header_length=0)  # fmt: skip
+
+    def logprobs_of(params):
+        return score(config.model, {k: v for k, v in params.items() if k != VALUE}, rows.sequences, temperature=1.0)
+
+    old, ref = logprobs_of(params), logprobs_of(trainer.start)
+    mask = np.asarray(rows.policy_weights) != 0
+    advantages = rows.advantages * sampler_weights(loss.correction, old, rows.sampler_logprobs, mask)
+
+    def total(params, number):
+        here = mask & (np.arange(len(mask)) % loss.num_minibatches == number)[:, None, None]
+        logprobs, kept = logprobs_of(params), advantages
+        if loss.correction.max_old_drift:
+            keep = keeps_sequence(loss.correction.max_old_drift, logprobs, old, advantages, here)
+            kept = jnp.where(keep, advantages, 0.0)
+        if loss.objective == "dpo":
+            shape = experience.earned.rewards.shape
+            margins, is_pair = surrogates.pair_margins(
+                jnp.where(here, logprobs - ref, 0.0).sum(-1).reshape(shape), experience.earned.rewards,
+                here.any(-1).reshape(shape),
+            )  # fmt: skip
+            return -jnp.sum(is_pair * surrogates.dpo(margins, beta=loss.surrogate.dpo_beta)) / is_pair.sum()
+        if loss.objective in surrogates.TOKEN_OBJECTIVES:
+            gain = surrogates.token_gain(loss, logprobs, old, kept)
+        else:
+            gain = surrogates.batch_gain(loss, logprobs, old, kept, here)
+        if loss.has_kl_term:
+            gain = gain - loss.kl_coef * surrogates.kl_term(loss.kl_estimator, logprobs, ref, old)
+        result = -jnp.sum(jnp.where(here, rows.policy_weights * gain, 0.0))
+        if loss.has_critic:
+            hidden, _ = predicting_states(config.model, params, rows.sequences)
+            found = clipped_value_loss(
+                hidden @ params[VALUE][:-1] + params[VALUE][-1], rows.old_values, rows.returns, clip=loss.critic.clip
+            )
+            result += loss.critic.coef * jnp.sum(jnp.where(here, rows.policy_weights * found, 0.0))
+        return result
+
+    losses, sums = [], jax.tree.map(jnp.zeros_like, params)
+    for number in range(loss.num_minibatches):
+        value, slopes = jax.value_and_grad(total)(params, number)
+        sums = jax.tree.map(jnp.add, sums, slopes)
+        params = jax.tree.map(lambda p, s: p - RATE * s, params, sums)
+        losses.append(float(value))
+    return flat(sums), losses
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def run_learn(trainer, params, experience):
+    """Return (the state, the sum of both updates' gradients as the optimizer's momentum holds it, metrics)."""
+    state = init_state(jax.tree.map(jnp.copy, params), trainer.optimizer, trainer.mesh)
+    state, metrics = trainer.learn(state, experience)
+    return state, flat(state.opt_state[0].trace), metrics
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates_equal_those_of_the_whole_unpacked_batch(name, tiny_config, tiny_params, batch, mesh):
+    """Both updates, over microbatches of one and of two trunks, packed, against plain differentiation."""
+    params = parameters_of(name, tiny_params, tiny_config.width)
+    start = jax.tree.map(lambda p: p * 0.97, tiny_params)
+    trainers = [trainer_of(name, tiny_config, mesh, start, num_trunks=4, microbatch=m) for m in (0, 1)]
+    want, losses = plain_updates(trainers[0], params, batch)
+    for trainer in trainers:
+        _, got, metrics = run_learn(trainer, params, batch)
+        # Log-probabilities of 20 nats have errors of 2e-6, and ratios with them.
+        np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 * max(1, np.abs(want).max()))
+        np.testing.assert_allclose([m["loss"] for m in metrics], losses, rtol=1e-4, atol=2e-6)
+    # The second update's policy is another one: its ratios are not 1, and its slopes are those of these ratios.
+    assert all(np.isfinite(float(m["clip_fraction"])) for m in metrics)
+
+
+@pytest.mark.parametrize("name", ["gspo", "clip_cov", "dpo", "gae"])
+def test_updates_on_eight_devices_equal_those_on_one(name, tiny_config, tiny_params, batch):
+    single, many = make_mesh(MeshConfig()), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    # So that each minibatch has a trunk for each shard.
+    twice = jax.tree.map(lambda x: np.concatenate([x, x]), batch)
+    config = dataclasses.replace(tiny_config, vocab_size=64)
+    params = decoder.init_params(config, single, jax.random.key(3))
+    sharded = jax.device_put(params, jax.tree.map(lambda p: p.sharding, decoder.abstract_params(config, many)))
+    found = []
+    for mesh, p, shards in ((single, params, {}), (many, sharded, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})):
+        trainer = trainer_of(name, config, mesh, p, num_trunks=8, microbatch=0, shards=shards)
+        own = parameters_of(name, p, config.width)
+        if VALUE in own:
+            own[VALUE] = jax.device_put(own[VALUE], replicated(mesh))
+        _, got, metrics = run_learn(trainer, own, shard_batch(mesh, twice))
+        found.append((got, [float(m["loss"]) for m in metrics]))
+    (a, of_a), (b, of_b) = found
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(1, np.abs(a).max()))
+    np.testing.assert_allclose(of_a, of_b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*surrogates.INERT_AT_ONE, "ppo"])
+def test_with_one_update_inert_objectives_are_grpo_bit_for_bit(name, tiny_config, tiny_params, batch, mesh):
+    settings = {"objective": name, "surrogate.dual_clip": 3.0}
+    UPDATES["inert"] = settings
+    trainer = trainer_of("inert", tiny_config, mesh, None, num_trunks=4, microbatch=0, minibatches=1)
+    assert objective_fn(tiny_config, trainer.config.loss).args[1] == LossConfig()
+    UPDATES["inert"] = {}
+    plain = trainer_of("inert", tiny_config, mesh, None, num_trunks=4, microbatch=0, minibatches=1)
+    results = [run_learn(t, tiny_params, batch)[0].params for t in (trainer, plain)]
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", surrogates.INERT_AT_ONE)
+def test_inert_objectives_have_ppos_slopes_at_ratio_one(name):
+    """That they may be replaced: with seq_mean, of each the slope by every log-probability is w A."""
+    rng = np.random.default_rng(0)
+    logprobs, A = f32(-rng.random((2, 3, 4))), jnp.broadcast_to(f32(rng.normal(size=(2, 3, 1))), (2, 3, 4))
+    mask = jnp.asarray(np.arange(4) < rng.integers(1, 5, (2, 3, 1)))
+    weights = aggregation_weights("seq_mean", mask, jnp.ones((2, 3), bool))
+    loss = LossConfig(objective=name)
+
+    def total(x):
+        if name in surrogates.TOKEN_OBJECTIVES:
+            return jnp.sum(weights * surrogates.token_gain(loss, x, logprobs, A))
+        return jnp.sum(weights * surrogates.batch_gain(loss, x, logprobs, A, mask))
+
+    np.testing.assert_allclose(jax.grad(total)(logprobs), weights * A, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss.surrogate.dual_clip": 0.5}, "dual-clip"),
+        ({"loss.surrogate.ratio_cap": (1.2, 5.0)}, "ratio-cap"),
+        ({"loss.correction.low": 4.0}, "correction.low"),
+        ({"loss.correction.max_old_drift": 0.5}, "max-old-drift 0"),
+        ({"loss.kl_in": "reward"}, "--loss.kl-coef"),
+        ({"loss.kl_in": "reward", "loss.kl_coef": 0.1, "loss.kl_estimator": "k3_ratio"}, "kl-estimator"),
+        ({"loss.kl_in": "reward", "loss.kl_coef": 0.1, "reward.compose": "normalize_then_sum"}, "compose sum"),
+        ({"loss.objective": "dpo", "loss.advantage": "gae"}, "--loss.advantage grpo"),
+    ],
+)
+def test_settings_without_effect_or_sense_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        with_values(Config(), changes).validate()

@@ -215,7 +215,7 @@ def packed(experience, loss=LOSS, *, header_length=0, num_shards=1, microbatch_t
     rows = rows_of(experience, loss, header_length=header_length)
     plans, counts = plan_update(
         experience.tasks.prompts, rows, num_minibatches=loss.num_minibatches, microbatch_trunks=microbatch_trunks,
-        num_shards=num_shards, has_kl=loss.kl_coef > 0,
+        num_shards=num_shards, keeps_all=loss.needs_all_rows,
     )  # fmt: skip
     return [[pack(rows, m.trunks, m.source) for m in plan] for plan in plans], counts
 

@@ -304,7 +304,7 @@ def test_one_seed_on_five_meshes(figures):
         train = rows_of(experience, LossConfig(), header_length=0)
         [plan], _ = packing.plan_update(
             experience.tasks.prompts, train, num_minibatches=1, microbatch_trunks=0, num_shards=axes[0] * axes[1],
-            has_kl=False,
+            keeps_all=False,
         )  # fmt: skip
         microbatches = [packing.pack(train, *shard_batch(mesh, (m.trunks, m.source))) for m in plan]
         state, metrics = run_update(config, placed, microbatches, mesh)

@@ -55,8 +55,44 @@ def check_relations(config: Any) -> None:
             f"loss.advantage={config.loss.advantage!r} with reward.compose='normalize_then_sum', whose result is the "
             "advantage; it must keep its default 'grpo'. Remove --loss.advantage, or use --reward.compose sum."
         )
+    _check_loss(config)
     _check_processes(config.distributed)
     _check_divisions(config)
+
+
+def _check_loss(config: Any) -> None:
+    loss, is_composed = config.loss, config.reward.compose == "normalize_then_sum"
+    surrogate, correction = loss.surrogate, loss.correction
+    low, high = surrogate.ratio_cap
+    per_token = loss.advantage in ("gae", "reinforce_pp")
+    problems = {
+        f"loss.surrogate.dual_clip={surrogate.dual_clip}": 0 < surrogate.dual_clip <= 1
+        and "it must be above 1, or 0 for none. Correct --loss.surrogate.dual-clip",
+        f"loss.surrogate.ratio_cap={low} {high}": not 0 <= low <= 1 <= high
+        and "it must hold 1, the ratio of a fresh sample. Correct --loss.surrogate.ratio-cap",
+        f"loss.correction.low={correction.low} and high={correction.high}": correction.low > correction.high
+        and "low must be at most high. Correct --loss.correction.low",
+        f"loss.correction.max_old_drift={correction.max_old_drift} with loss.num_minibatches=1": (
+            correction.max_old_drift > 0 and loss.num_minibatches == 1
+        )
+        and "with one update per rollout batch the policy has not moved. Set --loss.correction.max-old-drift 0",
+        f"loss.kl_in='reward' with loss.kl_coef={loss.kl_coef}": loss.kl_in == "reward"
+        and not loss.kl_coef
+        and "it must be above 0. Set --loss.kl-coef, or --loss.kl-in loss",
+        "loss.kl_in='reward' with loss.kl_estimator='k3_ratio'": (
+            loss.kl_in == "reward" and loss.kl_estimator == "k3_ratio"
+        )
+        and "a reward has no ratio. Choose another --loss.kl-estimator",
+        "loss.kl_in='reward' with reward.compose='normalize_then_sum'": loss.kl_in == "reward"
+        and is_composed
+        and "its result is the advantage, which no reward changes. Use --reward.compose sum",
+        f"loss.objective='dpo' with loss.advantage={loss.advantage!r}": loss.objective == "dpo"
+        and per_token
+        and "pairs are ranked by one number per rollout. Set --loss.advantage grpo",
+    }
+    for received, required in problems.items():
+        if required:
+            raise ConfigError(f"{received}; {required}.")
 
 
 def _check_processes(distributed: Any) -> None:

@@ -465,6 +465,17 @@ class LossConfig:
         return self.kl_coef > 0 and self.kl_in == "loss"
 
     @property
+    def needs_old(self) -> bool:
+        """Return whether the loss reads the log-probabilities of the policy before the first update."""
+        return self.num_minibatches > 1 or self.correction.mode != "none"
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Return whether rows without an advantage have a gradient, or are needed for that of others."""
+        has_own = self.objective in ("kimi", "kl_cov") and self.num_minibatches > 1
+        return self.has_kl_term or self.has_critic or has_own or self.objective in ("clip_cov", "dpo")
+
+    @property
     def has_critic(self) -> bool:
         """Return whether the policy has a value readout."""
         return self.advantage == "gae"

@@ -21,6 +21,10 @@ from rpt_jax.models.decoder import abstract_params
 from rpt_jax.models.families import LAYER_TENSORS
 from rpt_jax.types import record
 
+# Name of a critic's readout among the trained parameters: f32 [D + 1], the last entry is a bias. It is no weight of the
+# model: `merge` leaves it out.
+VALUE = "value"
+
 
 @record
 class Frozen:
@@ -110,6 +114,7 @@ def merge(frozen: Frozen | None, trainable: Any) -> Any:
 
     bfloat16 would round away most of what an adapter learns.
     """
+    trainable = {name: leaf for name, leaf in trainable.items() if name != VALUE}
     if frozen is None:
         return trainable
 

@@ -1,14 +1,17 @@
 """The whole loss on one page.
 
-    L = - sum_t w_t [min(rho_t A_t, clip(rho_t, 1 - low, 1 + high) A_t) - beta KL_t]     policy, completion tokens
-        - sum_t v_t log pi(y_t)                                                          likelihood, completion tokens
-        - sum_l u_l log pi(x_l)                                                          next token, trunk tokens
+    L = - sum_t w_t [gain_t - beta KL_t]          policy, completion tokens
+        - sum_t v_t log pi(y_t)                   likelihood, completion tokens
+        - sum_l u_l log pi(x_l)                   next token, trunk tokens
+        + c sum_t w_t value_loss(V_t, R_t)        critic, completion tokens
 
+    gain_t = min(rho_t A_t, clip(rho_t, 1 - low, 1 + high) A_t) or another objective (`surrogates.py`)
     rho_t = pi(y_t) / pi_old(y_t)
 
 The weights w, v, u are normalised over the whole global batch (`rows.py`), so microbatches and devices add up. RPT uses
 w, or w and u; supervised training uses v and u. Each token has its own temperature. Logits are computed once, in
-chunks, for terms and gradients (`models/vocabulary_head.token_loss`).
+chunks, for terms and gradients (`models/vocabulary_head.token_loss`). Of an objective that ties tokens together,
+`batch_slopes` finds the derivative s_t by each log-probability first, and sum_t s_t log pi(y_t) stands for its sum.
 
 Sources: GRPO, arXiv:2402.03300 eq. 3; clip, arXiv:1707.06347 eq. 7 and arXiv:2503.14476 eq. 10 (clip-higher).
 """
@@ -21,16 +24,35 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.config import DecoderConfig, LossConfig
+from rpt_jax.models.lora import VALUE
 from rpt_jax.models.vocabulary_head import token_loss
-from rpt_jax.rl.surrogates import kl_term, ppo
+from rpt_jax.parallel.mesh import on_mesh_of
+from rpt_jax.rl.corrections import clipped_value_loss, keeps_sequence, sampler_weights
+from rpt_jax.rl.surrogates import (
+    BATCH_OBJECTIVES,
+    INERT_AT_ONE,
+    batch_gain,
+    dpo,
+    kl_term,
+    pair_margins,
+    token_gain,
+)
 from rpt_jax.scoring.logprobs import predicting_states
-from rpt_jax.types import Rows
+from rpt_jax.types import Rows, Sequences
 
 
 @cache
 def objective_fn(config: DecoderConfig, loss: LossConfig) -> Callable:
     """Return `objective` for `update`; the same object for the same arguments, so that nothing compiles twice."""
-    return partial(objective, config, loss)
+    return partial(objective, config, effective(loss))
+
+
+def effective(loss: LossConfig) -> LossConfig:
+    """Return the loss with objectives that one update per batch makes equal to ppo named so; they share its program."""
+    if loss.num_minibatches > 1:
+        return loss
+    name = "ppo" if loss.objective in INERT_AT_ONE else loss.objective
+    return replace(loss, objective=name, surrogate=replace(loss.surrogate, dual_clip=0.0))
 
 
 def objective(config: DecoderConfig, loss: LossConfig, params, rows: Rows):
@@ -63,7 +85,7 @@ def _completion_terms(config: DecoderConfig, loss: LossConfig, params, rows: Row
     # For each token: its mask and the inputs of its terms, except the log-probability.
     tokens = mask, replace(
         rows, sequences=None, trunk_weights=None, old_logprobs=real(rows.old_logprobs),
-        ref_logprobs=real(rows.ref_logprobs),
+        ref_logprobs=real(rows.ref_logprobs), old_values=None, returns=None,
     )  # fmt: skip
     hidden, targets, temperature = map(flat, (hidden_URTD, rows.sequences.branch_tokens, rows.temperature))
     terms, inputs = partial(_terms, loss), jax.tree.map(flat, tokens)
@@ -75,13 +97,20 @@ def _completion_terms(config: DecoderConfig, loss: LossConfig, params, rows: Row
     if rows.policy_weights is None:
         return total, metrics
     weights, mismatch = rows.policy_weights, jnp.abs(logprobs - real(rows.sampler_logprobs))
-    ratio = jnp.exp(logprobs - _old(logprobs, tokens[1]))
-    if rows.ref_logprobs is not None:
-        metrics["kl"] = jnp.sum(weights * kl_term(loss.kl_estimator, logprobs, real(rows.ref_logprobs)))
+    old = _old(logprobs, tokens[1])
+    ratio = jnp.exp(logprobs - old)
+    is_clipped = (ratio < 1 - loss.clip_eps_low) | (ratio > 1 + loss.clip_eps_high)
+    if rows.slopes is not None:
+        is_clipped = (rows.slopes == 0) & (rows.advantages != 0)
+    if loss.has_kl_term:
+        metrics["kl"] = jnp.sum(weights * kl_term(loss.kl_estimator, logprobs, real(rows.ref_logprobs), old))
+    if rows.returns is not None:
+        metrics["value_loss"] = _value_loss(loss, params, rows, hidden_URTD)
+        total = total + loss.critic.coef * metrics["value_loss"]
     return total, metrics | {
         "token_weight": jnp.sum(weights),
         "entropy": jnp.sum(weights * entropy),
-        "clip_fraction": jnp.sum(weights * ((ratio < 1 - loss.clip_eps_low) | (ratio > 1 + loss.clip_eps_high))),
+        "clip_fraction": jnp.sum(weights * is_clipped),
         "sampler_mismatch": jnp.sum(weights * mismatch),
         "sampler_mismatch_max": jnp.max(jnp.where(weights != 0, mismatch, 0.0), initial=0.0),
     }
@@ -98,14 +127,45 @@ def _terms(loss: LossConfig, logprobs, inputs):
     logprobs = jnp.where(mask, logprobs, 0.0)
     terms = jnp.zeros_like(logprobs)
     if rows.policy_weights is not None:
-        # min(rho A, clip(rho) A) - beta KL
         # A token without this term, such as a reference's, may have any ratio: inf times weight 0 would be NaN.
-        rho = jnp.exp(jnp.where(rows.policy_weights != 0, logprobs - _old(logprobs, rows), 0.0))
-        gain = ppo(rho, rows.advantages, clip_eps_low=loss.clip_eps_low, clip_eps_high=loss.clip_eps_high)
-        if rows.ref_logprobs is not None:
-            gain = gain - loss.kl_coef * kl_term(loss.kl_estimator, logprobs, rows.ref_logprobs)
+        has_term = rows.policy_weights != 0
+        known, old = jnp.where(has_term, logprobs, 0.0), jnp.where(has_term, _old(logprobs, rows), 0.0)
+        gain = jnp.zeros_like(logprobs)
+        if rows.slopes is None:
+            gain = token_gain(loss, known, old, rows.advantages)
+        if loss.has_kl_term:
+            gain = gain - loss.kl_coef * kl_term(loss.kl_estimator, known, rows.ref_logprobs, old)
         terms = -rows.policy_weights * gain
+        if rows.slopes is not None:
+            terms = terms - rows.slopes * known
     return terms if rows.likelihood_weights is None else terms - rows.likelihood_weights * logprobs
+
+
+def _value_loss(loss: LossConfig, params, rows: Rows, hidden_URTD):
+    """Return the fourth sum of L, without c; its gradient reaches the policy through the hidden states."""
+    values = read_values(params, hidden_URTD)
+    # A token without a term has weight 0, and may hold anything.
+    has_term = rows.policy_weights != 0
+    old, returns = (jnp.where(has_term, x, 0.0) for x in (rows.old_values, rows.returns))
+    terms = clipped_value_loss(jnp.where(has_term, values, 0.0), old, returns, clip=loss.critic.clip)
+    return jnp.sum(rows.policy_weights * terms)
+
+
+def read_values(params, hidden_D):
+    """Return the critic's value f32 [...] of hidden states [..., D] after the final norm."""
+    weights, bias = params[VALUE][:-1], params[VALUE][-1]
+    return jnp.einsum("...d,d->...", hidden_D.astype(jnp.float32), weights) + bias
+
+
+def score_values(config: DecoderConfig, params, sequences: Sequences):
+    """Return the critic's value of the state before each branch token, f32 [U, R, T]."""
+    with on_mesh_of(params):
+        return _score_values(config, params, sequences)
+
+
+@partial(jax.jit, static_argnames="config")
+def _score_values(config: DecoderConfig, params, sequences: Sequences):
+    return read_values(params, predicting_states(config, params, sequences)[0])
 
 
 def _trunk_terms(config: DecoderConfig, params, rows: Rows, trunk_ULD):
@@ -116,3 +176,64 @@ def _trunk_terms(config: DecoderConfig, params, rows: Rows, trunk_ULD):
 
 def _likelihood(logprobs, weights):
     return -weights * logprobs
+
+
+# --- Before an update ---------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="loss")
+def corrected(loss: LossConfig, rows: Rows) -> Rows:
+    """Return the rows with `loss.correction`'s weights in their advantages, which every objective multiplies."""
+    mask = rows.policy_weights != 0
+    weights = sampler_weights(loss.correction, rows.old_logprobs, rows.sampler_logprobs, mask)
+    return replace(rows, advantages=rows.advantages * weights)
+
+
+def has_slopes(loss: LossConfig) -> bool:
+    """Return whether the rows of an update carry slopes."""
+    return effective(loss).objective in BATCH_OBJECTIVES
+
+
+def needs_slopes(loss: LossConfig) -> bool:
+    """Return whether an update needs `batch_slopes` first."""
+    return has_slopes(loss) or (loss.correction.max_old_drift > 0 and loss.num_minibatches > 1)
+
+
+def num_scorings(loss: LossConfig) -> int:
+    """Return how many passes over the update's tokens come before it."""
+    return loss.needs_old + loss.has_reference + loss.has_critic + needs_slopes(loss)
+
+
+@partial(jax.jit, static_argnames="loss")
+def batch_slopes(loss: LossConfig, rows: Rows, logprobs_URC, minibatch, prompts_like_UMG) -> tuple[Rows, jax.Array]:
+    """Return (rows for the update of one minibatch, what to add to the loss that it reports, f32).
+
+    Args:
+        loss: settings; a batch objective, or one with a limit on the drift of sequences.
+        rows: one row per completion, of the whole global batch, not packed.
+        logprobs_URC: f32, of the policy before this update, in the minibatch.
+        minibatch: i32, number of the minibatch, which holds trunks i, i + n, i + 2n, ...
+        prompts_like_UMG: any array of this shape.
+    """
+    is_in = (jnp.arange(len(logprobs_URC)) % loss.num_minibatches == minibatch)[:, None, None]
+    mask = (rows.policy_weights != 0) & is_in
+    logprobs = jnp.where(mask, logprobs_URC, 0.0)
+    old = logprobs if rows.old_logprobs is None else jnp.where(mask, rows.old_logprobs, 0.0)
+    if loss.correction.max_old_drift:
+        keeps = keeps_sequence(loss.correction.max_old_drift, logprobs, old, rows.advantages, mask)
+        rows = replace(rows, advantages=jnp.where(keeps | ~mask, rows.advantages, 0.0))
+    if not has_slopes(loss):
+        return rows, jnp.float32(0)
+
+    def total(logprobs):
+        if loss.objective != "dpo":
+            gain = batch_gain(loss, logprobs, old, rows.advantages, mask)
+            return jnp.sum(jnp.where(mask, rows.policy_weights * gain, 0.0))
+        log_ratio = jnp.where(mask, logprobs - rows.ref_logprobs, 0.0).sum(-1).reshape(prompts_like_UMG.shape)
+        ranks = rows.advantages[..., 0].reshape(prompts_like_UMG.shape)
+        margins, is_pair = pair_margins(log_ratio, ranks, mask.any(-1).reshape(prompts_like_UMG.shape))
+        terms = jnp.where(is_pair, dpo(margins, beta=loss.surrogate.dpo_beta), 0.0)
+        return terms.sum() / jnp.maximum(1, is_pair.sum())
+
+    value, slopes = jax.value_and_grad(total)(logprobs)
+    return replace(rows, slopes=slopes), jnp.sum(slopes * logprobs) - value

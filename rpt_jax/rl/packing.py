@@ -50,27 +50,27 @@ def plan_update(
     num_minibatches: int,
     microbatch_trunks: int,
     num_shards: int,
-    has_kl: bool,
+    keeps_all: bool,
     rounding: Rounding = ROUNDINGS["many"],
 ) -> tuple[list, dict]:
     """Plan the microbatches of each minibatch. Reads lengths and weights back to the host.
 
     Minibatch i holds trunks i, i + n, i + 2n, ... A row is kept, whole, if one of its tokens has a term with a
-    gradient: a likelihood term, a policy term with an advantage, or any policy term if there is a KL term.
+    gradient: a likelihood term, a policy term with an advantage, or any policy term if `keeps_all`.
 
     Args:
         prompts, rows: of the whole batch.
         num_minibatches: n.
         microbatch_trunks: maximum trunks of a microbatch; 0: all of a minibatch.
         num_shards: trunk shards of the mesh.
-        has_kl: there is a KL term, so every row has a gradient.
+        keeps_all: rows without an advantage have a gradient too, or are needed for that of others.
         rounding: of sizes.
     Returns:
         ([[Microbatch, ...] for each minibatch], {"tokens_updated": tokens of stems and rows, "rows_left_out_fraction":
         share of rows without a gradient, "update_padding_fraction": share of lane places without a token}).
     """
     U, _, C = rows.sequences.branch_mask.shape
-    takes_part, teaches, has_trunk_loss = _teaching(rows, has_kl=has_kl)
+    takes_part, teaches, has_trunk_loss = _teaching(rows, keeps_all=keeps_all)
     takes_part, teaches, has_trunk_loss = to_host((takes_part, teaches, has_trunk_loss))
     lengths, stem_tokens, has_prompt = to_host(_sizes(prompts, rows))
     number = num_minibatches
@@ -103,14 +103,14 @@ def _sizes(prompts: Prompts, rows: Rows):
     return rows.sequences.branch_mask.sum(-1), stem_tokens, jnp.any(prompts.prompt_mask, axis=1)
 
 
-@partial(jax.jit, static_argnames="has_kl")
-def _teaching(rows: Rows, *, has_kl: bool):
+@partial(jax.jit, static_argnames="keeps_all")
+def _teaching(rows: Rows, *, keeps_all: bool):
     """Return rows with a weight bool [U, R], rows with a gradient bool [U, R], trunks with a loss term bool [U]."""
     shape = rows.sequences.branch_mask.shape[:2]
     takes_part = teaches = jnp.zeros(shape, bool)
     if rows.policy_weights is not None:
         takes_part = jnp.any(rows.policy_weights != 0, axis=-1)
-        teaches = takes_part & (has_kl | jnp.any(rows.advantages != 0, axis=-1))
+        teaches = takes_part & (keeps_all | jnp.any(rows.advantages != 0, axis=-1))
     if rows.likelihood_weights is not None:
         has_likelihood = jnp.any(rows.likelihood_weights != 0, axis=-1)
         takes_part, teaches = takes_part | has_likelihood, teaches | has_likelihood
@@ -189,6 +189,16 @@ def _lay_out(
     return Microbatch(trunks=trunks, source=source)
 
 
+@jax.jit
+def unpack(total_URC, values_nRT, trunks_n, source_nRT):
+    """Write the values of packed tokens into their places in [U, R, C]; arguments as in `pack`."""
+    U, R, C = total_URC.shape
+    rows = jnp.where(trunks_n >= 0, trunks_n, U)[:, None]
+    places = jnp.where(source_nRT >= 0, source_nRT, R * C).reshape(len(source_nRT), -1)
+    flat = total_URC.reshape(U, R * C).at[rows, places].set(values_nRT.reshape(places.shape), mode="drop")
+    return flat.reshape(U, R, C)
+
+
 def pack(rows: Rows, trunks_n, source_nRT) -> Rows:
     """Pack rows [U, R, C], one per lane, into the lanes of a microbatch; no row is split."""
     with on_mesh_of(rows):
@@ -215,5 +225,8 @@ def _pack(rows: Rows, trunks_n, source_nRT) -> Rows:
         sampler_logprobs=in_lane(rows.sampler_logprobs),
         old_logprobs=in_lane(rows.old_logprobs),
         ref_logprobs=in_lane(rows.ref_logprobs),
+        slopes=in_lane(rows.slopes),
+        old_values=in_lane(rows.old_values),
+        returns=in_lane(rows.returns),
     )
     return jax.tree.map(lambda x: constrain(x, TRUNK_AXES), packed)

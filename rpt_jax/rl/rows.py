@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.config import LossConfig
-from rpt_jax.rl.advantages import compute_advantages
+from rpt_jax.rl.advantages import TOKEN_ADVANTAGES, compute_advantages, gae, reinforce_pp, token_rewards
 from rpt_jax.scoring.requests import Appended
 from rpt_jax.sequences import completions
 from rpt_jax.types import Experience, Rows
@@ -75,6 +75,8 @@ def _with_next_prompts_rows(appended: Appended, row_mask_UMG) -> Appended:
 def policy_rows(
     experience: Experience,
     appended: Appended | None = None,
+    penalties_URC=None,
+    values_URC=None,
     *,
     loss: LossConfig,
     temperature: float,
@@ -90,6 +92,8 @@ def policy_rows(
             have the policy's terms. Each token of the reference has the likelihood term, at temperature 1, with the
             reference's weight and the scale of a policy term's token. A prompt that distils has the next prompt's rows
             instead of its own, and the likelihood term on kept tokens and reference.
+        penalties_URC: f32, what each sampled token costs of the reward; None: nothing.
+        values_URC: f32, of a critic, for the advantage gae.
         loss: settings of the loss.
         temperature: of the rollouts.
         header_length: trunk tokens before the document, which the next-token term skips.
@@ -100,10 +104,21 @@ def policy_rows(
     # A rollout sampled from NaN logits makes the update non-finite, so it is skipped.
     is_sound_UMG = jnp.isfinite(jnp.sum(rollouts.sampler_logprobs, axis=-1)).reshape(U, M, G)
     rewards_UMG = jnp.where(is_sound_UMG, earned.rewards, jnp.nan)
-    if earned.advantages is None:
-        advantages_UMG = compute_advantages(loss.advantage, rewards_UMG, lengths_UMG, group_mask_UM)
+    returns_URC = None
+    if loss.advantage in TOKEN_ADVANTAGES:
+        advantages_URC, returns_URC = _token_advantages(
+            loss, rewards_UMG, penalties_URC, values_URC, rollouts.mask, group_mask_UM
+        )
     else:
-        advantages_UMG = jnp.where(group_mask_UM[..., None], earned.advantages + 0 * rewards_UMG, 0.0)
+        if penalties_URC is not None:
+            costs = jnp.where(rollouts.mask, penalties_URC, 0.0).sum(-1)
+            rewards_UMG = rewards_UMG - costs.reshape(U, M, G)
+        if earned.advantages is None:
+            ddof = 1 if loss.ddof == "sample" else 0
+            advantages_UMG = compute_advantages(loss.advantage, rewards_UMG, lengths_UMG, group_mask_UM, ddof=ddof)
+        else:
+            advantages_UMG = jnp.where(group_mask_UM[..., None], earned.advantages + 0 * rewards_UMG, 0.0)
+        advantages_URC = advantages_UMG.reshape(U, M * G, 1)
     rows_UMG = jnp.broadcast_to(group_mask_UM[..., None], (U, M, G))
     rows_UMG = rows_UMG if earned.row_mask is None else rows_UMG & earned.row_mask
     rows_UR, C = rows_UMG.reshape(U, M * G), rollouts.mask.shape[-1]
@@ -135,11 +150,31 @@ def policy_rows(
         sequences=completions(prompts, tokens, mask),
         row=jnp.broadcast_to(jnp.arange(M * G, dtype=jnp.int32)[:, None], mask.shape),
         policy_weights=loss.num_minibatches * weights,
-        advantages=jnp.broadcast_to(advantages_UMG.reshape(U, M * G, 1), mask.shape),
+        advantages=_widened(advantages_URC, mask.shape),
         likelihood_weights=likelihood_weights,
         trunk_weights=trunk_weights if loss.ntp_coef else None,
         temperature=temperatures,
         sampler_logprobs=sampler_logprobs,
         old_logprobs=None,
         ref_logprobs=None,
+        old_values=None if values_URC is None else _widened(values_URC, mask.shape),
+        returns=None if values_URC is None else _widened(returns_URC, mask.shape),
     )
+
+
+def _token_advantages(loss: LossConfig, rewards_UMG, penalties_URC, values_URC, mask_URC, group_mask_UM):
+    """Return (advantages, returns), f32 [U, R, C]; 0 outside real prompts' completions."""
+    U, M, G = rewards_UMG.shape
+    mask_URC = mask_URC & jnp.repeat(group_mask_UM, G, axis=1)[..., None]
+    penalties = jnp.zeros(mask_URC.shape, jnp.float32) if penalties_URC is None else penalties_URC
+    rewards = token_rewards(rewards_UMG.reshape(U, M * G), penalties, mask_URC)
+    if loss.advantage == "reinforce_pp":
+        return reinforce_pp(rewards, mask_URC)
+    return gae(rewards, values_URC, mask_URC, gamma=loss.critic.gamma, lam=loss.critic.lam)
+
+
+def _widened(x_URC, shape):
+    """Broadcast single columns, or pad to the width of rows that hold more than the completion."""
+    if x_URC.shape[-1] == 1:
+        return jnp.broadcast_to(x_URC, shape)
+    return jnp.pad(x_URC, ((0, 0), (0, 0), (0, shape[-1] - x_URC.shape[-1])))

@@ -6,8 +6,6 @@ sequences, or of the whole batch. `objective.py` uses the former directly, and t
 Notation: rho_t = pi(y_t) / pi_old(y_t), A_t the advantage, both of the tokens that have a policy term.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -212,11 +210,6 @@ def batch_gain(loss: LossConfig, logprobs_URC, old_logprobs_URC, advantages_URC,
     if loss.objective == "kl_cov":
         return kl_cov(*tokens, fraction=s.cov_fraction, kl_coef=s.cov_kl_coef)
     raise ValueError(f"unknown batch objective {loss.objective!r}")
-
-
-def slopes_of(total: Callable, logprobs_URC):
-    """Return (total, its derivative by each log-probability f32 [U, R, C])."""
-    return jax.value_and_grad(total)(logprobs_URC)
 
 
 # --- KL divergence ------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """The two halves of an RL step: sample and reward completions, then update the parameters on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rpt_jax.config import Config
@@ -11,15 +12,21 @@ from rpt_jax.models.lora import Frozen, join
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.parallel.programs import needs_memory, program_shapes
 from rpt_jax.rewards.base import Reward, earn
-from rpt_jax.rl.objective import objective_fn
-from rpt_jax.rl.packing import ROUNDINGS, Microbatch, pack, plan_update
+from rpt_jax.rl.objective import batch_slopes, corrected, needs_slopes, objective_fn, score_values
+from rpt_jax.rl.packing import ROUNDINGS, Microbatch, pack, plan_update, unpack
 from rpt_jax.rl.rows import policy_rows
+from rpt_jax.rl.surrogates import kl_term
 from rpt_jax.rl.update import update
 from rpt_jax.rollout.engine import SCHEDULES, generate, rollout_key
 from rpt_jax.scoring.companions import CURRENT, START
 from rpt_jax.scoring.logprobs import score
+from rpt_jax.scoring.requests import Request
+from rpt_jax.sequences import completions
 from rpt_jax.tokenizer import Tokenizer
 from rpt_jax.types import Experience, Rows, TaskBatch, TrainState
+
+# Of the rollouts' own tokens, under the distribution that sampled them.
+_COMPLETION = Request(name="completion", policy=START, keep="nothing", target="completion", is_tempered=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,36 +98,59 @@ class Trainer:
             choices = experience.earned.choices
             appended = self.reward.scorer.append(self.reward.learned, tasks, rollouts, predictions, choices)
         rows = policy_rows(
-            experience, appended, loss=loss, temperature=self.config.rollout.temperature,
-            header_length=self.header_length,
+            experience, appended, self._penalties(experience), self._values(state, experience), loss=loss,
+            temperature=self.config.rollout.temperature, header_length=self.header_length,
         )  # fmt: skip
         plans, counts = plan_update(
             experience.tasks.prompts, rows, num_minibatches=loss.num_minibatches,
-            microbatch_trunks=self.config.microbatch_trunks, num_shards=mesh.trunk_shards, has_kl=loss.kl_coef > 0,
-            rounding=ROUNDINGS[program_shapes(self.config)],
+            microbatch_trunks=self.config.microbatch_trunks, num_shards=mesh.trunk_shards,
+            keeps_all=loss.needs_all_rows, rounding=ROUNDINGS[program_shapes(self.config)],
         )  # fmt: skip
-        # Old log-probabilities are those before the first of several updates.
-        old = self.policy(state) if loss.num_minibatches > 1 else None
-        minibatches = [[self._microbatch(rows, m, old) for m in plan] for plan in plans]
+        every = [m for plan in plans for m in plan]
+        if loss.needs_old:
+            rows = replace(rows, old_logprobs=self._logprobs(self.policy(state), rows, every))
+        if loss.has_kl_term or loss.objective == "dpo":
+            rows = replace(rows, ref_logprobs=self._logprobs(self.start, rows, every))
+        if loss.correction.mode != "none":
+            rows = corrected(loss, rows)
         metrics = []
-        for microbatches in minibatches:
+        for number, plan in enumerate(plans):
+            own, shift = rows, 0.0
+            if needs_slopes(loss):
+                logprobs = self._logprobs(self.policy(state), rows, plan)
+                own, shift = batch_slopes(loss, rows, logprobs, number, experience.earned.rewards)
             state, of_update = update(
                 state,
-                microbatches,
+                [pack(own, *shard_batch(self.mesh, (m.trunks, m.source))) for m in plan],
                 loss_fn=objective_fn(self.config.model, loss),
                 optimizer=self.optimizer,
                 frozen=self.frozen,
             )
-            metrics.append(of_update | counts)
+            metrics.append(of_update | counts | {"loss": of_update["loss"] + shift})
         return state, metrics
 
-    def _microbatch(self, rows: Rows, plan: Microbatch, old_policy) -> Rows:
-        packed = pack(rows, *shard_batch(self.mesh, (plan.trunks, plan.source)))
-        reference = self.start if self.config.loss.kl_coef else None
+    def _logprobs(self, params, rows: Rows, microbatches: Sequence[Microbatch]):
+        """Return the log-probabilities of the rows' tokens, f32 [U, R, T]; 0 for those of no microbatch."""
+        total, temperature = jnp.zeros(rows.row.shape, jnp.float32), self.config.rollout.temperature
+        for m in microbatches:
+            places = shard_batch(self.mesh, (m.trunks, m.source))
+            values = score(self.config.model, params, pack(rows, *places).sequences, temperature=temperature)
+            total = unpack(total, values, *places)
+        return total
 
-        def logprobs(params):
-            if params is None:
-                return None
-            return score(self.config.model, params, packed.sequences, temperature=self.config.rollout.temperature)
+    def _penalties(self, experience: Experience):
+        """Return what the KL divergence costs each sampled token, f32 [U, R, C]; None: nothing."""
+        loss = self.config.loss
+        if not (loss.kl_coef and loss.kl_in == "reward"):
+            return None
+        tasks, rollouts = experience.tasks, experience.rollouts
+        scored = self.reward.scorer.score(_COMPLETION, self.start, tasks, rollouts, None)
+        return loss.kl_coef * kl_term(loss.kl_estimator, rollouts.sampler_logprobs, scored.values)
 
-        return replace(packed, ref_logprobs=logprobs(reference), old_logprobs=logprobs(old_policy))
+    def _values(self, state: TrainState, experience: Experience):
+        """Return the critic's value before each sampled token, f32 [U, R, C]; None: there is no critic."""
+        if not self.config.loss.has_critic:
+            return None
+        rollouts, prompts = experience.rollouts, experience.tasks.prompts
+        sequences = completions(prompts, rollouts.tokens, rollouts.mask)
+        return score_values(self.config.model, self.policy(state), sequences)

@@ -19,7 +19,8 @@ from rpt_jax.models.attention import default_dtype
 from rpt_jax.models.decoder import init_params
 from rpt_jax.models.families import read_config as read_model_config
 from rpt_jax.models.hf import load_hf
-from rpt_jax.models.lora import Frozen, merge
+from rpt_jax.models.lora import VALUE, Frozen, merge
+from rpt_jax.parallel.mesh import replicated
 from rpt_jax.rewards.catalog import requested_policies
 from rpt_jax.rl.optimizer import init_state, make_optimizer
 from rpt_jax.scoring.companions import AVERAGE, with_companions
@@ -257,6 +258,9 @@ def stage_optimizer(config: Config, stage: str) -> Any:
 def fresh_state(config: Config, mesh: Mesh, params, stage: str) -> tuple[TrainState, Frozen | None]:
     """Return (a stage's state at step 0, with the companions that the reward requests; its adapters' base weights)."""
     trained, frozen = trainable(config, mesh, params)
+    if stage == "rpt" and config.loss.has_critic:
+        readout = jnp.zeros(config.model.width + 1, jnp.float32)
+        trained = trained | {VALUE: jax.device_put(readout, replicated(mesh))}
     state = init_state(trained, stage_optimizer(config, stage), mesh)
     companions = requested_policies(config.reward) & {AVERAGE} if stage == "rpt" else set()
     return with_companions(state, companions), frozen

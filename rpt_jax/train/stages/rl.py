@@ -12,6 +12,7 @@ from rpt_jax.parallel.mesh import local_trunks, shard_batch
 from rpt_jax.rewards.catalog import requested_policies
 from rpt_jax.rl.deviation_filter import DeviationFilter
 from rpt_jax.rl.dynamic_sampling import collect
+from rpt_jax.rl.objective import num_scorings
 from rpt_jax.rl.trainer import Trainer
 from rpt_jax.rollout.completions import completion_columns
 from rpt_jax.scoring.companions import START, follow
@@ -86,7 +87,7 @@ class ReinforcementLearning:
             return step_flops(
                 num_params, [to_floats(c) for c in counts], float(updates[0]["tokens_updated"]),
                 has_adapters=self.trainer.frozen is not None,
-                num_scorings=(config.loss.kl_coef > 0) + (config.loss.num_minibatches > 1),
+                num_scorings=num_scorings(config.loss),
             )  # fmt: skip
 
         def record() -> dict:
@@ -128,7 +129,7 @@ def make_trainer(run: Run, params, tasks: Tasks) -> tuple[Trainer, TrainState]:
         columns=tasks.source.columns,
         frozen=frozen,
         # With adapters, these are their base weights, not a copy: the policy with its adapters switched off.
-        start=params if config.loss.kl_coef or START in requested_policies(config.reward) else None,
+        start=params if config.loss.has_reference or START in requested_policies(config.reward) else None,
     )
     return trainer, state
 
