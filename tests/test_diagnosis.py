@@ -10,6 +10,7 @@ from test_system import corpus, evaluated_at_the_ends, tiny_run  # noqa: F401  (
 from experiments.presets import PRESETS
 from rpt_jax import session
 from rpt_jax.config import Config, RunConfig
+from rpt_jax.config.schema import with_values
 from rpt_jax.errors import DataError
 from rpt_jax.train import diagnosis
 from rpt_jax.train.diagnosis import WINDOW, Diagnosis, diagnose_steps, diagnose_tasks
@@ -120,3 +121,7 @@ def test_a_policy_without_the_format_is_said_before_the_first_step(name, capsys)
     watch.of_evaluation({"splits": {"all": {name: {"value": 1.0}}}})
     said = " ".join(capsys.readouterr().err.split())
     assert "100% of the completions have no closed box" in said and "--reward.no-require-think-end" in said
+    # A reward that reads no box has nothing to miss.
+    config = with_values(Config(), {"reward.terms": ("rubric",)})
+    Diagnosis(config).of_evaluation({"splits": {"all": {name: {"value": 1.0}}}})
+    assert not capsys.readouterr().err

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from test_rollout import EOS, make_tasks
+from test_system import corpus, tiny_run  # noqa: F401  (a fixture)
 
 from rpt_jax.config import Config, CorrectionConfig, LossConfig, MeshConfig, SurrogateConfig
 from rpt_jax.config.schema import with_values
@@ -29,6 +30,10 @@ from rpt_jax.rl.trainer import Trainer
 from rpt_jax.rollout.engine import generate, rollout_key
 from rpt_jax.scoring.logprobs import predicting_states, score
 from rpt_jax.scoring.requests import Scorer
+from rpt_jax.train.pipeline import run_stages
+from rpt_jax.train.policies import newest_of_run, start_params
+from rpt_jax.train.run import prepare
+from rpt_jax.train.run_directory import read_records
 from rpt_jax.types import Earned, Experience
 
 VECTORS = json.loads((Path(__file__).parent / "golden" / "vectors.json").read_text())
@@ -594,3 +599,30 @@ def test_inert_objectives_have_ppos_slopes_at_ratio_one(name):
 def test_settings_without_effect_or_sense_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         with_values(Config(), changes).validate()
+
+
+def test_a_critic_is_saved_with_the_policy_and_left_out_of_it(corpus, tmp_path):  # noqa: F811
+    """Two steps in one go and in two starts end with the same bits; another run may start from the policy alone."""
+    base = tiny_run(corpus, tmp_path / "whole")
+    base = with_values(base, {
+        "loss.advantage": "gae", "loss.num_minibatches": 2, "reward.terms": ("likelihood",), "run.num_steps": 2,
+        "run.control": False, "checkpoint.every_steps": 1, "eval.every_steps": 2,
+    })  # fmt: skip
+    run_stages(base)
+    parts = with_values(base, {"run.directory": str(tmp_path / "parts")})
+    run_stages(parts, stop_at_step=1)
+    run_stages(parts)
+    mesh = make_mesh(MeshConfig())
+    whole, again = (newest_of_run(tmp_path / name, mesh)[0].params for name in ("whole", "parts"))
+    for a, b in zip(*map(jax.tree.leaves, (whole, again)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.abs(whole[VALUE]).max() > 0
+    records = [r for r in read_records(tmp_path / "whole") if r["stage"] == "rpt"]
+    assert all(r["value_loss"] > 0 and not r["skipped"] for r in records)
+    following = with_values(base, {
+        "run.directory": str(tmp_path / "next"), "policy.path": str(tmp_path / "whole"), "supervised.num_steps": 0,
+        "loss.advantage": "grpo", "run.num_steps": 0,
+    })  # fmt: skip
+    params = start_params(prepare(following).config, mesh)
+    assert VALUE not in params
+    np.testing.assert_array_equal(params["head"], whole["head"])

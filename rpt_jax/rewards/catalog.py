@@ -192,6 +192,18 @@ def shows_references(config: RewardConfig) -> bool:
     return any(term.name == "ravr" for term in parse_terms(config.terms))
 
 
+# Rewards that no box changes: they score a text or a thought.
+_WITHOUT_BOX = (
+    "likelihood", "information_gain", "verifree", "rlpr", "ravr", "rubric", "self_evaluation", "candidate_choice",
+    "fact", "coherence", "custom",
+)  # fmt: skip
+
+
+def needs_box(config: RewardConfig) -> bool:
+    """Return whether a completion without a closed box cannot be rewarded."""
+    return parse_terms(config.terms)[0].name not in _WITHOUT_BOX
+
+
 def check_rewards(config: Config) -> None:
     """Check the terms against the tasks.
 

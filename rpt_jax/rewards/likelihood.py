@@ -217,8 +217,9 @@ def likelihood(evidence: Evidence, options: RewardConfig) -> Earned:
             jnp.broadcast_to(bound, logprobs.shape), evidence, advantages=jepo_advantages(logprobs),
             reference_weights=jax.nn.softmax(logprobs, axis=-1),
         )  # fmt: skip
-    terms = {"none": None, "one": jnp.ones_like(rewards), "reward": rewards, "advantage": rloo(rewards)}
-    weights = terms[settings.reference_term]
+    weights = {"none": None, "one": jnp.ones_like(rewards), "reward": rewards}.get(settings.reference_term)
+    if settings.reference_term == "advantage" and rewards.shape[-1] > 1:  # an evaluation's greedy rollout has no group
+        weights = rloo(rewards)
     return _earned(rewards, evidence, reference_weights=weights)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from rpt_jax.config import Config
 from rpt_jax.errors import DataError
+from rpt_jax.rewards.catalog import needs_box
 from rpt_jax.train.domains import Tasks
 from rpt_jax.train.progress import console
 
@@ -118,7 +119,7 @@ class Diagnosis:
     """
 
     def __init__(self, config: Config):
-        self._stops = config.run.on_diagnosis == "stop"
+        self._stops, self._needs_box = config.run.on_diagnosis == "stop", needs_box(config.reward)
         self._records: deque[dict] = deque(maxlen=WINDOW)
         self._said: set[str] = set()
 
@@ -132,10 +133,10 @@ class Diagnosis:
             self._say("this run may not learn", message, message)
 
     def of_evaluation(self, figures: dict) -> None:
-        """Say at once if almost no completion of the first evaluation has an answer; the run goes on."""
+        """Say at once if almost no completion of the first evaluation has an answer and needs one; the run goes on."""
         everything = figures["splits"]["all"]
         share = everything.get("no_prediction", everything.get("sampled_no_prediction"))["value"]
-        if share > _ALMOST_ALL:
+        if share > _ALMOST_ALL and self._needs_box:
             self._said.add("format")
             console.print(
                 f"[yellow]before the first step:[/] {share:.0%} of the completions have no closed box after </think>: "
