@@ -48,7 +48,9 @@ def test_majority_by_hand():
     found = np.array([[[True] * 5, [True, True, False, False, True], [False] * 5]])
     correct = np.array([[[1.0, 0, 0, 0, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]])
     # Tie of 1 and 2: the first seen, 1, wins and is right. Unfound sixes do not vote: 5 wins. Nobody votes: 0.
-    np.testing.assert_array_equal(_majority(texts, lengths, found, correct), [[1, 1, 0]])
+    right, share = _majority(texts, lengths, found, correct)
+    np.testing.assert_array_equal(right, [[1, 1, 0]])
+    np.testing.assert_allclose(share, [[0.4, 0.4, 0]])
 
 
 def test_mean_and_error_by_hand():

@@ -11,7 +11,7 @@ from experiments import fetch_smollm2
 from experiments.presets import PRESETS
 from experiments.recipes import smollm2_rpt
 from experiments.recipes.corpora import gsm8k_document, write_gsm8k, write_python_docs
-from experiments.studies import does_the_thought_matter, is_it_the_reward, without_a_verifier
+from experiments.studies import does_the_thought_matter, is_it_the_reward, objectives, without_a_verifier
 from rpt_jax.config.schema import with_values
 from rpt_jax.data.readers import read_texts
 from rpt_jax.errors import CheckpointError, ConfigError, DataError
@@ -172,5 +172,17 @@ def test_the_study_without_a_verifier_reads_its_arms(tmp_path):
     assert rows[3].endswith("| 20 |") and rows[4].endswith("| – |")
     without_a_verifier.plot(found, ["all"]).savefig(tmp_path / "arms.png")
     # Its arms are settings that exist, with the methods' losses.
-    for changes in without_a_verifier.ARMS.values():
+    for changes in (*without_a_verifier.ARMS.values(), *objectives.ARMS.values()):
         with_values(PRESETS["tiny_worked"], changes).validate()
+
+
+def test_the_table_of_objectives_names_every_arm_that_ran():
+    cells = {"sampled_prefix": {"value": 0.5, "standard_error": 0.01, "n": 100}}
+    arm = {"after": {"all": cells, "hard determined": cells}, "flops": [0.0, 2e12]}
+    arm |= {"clip_fraction": 0.125, "grad_norm": 0.5, "entropy": 1.0, "kl": 0.25}
+    rows = objectives.table({"0": {"ppo": arm, "gae": arm}, "1": {"ppo": arm}}).splitlines()
+    assert [row.split()[1] for row in rows[2:]] == ["ppo", "gae"]
+    assert rows[2] == (
+        "| ppo | 0.500 / 0.500 ±0.010 | 0.500 / 0.500 ±0.010 | 0.125 / 0.125 | 0.500 / 0.500 | 1.000 / 1.000 | "
+        "0.250 / 0.250 | 2e+12 / 2e+12 |"
+    )
