@@ -34,6 +34,7 @@ class Prompts:
     prefix_tokens: Any = None  # i32 [U, M, G, C'], first tokens of continued rows, right-padded; None: all start fresh
     prefix_lengths: Any = None  # i32 [U, M, G], number of given tokens; 0: the row starts fresh
     prefix_logprobs: Any = None  # f32 [U, M, G, C'], log-probabilities they were sampled with; None: unknown
+    prefix_ended: Any = None  # bool [U, M, G], rows that do not go on, whatever they end with; None: none
     born_step: Any = None  # i32 [U], step in which the trunk's rows were started, keys their noise; None: this step
 
 
@@ -106,6 +107,7 @@ class Experience:
     earned: Earned
     group_mask: Any  # bool [U, M], groups that take part in the update
     tokens_scored: Any  # i32 [U], tokens run by the reward's scoring passes
+    sampled_mask: Any = None  # bool [U, M], prompts whose rows were sampled; None: those of tasks.prompts.prompt_mask
 
 
 @record

@@ -28,16 +28,23 @@ def num_parameters(params: Any) -> int:
 
 @jax.jit
 def count_tokens(experience: Experience) -> dict[str, jax.Array]:
-    """Count the tokens of one rollout batch: prefilled, sampled, scored for rewards, and with repeated prompts."""
+    """Count the tokens of one rollout batch: prefilled, sampled, scored for rewards, and with repeated prompts.
+
+    Given tokens of rows that go on count as prefilled, also of rows that had ended and only wait for their group.
+    """
     prompts, rollouts = experience.tasks.prompts, experience.rollouts
     G = prompts.row_ids.shape[-1]
-    trunks = jnp.sum(jnp.where(prompts.prompt_mask.any(-1), prompts.trunk_lengths, 0))
-    tails = jnp.sum(jnp.where(prompts.prompt_mask, prompts.tail_lengths, 0))
-    repeated = jnp.sum(jnp.where(prompts.prompt_mask, prompts.cuts + prompts.tail_lengths, 0))
-    sampled = rollouts.mask.sum()
+    mask = prompts.prompt_mask if experience.sampled_mask is None else experience.sampled_mask
+    trunks = jnp.sum(jnp.where(mask.any(-1), prompts.trunk_lengths, 0))
+    tails = jnp.sum(jnp.where(mask, prompts.tail_lengths, 0))
+    repeated = jnp.sum(jnp.where(mask, prompts.cuts + prompts.tail_lengths, 0))
+    sampled, given = rollouts.mask.sum(), jnp.int32(0)
+    if prompts.prefix_lengths is not None:
+        given = jnp.sum(jnp.where(mask[..., None], prompts.prefix_lengths, 0))
+        sampled = sampled - given
     return {
         "tokens_trunks": trunks,
-        "tokens_prefilled": trunks + tails,
+        "tokens_prefilled": trunks + tails + given,
         "tokens_sampled": sampled,
         "tokens_scored": experience.tokens_scored.sum(),
         "tokens_if_prompts_repeated": G * repeated + sampled,

@@ -56,6 +56,7 @@ def check_relations(config: Any) -> None:
             "advantage; it must keep its default 'grpo'. Remove --loss.advantage, or use --reward.compose sum."
         )
     _check_loss(config)
+    _check_waiting(config)
     _check_processes(config.distributed)
     _check_divisions(config)
 
@@ -89,6 +90,36 @@ def _check_loss(config: Any) -> None:
         f"loss.objective='dpo' with loss.advantage={loss.advantage!r}": loss.objective == "dpo"
         and per_token
         and "pairs are ranked by one number per rollout. Set --loss.advantage grpo",
+    }
+    for received, required in problems.items():
+        if required:
+            raise ConfigError(f"{received}; {required}.")
+
+
+def _check_waiting(config: Any) -> None:
+    rollout = config.rollout
+    new, limit = rollout.new_tokens_per_step, rollout.max_completion_tokens
+    received = f"rollout.new_tokens_per_step={new}"
+    problems = {
+        f"{received} with rollout.max_completion_tokens={limit}": new >= limit > 0
+        and "no rollout would ever wait. Lower it, or set 0",
+        f"{received} with rollout.dynamic_sampling_from_step={rollout.dynamic_sampling_from_step}": new
+        and rollout.dynamic_sampling_from_step >= 0
+        and "further rounds would start more rollouts that wait. Set --rollout.dynamic-sampling-from-step -1",
+        f"{received} with ravr in reward.terms": new
+        and any("ravr" in term for term in config.reward.terms)
+        and "both prompts of a task must end in one step. Set --rollout.new-tokens-per-step 0",
+        "rollout.earlier_tokens='mask' without rollout.new_tokens_per_step": rollout.earlier_tokens == "mask"
+        and not new
+        and "no token is drawn earlier. Set it, or --rollout.earlier-tokens train",
+        "rollout.repeat_window without rollout.new_tokens_per_step": rollout.repeat_window > 0
+        and not new
+        and "repeats are looked for between steps. Set it, or --rollout.repeat-window 0",
+        f"rollout.repeat_window={rollout.repeat_window}": 0 < rollout.repeat_window < 4
+        and "it must hold a piece four times. Set --rollout.repeat-window to at least 4, or 0",
+        "rollout.repeat_penalty without rollout.repeat_window": rollout.repeat_penalty > 0
+        and not rollout.repeat_window
+        and "nothing is penalised. Set --rollout.repeat-window, or --rollout.repeat-penalty 0",
     }
     for received, required in problems.items():
         if required:

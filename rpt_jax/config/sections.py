@@ -274,6 +274,16 @@ class RolloutConfig:
     memory of a GPU or TPU; all on CPUs. The sampled tokens stay the same."""
     stop_ids: tuple[int, ...] = setting((), resolved=True)
     """Token ids that end a completion. Empty: the tokenizer's."""
+    new_tokens_per_step: int = setting(0, at_least=0)
+    """Most tokens that a rollout draws in a step. Unfinished ones wait and go on in a later step; a group is trained on
+    when all of it has ended (partial rollouts, arXiv:2501.12599 §2.6.2). 0: every rollout ends in its step."""
+    earlier_tokens: Literal["train", "mask"] = "train"
+    """What an update does with tokens that an earlier step drew, so an older policy: train on them, with the weights of
+    loss.correction, or mask them."""
+    repeat_window: int = setting(0, at_least=0)
+    """With new_tokens_per_step: a rollout whose last N tokens are one piece, four times or more, ends. 0: none does."""
+    repeat_penalty: float = setting(0.0, at_least=0)
+    """What such a rollout loses of its reward."""
     dynamic_sampling_from_step: int = -1
     """From this step on, further rounds of rollouts replace degenerate groups (the paper: 500). -1: never."""
     dynamic_sampling_rounds: int = setting(2, at_least=1)
@@ -285,6 +295,11 @@ class RolloutConfig:
         names = ("max_completion_tokens", "temperature", "top_p", "top_k", "stop_ids")
         # Until -1 is resolved, all rollouts run at once.
         return {name: getattr(self, name) for name in names} | {"slots_per_trunk": max(0, self.slots_per_trunk)}
+
+    @property
+    def step_sampling(self) -> dict:
+        """Return the same for the rollouts of a training step, which may wait."""
+        return self.sampling | {"new_tokens": self.new_tokens_per_step}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -260,9 +260,21 @@ class TrainIterator:
         return self
 
     def __next__(self) -> TaskBatch:
+        return self.make(self.take(self.num_trunks))
+
+    def make(self, trunks: list[list[int]]) -> TaskBatch:
+        """Build the batch of these trunks, given by their task ids."""
+        return self._make(trunks)
+
+    def take(self, number: int) -> list[list[int]]:
+        """Return the task ids of the next trunks.
+
+        Raises:
+            DataError: all trunks are outside the band.
+        """
         picked, refused = [], 0
         following, passed_over = self.position
-        while len(picked) < self.num_trunks:
+        while len(picked) < number:
             ids = self.trunks[int(self._order[following])]
             following += 1
             if self._rates is None or self._rates.accepts(ids):
@@ -276,7 +288,7 @@ class TrainIterator:
                     "to learn from. Widen --positions.pass-rate-band, or use more text."
                 )
         self.position = (following, passed_over)
-        return self._make(picked)
+        return picked
 
     def observe(self, references: References, rewards_UMG) -> None:
         """Record the tasks' rewards f32 [U, M, G] if there is a band; without one, do not wait for them."""

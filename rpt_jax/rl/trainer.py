@@ -23,7 +23,7 @@ from rpt_jax.scoring.logprobs import score
 from rpt_jax.scoring.requests import Request
 from rpt_jax.sequences import completions
 from rpt_jax.tokenizer import Tokenizer
-from rpt_jax.types import Experience, Rows, TaskBatch, TrainState
+from rpt_jax.types import Earned, Experience, Rollouts, Rows, TaskBatch, TrainState
 
 # Of the rollouts' own tokens, under the distribution that sampled them.
 _COMPLETION = Request(name="completion", policy=START, keep="nothing", target="completion", is_tempered=True)
@@ -65,8 +65,24 @@ class Trainer:
         return {CURRENT: self.policy(state), START: self.start} | companions
 
     @needs_memory("a rollout", "--rollout.slots-per-trunk or --mesh.microbatch-trunks; the run resumes with them")
-    def roll_out(self, policies: dict[str, Any], step: int, tasks: TaskBatch, round_number: int) -> Experience:
-        """Sample G completions of each prompt with the current policy, extract their predictions and reward them."""
+    def roll_out(
+        self,
+        policies: dict[str, Any],
+        step: int,
+        tasks: TaskBatch,
+        round_number: int,
+        settle: Callable[[TaskBatch, Rollouts], tuple[TaskBatch, Rollouts, Any]] | None = None,
+    ) -> Experience:
+        """Sample G completions of each prompt with the current policy, extract their predictions and reward them.
+
+        Args:
+            policies: that the reward's requests may name.
+            step: number of the step, which keys the noise of fresh rows.
+            tasks: on the mesh.
+            round_number: of dynamic sampling.
+            settle: (tasks, rollouts) -> (tasks of the groups that have ended, rollouts, penalties f32 [U, M, G]), if
+                rows may wait; None: all end.
+        """
         born = step if tasks.prompts.born_step is None else tasks.prompts.born_step
         rollouts = generate(
             self.config.model,
@@ -75,9 +91,15 @@ class Trainer:
             rollout_key(self.config.run.seed, born, round_number),
             vocab_size=self.tokenizer.vocab_size,
             schedule=SCHEDULES[program_shapes(self.config)],
-            **self.config.rollout.sampling,
+            **self.config.rollout.step_sampling,
         )
+        sampled_mask = None
+        if settle is not None:
+            sampled_mask = tasks.prompts.prompt_mask
+            tasks, rollouts, penalties = settle(tasks, rollouts)
         evidence, earned, tokens_scored = earn(self.reward, policies, tasks, rollouts)
+        if settle is not None:
+            earned = self._settled(tasks, rollouts, earned, penalties)
         group_mask = tasks.prompts.prompt_mask
         return Experience(
             tasks=tasks,
@@ -86,7 +108,18 @@ class Trainer:
             earned=earned,
             group_mask=group_mask if earned.group_mask is None else group_mask & earned.group_mask,
             tokens_scored=tokens_scored,
+            sampled_mask=sampled_mask,
         )
+
+    def _settled(self, tasks: TaskBatch, rollouts: Rollouts, earned: Earned, penalties) -> Earned:
+        """Subtract the penalties of repeats; mask tokens of earlier steps, if the config says so."""
+        earned = replace(earned, rewards=earned.rewards - penalties)
+        lengths = tasks.prompts.prefix_lengths
+        if self.config.rollout.earlier_tokens == "train" or lengths is None:
+            return earned
+        C = rollouts.mask.shape[-1]
+        is_new = jnp.arange(C) >= lengths.reshape(rollouts.mask.shape[:2])[..., None]
+        return replace(earned, token_mask=is_new if earned.token_mask is None else earned.token_mask & is_new)
 
     @needs_memory("an update", "--mesh.microbatch-trunks; the run resumes with it")
     def learn(self, state: TrainState, experience: Experience) -> tuple[TrainState, list[dict]]:

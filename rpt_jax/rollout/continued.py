@@ -29,7 +29,7 @@ class Given:
     tokens: Any  # i32 [U, R, C'], right-padded
     lengths: Any  # i32 [U, R], number of given tokens; 0: the row starts fresh
     logprobs: Any  # f32 [U, R, C'], log-probabilities they were sampled with; 0 if unknown
-    is_done: Any  # bool [U, R], they contain a stop token or reach the limit: nothing is left to draw
+    is_done: Any  # bool [U, R], they end, contain a stop token or reach the limit: nothing is left to draw
 
 
 def given_rows(prompts: Prompts, stop_ids: tuple[int, ...], limit: int) -> Given | None:
@@ -41,6 +41,9 @@ def given_rows(prompts: Prompts, stop_ids: tuple[int, ...], limit: int) -> Given
     lengths = jnp.asarray(prompts.prefix_lengths).reshape(U, M * G)
     is_real = jnp.arange(width) < lengths[..., None]
     is_stop = jnp.any(tokens[..., None] == jnp.asarray(stop_ids, jnp.int32), axis=-1)
+    has_ended = jnp.zeros(lengths.shape, bool)
+    if prompts.prefix_ended is not None:
+        has_ended = jnp.asarray(prompts.prefix_ended).reshape(lengths.shape)
     logprobs = jnp.zeros(tokens.shape, jnp.float32)
     if prompts.prefix_logprobs is not None:
         logprobs = jnp.asarray(prompts.prefix_logprobs).reshape(tokens.shape)
@@ -48,7 +51,7 @@ def given_rows(prompts: Prompts, stop_ids: tuple[int, ...], limit: int) -> Given
         tokens=jnp.where(is_real, tokens, 0),
         lengths=lengths,
         logprobs=jnp.where(is_real, logprobs, 0.0),
-        is_done=jnp.any(is_real & is_stop, axis=-1) | (lengths >= limit),
+        is_done=has_ended | jnp.any(is_real & is_stop, axis=-1) | (lengths >= limit),
     )
 
 

@@ -91,6 +91,7 @@ class SamplingSettings:
     top_k: int
     stop_ids: tuple[int, ...]
     vocab_size: int
+    new_tokens: int = 0
 
 
 def generate(
@@ -106,6 +107,7 @@ def generate(
     stop_ids: tuple[int, ...],
     vocab_size: int,
     slots_per_trunk: int = 0,
+    new_tokens: int = 0,
     schedule: Schedule = Schedule(),
 ) -> Rollouts:
     """Sample G completions for every prompt.
@@ -118,6 +120,7 @@ def generate(
         stop_ids: a row stops after any of these tokens; empty: only at the limit.
         vocab_size: number of the tokenizer's ids; unused entries of a larger model vocabulary are never sampled.
         slots_per_trunk: rows of a trunk that run at once; 0: all.
+        new_tokens: most tokens that a row draws in this call; 0: up to C. Rows that are cut have no stop token.
         schedule: how rows are scheduled.
     Raises:
         ValueError: a stop id is negative.
@@ -133,6 +136,7 @@ def generate(
         top_k=top_k,
         stop_ids=tuple(stop_ids),
         vocab_size=vocab_size,
+        new_tokens=new_tokens,
     )
     U, M, G = prompts.row_ids.shape
     slots, window = min(slots_per_trunk or M * G, M * G), first_window(config, schedule, limit)
@@ -211,6 +215,7 @@ def start(config: DecoderConfig, settings: SamplingSettings, params, prompts: Pr
         keys=row_keys(key, jnp.asarray(prompts.row_ids).reshape(U, R)),
         queue=queue,
         num_queued=num_queued,
+        limits=_limits(settings, U, R, given),
     )
     flight = Flight(
         clock=jnp.int32(0),
@@ -224,6 +229,14 @@ def start(config: DecoderConfig, settings: SamplingSettings, params, prompts: Pr
     flight, entry = _draw_first(config, settings, params, stems, start_waiting_rows(stems, flight), given)
     written = initial_written(U, R, C, is_real_UR, given)
     return stems, flight, _write(written, flight.trunk, jax.tree.map(lambda x: x[None], entry)), given
+
+
+def _limits(settings: SamplingSettings, U: int, R: int, given: Given | None):
+    """Return the number of tokens at which each row is cut, i32 [U, R]; None: all at C."""
+    if not settings.new_tokens:
+        return None
+    before = jnp.zeros((U, R), jnp.int32) if given is None else given.lengths
+    return jnp.minimum(before + settings.new_tokens, settings.max_completion_tokens)
 
 
 def _draw_first(
@@ -364,5 +377,8 @@ def _draw(settings: SamplingSettings, params, stems: Stems, flight: Flight, hidd
         logits_USV, keys, index, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k
     )
     entry = Entry(row=flight.row, index=index, token=token, logprob=logprob, rejected=rejected)
-    has_ended = _is_stop(settings, token) | (index + 1 >= settings.max_completion_tokens)
+    limit_US = settings.max_completion_tokens
+    if stems.limits is not None:
+        limit_US = jnp.take_along_axis(stems.limits, jnp.minimum(flight.row, R - 1), axis=1)
+    has_ended = _is_stop(settings, token) | (index + 1 >= limit_US)
     return replace(flight, token=token, index=index, row=jnp.where(has_ended, EMPTY, flight.row)), entry

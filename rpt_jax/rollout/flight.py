@@ -26,6 +26,7 @@ class Stems:
     keys: Any  # PRNG keys [U, R], noise of each row
     queue: Any  # i32 [U, R], rows in starting order, those of padded positions last
     num_queued: Any  # i32 [U], number of rows to start
+    limits: Any = None  # i32 [U, R], number of tokens at which each row is cut; None: at C
 
 
 @record

@@ -41,7 +41,9 @@ def compile_ahead(trainer: Trainer, state: TrainState, num_tail: int) -> None:
     if reward.learned:
         num_sampled, num_reference = config.rollout.max_completion_tokens, tasks.references.tokens.shape[-1]
         width = reward.scorer.row_width(reward.learned, num_sampled, num_reference)
-    chains = {"sampling": partial(_compile_sampling, trainer, state, on_trunks(tasks.prompts))}
+    chains: dict[str, Callable] = {}
+    if not config.rollout.new_tokens_per_step:  # rows that wait make prompts of many shapes
+        chains["sampling"] = partial(_compile_sampling, trainer, state, on_trunks(tasks.prompts))
     rows, steps = config.rollout.prompts_per_trunk * config.rollout.group_size, ROUNDINGS["few"].lanes
     for lanes in sorted({rounded(n, rows, steps) for n in range(1, rows + 1)}):
         batch = on_trunks(microbatch_shape(config, tasks, lanes, width))

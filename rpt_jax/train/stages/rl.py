@@ -6,7 +6,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from rpt_jax.config import RolloutConfig
 from rpt_jax.data.batches import TrainIterator
+from rpt_jax.errors import ConfigError
 from rpt_jax.models.lora import join
 from rpt_jax.parallel.mesh import local_trunks, shard_batch
 from rpt_jax.rewards.catalog import requested_policies
@@ -14,6 +16,7 @@ from rpt_jax.rl.deviation_filter import DeviationFilter
 from rpt_jax.rl.dynamic_sampling import collect
 from rpt_jax.rl.objective import num_scorings
 from rpt_jax.rl.trainer import Trainer
+from rpt_jax.rl.waiting import Waiting
 from rpt_jax.rollout.completions import completion_columns
 from rpt_jax.scoring.companions import START, follow
 from rpt_jax.train.ahead import compile_ahead
@@ -41,6 +44,7 @@ class ReinforcementLearning:
         tasks: batches to train on.
         directory: where sampled completions are written.
         deviation_filter: leaves groups out of updates; None: none.
+        waiting: trunks whose rollouts have not ended; None: every rollout ends in its step.
         name, also_records, log_every_steps: see `training.Training`.
     """
 
@@ -48,6 +52,7 @@ class ReinforcementLearning:
     tasks: TrainIterator
     directory: RunDirectory
     deviation_filter: DeviationFilter | None = None
+    waiting: Waiting | None = None
     name: str = NAME
     also_records: tuple[str, ...] = ("evaluation",)
     log_every_steps: int = 1
@@ -57,9 +62,12 @@ class ReinforcementLearning:
         trainer, tasks, settings = self.trainer, self.tasks, self.trainer.config.rollout
         policies = trainer.policies(state)
         is_dynamic = 0 <= settings.dynamic_sampling_from_step <= number
+        next_tasks, settle = tasks.__next__, None
+        if self.waiting is not None:
+            next_tasks, settle = partial(self.waiting.next_batch, tasks, number), self.waiting.settle
         experience, spent = collect(
-            lambda: shard_batch(trainer.mesh, next(tasks), num_trunks=tasks.num_trunks),
-            partial(trainer.roll_out, policies, number),
+            lambda: shard_batch(trainer.mesh, next_tasks(), num_trunks=tasks.num_trunks),
+            partial(trainer.roll_out, policies, number, settle=settle),
             rounds=settings.dynamic_sampling_rounds if is_dynamic else 1,
         )
         for rollouts in spent:
@@ -75,6 +83,7 @@ class ReinforcementLearning:
         config, passed_over = self.trainer.config, self.tasks.position[1]
         metrics, counts = [experience_metrics(e) for e in spent], [count_tokens(e) for e in spent]
         masked = _masked_fraction(experience)
+        num_waiting = None if self.waiting is None else len(self.waiting.trunks)
         every = config.run.completions_every_steps
         if every and number % every == 0:
             columns = completion_columns(
@@ -92,27 +101,55 @@ class ReinforcementLearning:
 
         def record() -> dict:
             floats = [list(map(to_floats, which)) for which in (metrics, counts, updates)]
-            return step_record(*floats, float(masked)) | {"trunks_passed_over": passed_over}
+            waiting = {} if num_waiting is None else {"trunks_waiting": num_waiting}
+            return step_record(*floats, float(masked)) | {"trunks_passed_over": passed_over} | waiting
 
         return Outcome(flops=flops, record=record)
 
     def get_cursor(self) -> dict:
         """Return the state of the task iterator and of the filter."""
         cursor = self.tasks.get_state()
-        return cursor | {"deviations": self.deviation_filter.get_state()} if self.deviation_filter else cursor
+        if self.deviation_filter:
+            cursor["deviations"] = self.deviation_filter.get_state()
+        if self.waiting is not None:
+            cursor["waiting"] = self.waiting.get_state()
+        return cursor
 
     def set_cursor(self, cursor: dict) -> None:
         """Set the state of the task iterator and of the filter."""
         # A run that begins as a copy of one without the filter has none of its state.
         if self.deviation_filter and "deviations" in cursor:
             self.deviation_filter.set_state(cursor["deviations"])
-        self.tasks.set_state({name: value for name, value in cursor.items() if name != "deviations"})
+        if self.waiting is not None and "waiting" in cursor:
+            self.waiting.set_state(cursor["waiting"])
+        own = ("deviations", "waiting")
+        self.tasks.set_state({name: value for name, value in cursor.items() if name not in own})
 
 
 @jax.jit
 def _masked_fraction(experience: Experience):
     """Return the share of prompts that take no part in the update."""
     return 1 - jnp.sum(experience.group_mask) / jnp.maximum(1, jnp.sum(experience.tasks.prompts.prompt_mask))
+
+
+def make_waiting(settings: RolloutConfig) -> Waiting:
+    """Return what lets rollouts wait; nothing waits yet.
+
+    Raises:
+        ConfigError: there are several processes.
+    """
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"rollout.new_tokens_per_step={settings.new_tokens_per_step} on {jax.process_count()} processes; rollouts "
+            "wait on the host of one. Set --rollout.new-tokens-per-step 0, or run one process."
+        )
+    return Waiting(
+        new_tokens=settings.new_tokens_per_step,
+        limit=settings.max_completion_tokens,
+        stop_ids=settings.stop_ids,
+        repeat_window=settings.repeat_window,
+        repeat_penalty=settings.repeat_penalty,
+    )
 
 
 def make_trainer(run: Run, params, tasks: Tasks) -> tuple[Trainer, TrainState]:
@@ -166,6 +203,8 @@ def run_rl(run: Run, params, tasks: Tasks, evaluations: Evaluations, *, stop_at_
     training = ReinforcementLearning(trainer=trainer, tasks=iterator, directory=run.directory)
     if config.reward.deviation_filter:
         training.deviation_filter = DeviationFilter(config.reward.deviation_filter)
+    if config.rollout.new_tokens_per_step:
+        training.waiting = make_waiting(config.rollout)
 
     def at_boundary(step, state, flops):
         figures = evaluations.at_step(step, join(trainer.frozen, state.params), flops)
