@@ -23,6 +23,7 @@ import pytest
 from rpt_jax.config import DecoderConfig, MeshConfig
 from rpt_jax.models.decoder import init_params
 from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.parallel.programs import drop_programs_if_many
 from rpt_jax.rl import packing
 from rpt_jax.rollout import engine
 from rpt_jax.tokenizer import load_tokenizer, word_level
@@ -34,13 +35,10 @@ jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# A compiled program takes some 120 memory maps, and Linux allows a process 65,530: too few for all tests.
-_MOST_MAPS = 30_000
-
 
 # The files that take longest, which start first so that both processes end at the same time.
 _FIRST = [
-    "paths", "system", "pipeline", "rl", "rollout", "distributed", "interruption", "continued_rows", "decode_kernel",
+    "paths", "system", "objectives", "pipeline", "rl", "rollout", "distributed", "interruption", "continued_rows", "decode_kernel",
     "programs", "attention", "evals", "fitting", "composition", "scaling", "questions",
 ]  # fmt: skip
 
@@ -55,9 +53,7 @@ def pytest_collection_modifyitems(items):
 def few_memory_maps():
     """Drop compiled programs after a test file if there are many; the cache on disk keeps them."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_text().count("\n") > _MOST_MAPS:
-        jax.clear_caches()
+    drop_programs_if_many()
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,17 @@ class Program:
         return self._jit(jax.default_backend()).lower(*args, **kwargs)
 
 
+# A compiled program takes some 120 memory maps, and Linux allows a process 65,530: a dozen runs in one would crash.
+_MOST_MAPS = 30_000
+
+
+def drop_programs_if_many() -> None:
+    """Drop the compiled programs of this process if they take too many memory maps; the cache on disk keeps them."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+
+
 def program_shapes(config: Config) -> str:
     """Return run.shapes, many or few, resolved for the platform at hand."""
     return config.run.shapes or ("few" if jax.default_backend() == "gpu" else "many")

@@ -21,7 +21,7 @@ from rpt_jax.models.families import config_json
 from rpt_jax.models.lora import Frozen
 from rpt_jax.parallel.distributed import is_main, main_first
 from rpt_jax.parallel.mesh import make_mesh
-from rpt_jax.parallel.programs import use_cache
+from rpt_jax.parallel.programs import drop_programs_if_many, use_cache
 from rpt_jax.planning.fitting import sizes_of, with_sizes
 from rpt_jax.rewards.base import Reward
 from rpt_jax.rewards.catalog import check_rewards, make_reward, requests_of
@@ -126,6 +126,7 @@ def prepare(config: Config, *, read_only: bool = False, judges: bool = False) ->
     """
     config.validate()
     check_rewards(config)
+    drop_programs_if_many()
     use_cache(config.run.compilation_cache)
     mesh, path = make_mesh(config.mesh), Path(config.run.directory)
     own = _config_of(path, say=not read_only)
