@@ -146,20 +146,45 @@ def test_straight_against_every_stop(corpus, tmp_path, figures, monkeypatch):  #
 
 def test_kills_at_random_times(home, straight, figures):
     """Send kill -9 to running processes at 50 random times; every run has the result of the undisturbed one."""
-    expected, seconds = straight
-    rng, kills, during_save, runs, starts = random.Random(0), 0, 0, 0, 0
-    while kills < 50:
-        run = home / f"killed{runs}"
+    figures |= kill_at_random(home, *straight, kills=50)
+
+
+# Rollouts of up to 30 tokens, 8 in a step; the loss reads the log-probabilities of the steps that drew them.
+WAITING = (
+    "--rollout.new-tokens-per-step", "8", "--reward.terms", "likelihood", "--loss.correction.mode", "token_truncate",
+)  # fmt: skip
+
+
+def test_kills_at_random_times_with_rows_in_waiting(home, figures):
+    """Send kill -9 at 20 random times while rollouts wait; every run has the result of the undisturbed one."""
+    for name in ("first_waiting", "waiting"):
+        begin = time.monotonic()
+        extra = ("--checkpoint.every-steps", "1", *WAITING)
+        process = start(flags(home / "corpus", home / name, *extra), home / f"{name}.log")
+        assert finish([process], 400) == [0]
+    expected, seconds = result_of(home / "waiting"), time.monotonic() - begin
+    assert result_of(home / "first_waiting") == expected
+    waited = [r["trunks_waiting"] for r in read_records(home / "waiting") if r["stage"] == "rpt"]
+    assert min(waited) > 0
+    figures |= kill_at_random(home, expected, seconds, WAITING, kills=20) | {"trunks waiting": waited}
+
+
+def kill_at_random(home: Path, expected: tuple, seconds: float, extra: tuple = (), *, kills: int) -> dict:
+    """Kill runs of `seconds` until so many kills are done, and let each end; return the counts."""
+    rng, done, during_save, runs, starts = random.Random(0), 0, 0, 0, 0
+    name = f"killed{len(extra)}_"
+    while done < kills:
+        run = home / f"{name}{runs}"
         runs += 1
         while True:
-            arguments = flags(home / "corpus", run, "--checkpoint.every-steps", "1")
+            arguments = flags(home / "corpus", run, "--checkpoint.every-steps", "1", *extra)
             process, starts = start(arguments, home / "killed.log"), starts + 1
             try:
-                status = process.wait(rng.uniform(0.3, 1.0) * seconds if kills < 50 else 400)
+                status = process.wait(rng.uniform(0.3, 1.0) * seconds if done < kills else 400)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                kills += 1
+                done += 1
                 saves = run / "checkpoints"
                 during_save += any(saves.rglob("*orbax-checkpoint-tmp*")) or any(
                     not (p / "manifest.json").exists() for p in saves.glob("*/*") if p.name.isdigit()
@@ -168,7 +193,7 @@ def test_kills_at_random_times(home, straight, figures):
                 assert status == 0, (home / "killed.log").read_text()[-3000:]
                 break
         assert result_of(run) == expected
-    figures |= {"kills": kills, "kills during a save": during_save, "runs": runs, "starts": starts, "differing": 0}
+    return {"kills": done, "kills during a save": during_save, "runs": runs, "starts": starts, "differing": 0}
 
 
 def test_kills_during_a_save(home, straight, figures):
