@@ -38,8 +38,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # The files that take longest, which start first so that both processes end at the same time.
 _FIRST = [
-    "paths", "system", "objectives", "pipeline", "rl", "rollout", "distributed", "interruption", "continued_rows", "decode_kernel",
-    "programs", "attention", "evals", "fitting", "composition", "scaling", "questions",
+    "paths", "system", "objectives", "pipeline", "rl", "rollout", "distributed", "interruption", "continued_rows",
+    "decode_kernel", "programs", "attention", "evals", "fitting", "composition", "scaling", "questions",
 ]  # fmt: skip
 
 
