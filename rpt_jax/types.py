@@ -94,7 +94,7 @@ class Earned:
     token_mask: Any = None  # bool [U, R, C], completion tokens that the reward depends on, which have a loss term
     reference_weights: Any = None  # f32 [U, M, G], weight of the reference's log-likelihood behind the thought
     choices: Any = None  # i32 [U, M, G], which choice the learned request's target is; None: its targets are no choices
-    distilled: Any = None  # f32 [U, M, G], of that of the next prompt's thought and the reference, behind this prompt
+    distilled: Any = None  # f32 [U, M, G], of the log-likelihood of the next prompt's thought and the reference
 
 
 @record
@@ -146,7 +146,7 @@ class Rows:
     sampler_logprobs: Any  # f32 [U, R, T], 0 for tokens that were not sampled
     old_logprobs: Any  # f32 [U, R, T], of the policy before the first of several updates; None: the ratio is 1
     ref_logprobs: Any  # f32 [U, R, T], of the reference policy; None: nothing reads them
-    slopes: Any = None  # f32 [U, R, T], of a batch objective by each log-probability, with its weights; None: a token's
+    slopes: Any = None  # f32 [U, R, T], of a batch objective by each log-probability; None: the objective is a token's
     old_values: Any = None  # f32 [U, R, T], of the critic before the updates; None: there is no critic
     returns: Any = None  # f32 [U, R, T], what the critic learns
 

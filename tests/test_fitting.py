@@ -109,7 +109,7 @@ def test_a_run_keeps_its_sizes_until_they_may_not_fit(config, mesh, tmp_path, mo
         is_read_only=False,
         keep=lambda name, value: (tmp_path / f"{name}.json").write_text(json.dumps(value)),
     )
-    run = SimpleNamespace(config=config, mesh=mesh, template=template, directory=directory)
+    run = SimpleNamespace(config=config, mesh=mesh, template=template, directory=directory, learned_width=0)
     monkeypatch.setattr(
         sizes, "replace", lambda r, **c: SimpleNamespace(**vars(r) | c) if r is run else dataclasses.replace(r, **c)
     )

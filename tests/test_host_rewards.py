@@ -243,7 +243,7 @@ def test_answers_that_the_judge_takes_for_equal_vote_together(letters):
     }
     assert np.asarray(earned["ttrl"].rewards)[:2, 0].tolist() == [[1, 0, 1, 0, 0], [0, 0, 1, 0, 1]]
     assert np.asarray(earned["ttrl_math"].rewards)[:2, 0].tolist() == [[0, 1, 0, 1, 1], [0, 0, 1, 0, 1]]
-    assert not np.asarray(earned["ttrl_math"].faults).any()
+    assert not np.asarray(earned["ttrl_math"].metrics["reward/ttrl_math/comparison_fault"]).any()
 
 
 def test_faults_follow_the_policy(letters):

@@ -38,7 +38,9 @@ def test_advantages_on_paper():
     # RLOO: 1 - 0/3 = 1, and 0 - 1/3.
     np.testing.assert_allclose(adv.rloo(REWARDS)[0, 1], [1, -1 / 3, -1 / 3, -1 / 3], rtol=1e-6)
     # Whole batch: mean 3/8, deviation sqrt(15)/8 = 0.4841.
-    np.testing.assert_allclose(adv.batch_std(REWARDS, MASK)[0, 1, 0], 0.75 / 0.48412, rtol=1e-4)
+    np.testing.assert_allclose(
+        adv.batch_std(REWARDS, jnp.ones(REWARDS.shape, bool))[0, 1, 0], 0.75 / 0.48412, rtol=1e-4
+    )
     # OPO: lengths 1, 2, 3, 4; baseline of group 1 = (1 + 4) / 10, of group 2 = 1 / 10.
     lengths = jnp.asarray([[[1, 2, 3, 4], [1, 2, 3, 4]]])
     np.testing.assert_allclose(

@@ -207,6 +207,7 @@ def test_a_row_holds_both_texts_and_learns_the_number_of_the_better_one(tiny_con
     [
         ({"reward.likelihood.ranking_loss": 1.0}, "--reward.likelihood.judge current"),
         ({"reward.likelihood.num_rivals": 8}, "num-rivals"),
+        ({"reward.terms": ("rubric",), "reward.likelihood.ranking_loss": 1.0}, "add candidate_choice"),
         ({"reward.terms": ("candidate_choice", "verifree"), "reward.likelihood.ranking_loss": 1.0}, "Remove one"),
     ],
 )
@@ -227,7 +228,7 @@ def test_rank_correlation_by_hand():
 
 
 def test_the_study_runs_each_arm_from_one_start(tmp_path):
-    """Two steps of three arms: the policy's own judge learns only with a ranking loss."""
+    """Two steps of two arms: the policy's own judge learns only with a ranking loss."""
     small = {
         "run.num_steps": 2, "run.control": False, "run.tensorboard": False, "supervised.num_steps": 2,
         "supervised.batch_size": 8, "rollout.num_trunks": 4, "rollout.group_size": 4,

@@ -149,9 +149,9 @@ def test_kills_at_random_times(home, straight, figures):
     figures |= kill_at_random(home, *straight, kills=50)
 
 
-# Rollouts of up to 30 tokens, 8 in a step; the loss reads the log-probabilities of the steps that drew them.
+# Rollouts of up to 30 tokens, 6 in a step; the loss reads the log-probabilities of the steps that drew them.
 WAITING = (
-    "--rollout.new-tokens-per-step", "8", "--reward.terms", "likelihood", "--loss.correction.mode", "token_truncate",
+    "--rollout.new-tokens-per-step", "6", "--reward.terms", "likelihood", "--loss.correction.mode", "token_truncate",
 )  # fmt: skip
 
 

@@ -90,6 +90,21 @@ def _check_loss(config: Any) -> None:
         f"loss.objective='dpo' with loss.advantage={loss.advantage!r}": loss.objective == "dpo"
         and per_token
         and "pairs are ranked by one number per rollout. Set --loss.advantage grpo",
+        "loss.objective='dpo' with loss.correction": loss.objective == "dpo"
+        and (correction.mode != "none" or correction.max_old_drift > 0)
+        and "which weights advantages, and a pair has none. Remove --loss.correction",
+        f"loss.ddof='sample' with loss.advantage={loss.advantage!r}": loss.ddof == "sample"
+        and (is_composed or loss.advantage not in ("grpo", "batch_std", "anchor", "max_gap"))
+        and "whose formula fixes its deviation. Remove --loss.ddof",
+        f"loss.advantage={loss.advantage!r} with rollout.dynamic_sampling_from_step": loss.advantage
+        in ("anchor", "gae", "reinforce_pp")
+        and config.rollout.dynamic_sampling_from_step >= 0
+        and "it learns from groups whose rewards are equal, which dynamic sampling leaves out. Set "
+        "--rollout.dynamic-sampling-from-step -1",
+        f"loss.surrogate.sapo_temperatures={surrogate.sapo_temperatures}": min(surrogate.sapo_temperatures) <= 0
+        and "they must be above 0. Correct --loss.surrogate.sapo-temperatures",
+        f"loss.surrogate.cov_bounds={surrogate.cov_bounds}": surrogate.cov_bounds[0] >= surrogate.cov_bounds[1]
+        and "the lower one must come first. Correct --loss.surrogate.cov-bounds",
     }
     for received, required in problems.items():
         if required:
@@ -117,6 +132,9 @@ def _check_waiting(config: Any) -> None:
         and "repeats are looked for between steps. Set it, or --rollout.repeat-window 0",
         f"rollout.repeat_window={rollout.repeat_window}": 0 < rollout.repeat_window < 4
         and "it must hold a piece four times. Set --rollout.repeat-window to at least 4, or 0",
+        "rollout.repeat_penalty with reward.compose='normalize_then_sum'": rollout.repeat_penalty > 0
+        and config.reward.compose == "normalize_then_sum"
+        and "its result is the advantage, which no penalty changes. Use --reward.compose sum",
         "rollout.repeat_penalty without rollout.repeat_window": rollout.repeat_penalty > 0
         and not rollout.repeat_window
         and "nothing is penalised. Set --rollout.repeat-window, or --rollout.repeat-penalty 0",

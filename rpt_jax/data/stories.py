@@ -5,9 +5,9 @@ and meets each criterion about half of the time. `criteria_met` judges a text by
 rewards teach, never as a reward.
 
 The files are questions.jsonl and heldout.jsonl (prompts of other places; the accepted answer is the rubric),
-warm_start.jsonl (stories; stories with the rubric's sentences that they meet; stories with their score; pairs of
-stories with the better one's number; of these, only what follows the stories is learned), and the closed vocabulary as
-a tokenizer directory.
+warm_start.jsonl (stories, learned whole; stories with the rubric's sentences that they meet, with their score, and
+pairs with the better one's number, of which only what follows the stories is learned), and the closed vocabulary as a
+tokenizer directory.
 """
 
 import json

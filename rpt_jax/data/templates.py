@@ -163,7 +163,9 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
         before, after = tokenizer.chat_parts()
         header = before + header
     separator = "" if config.template == "minimal" else "\n"
-    hint = tail + show[0], open_thought(show[1] + after, separator)
+    # A template that opens the thought itself opens it behind the hint.
+    bare = tail.rstrip().removesuffix(THINK_OPEN) if tail.rstrip().endswith(THINK_OPEN) else tail
+    hint = bare + show[0], open_thought(show[1] + after, separator)
     tail = open_thought(tail + after, separator)
     check_marks(tokenizer)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]

@@ -18,7 +18,9 @@ _FULL = 0.95
 Note = Callable[[str], None]
 
 
-def fit_sizes(config: Config, mesh: Mesh | None, num_tail: int, memory: float, note: Note) -> Config:
+def fit_sizes(
+    config: Config, mesh: Mesh | None, num_tail: int, memory: float, note: Note, learned_width: int = 0
+) -> Config:
     """Return the config with `mesh.microbatch_trunks` and `rollout.slots_per_trunk` chosen, if they are -1.
 
     The largest value that an estimate allows is compiled, unless it needs little. While the compiled programs need more
@@ -30,12 +32,14 @@ def fit_sizes(config: Config, mesh: Mesh | None, num_tail: int, memory: float, n
         num_tail: tokens of the prompt after the text.
         memory: bytes of each device.
         note: called with each choice and its reason, and with each program before it is compiled.
+        learned_width: length of update rows that end with a reference to learn; 0: rows are completions.
     Raises:
         ConfigError: the smallest value needs more memory.
     """
     if config.mesh.microbatch_trunks == -1:
         options = {n: replace(config, mesh=replace(config.mesh, microbatch_trunks=n)) for n in _microbatches(config)}
-        size = _first_that_fits("mesh.microbatch_trunks", options, compile_update, mesh, num_tail, memory, note)
+        compiled = partial(compile_update, learned_width=learned_width) if learned_width else compile_update
+        size = _first_that_fits("mesh.microbatch_trunks", options, compiled, mesh, num_tail, memory, note)
         config = options[size]
     if config.rollout.slots_per_trunk == -1:
         # An evaluation may keep more stems than a step.
@@ -90,7 +94,7 @@ def _first_that_fits(
 ) -> int:
     """Return the first option that fits, and note it."""
     gib = 2**30
-    estimate = estimate_update if compiled is compile_update else estimate_rollout
+    estimate = estimate_rollout if compiled is compile_rollout else estimate_update
     likely = [n for n, c in options.items() if estimate(c, num_tail) <= MARGIN * memory] or list(options)[-1:]
     for n in likely:
         needed = estimate(options[n], num_tail)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Config
 from rpt_jax.models import decoder, decoding, lora
-from rpt_jax.models.lora import Frozen
+from rpt_jax.models.lora import VALUE, Frozen
 from rpt_jax.parallel.mesh import on_mesh_of, replicated, spec_without, trunk_sharding
 from rpt_jax.parallel.programs import Program as JittedProgram
 from rpt_jax.planning.kernels import Kernels, read_kernels
@@ -51,6 +51,9 @@ def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, Frozen | Non
     if config.lora.rank:
         trained = lora.abstract_adapters(config.model, config.lora, mesh)
         frozen = Frozen(params=params, scale=_shapes(jax.ShapeDtypeStruct((), np.float32), replicated(mesh)))
+    if config.loss.has_critic:
+        readout = jax.ShapeDtypeStruct((config.model.width + 1,), np.float32)
+        trained = trained | {VALUE: _shapes(readout, replicated(mesh))}
     optimizer = make_optimizer(config.optimizer, config.num_updates)
     moments = jax.eval_shape(optimizer.init, trained)
     moments = _shapes(moments, state_shardings(moments, trained, mesh))
@@ -225,12 +228,12 @@ def compile_rollout(config: Config, compiler: Compiler, num_tail: int) -> Iterat
     yield program
 
 
-def compile_update(config: Config, compiler: Compiler, num_tail: int) -> Iterator[Program]:
-    """Yield the programs of an update; arguments as for `compile_programs`."""
+def compile_update(config: Config, compiler: Compiler, num_tail: int, learned_width: int = 0) -> Iterator[Program]:
+    """Yield the programs of an update; arguments as for `compile_programs` and `shapes.microbatch_shape`."""
     tasks = tasks_shape(config, num_tail)
     state, frozen = abstract_state(config, compiler.mesh)
     gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), state.params)
-    rows = _shapes(microbatch_shape(config, tasks), trunk_sharding(compiler.mesh))
+    rows = _shapes(microbatch_shape(config, tasks, learned_width=learned_width), trunk_sharding(compiler.mesh))
     microbatches = config.rollout.num_trunks / rows.policy_weights.shape[0]
     program, results = compiler(
         "gradients", microbatches, compiler.kept - bytes_per_chip((state.params, frozen)),

@@ -13,6 +13,7 @@ from rpt_jax.rewards import controls, likelihood, shaping, vote
 from rpt_jax.rewards.base import Reward, compose, make_reader, parse_terms
 from rpt_jax.rewards.host import make_equivalence_fn, make_host_reward_fn
 from rpt_jax.rewards.prefix import DIRECT_PREDICTION, conditional_dense, dense, first_token, prefix
+from rpt_jax.rl.advantages import TOKEN_ADVANTAGES
 from rpt_jax.scoring.requests import Request, Scorer
 from rpt_jax.types import Earned, Evidence
 
@@ -182,6 +183,15 @@ def requests_of(config: RewardConfig, kind: str) -> list[Request]:
     return [r for term in parse_terms(config.terms) for r in _requests(_row(term.name), config, kind)]
 
 
+def learned_request(config: RewardConfig, kind: str) -> Request | None:
+    """Return the pass whose target the update learns; None: there is none."""
+    for term in parse_terms(config.terms):
+        row = _row(term.name)
+        if row.learns and _learns(term.name, config):
+            return _requests(row, config, kind)[0]
+    return None
+
+
 def requested_policies(config: RewardConfig) -> set[str]:
     """Return the policies that the reward's scoring passes need: a subset of current, start, average."""
     return {request.policy for request in requests_of(config, "documents")}
@@ -252,6 +262,11 @@ _ON_THOUGHT = ("likelihood", "information_gain", "verifree", "rlpr", "ravr", "co
 def _check_learned(config: Config, names: list[str]) -> None:
     """Check rewards whose update also learns the reference."""
     settings = config.reward.likelihood
+    if settings.ranking_loss and "candidate_choice" not in names:
+        raise ConfigError(
+            f"reward.likelihood.ranking_loss={settings.ranking_loss} without the reward candidate_choice, which it "
+            "belongs to. Remove it, or add candidate_choice to --reward.terms."
+        )
     if settings.reference_term != "none" and "likelihood" not in names:
         raise ConfigError(
             f"reward.likelihood.reference_term={settings.reference_term!r} without the reward likelihood, which it "
@@ -281,6 +296,13 @@ def _check_learned(config: Config, names: list[str]) -> None:
             f"reward.terms has {others[0]!r} next to a reward whose update also learns the reference; its rows hold "
             f"thought and reference, so what {others[0]} rewards after the thought would not be learned. Use one "
             f"of {', '.join(_ON_THOUGHT)}, or --reward.likelihood.reference-term none."
+        )
+    own = config.loss.kl_in == "reward" or config.rollout.repeat_penalty or config.loss.advantage in TOKEN_ADVANTAGES
+    if settings.reference_term == "jepo" and own:
+        raise ConfigError(
+            "reward.likelihood.reference_term='jepo', which has advantages of its own, with loss.kl_in='reward', "
+            f"rollout.repeat_penalty or loss.advantage={config.loss.advantage!r}, which would be dropped. Use "
+            "--loss.kl-in loss, no penalty and --loss.advantage grpo."
         )
     if settings.reference_term == "jepo" and len(names) > 1:
         raise ConfigError(

@@ -42,10 +42,11 @@ def ttrl_judged(evidence: Evidence, same_UMGG, faults_UMG, options: RewardConfig
 
     Args:
         evidence: of the batch.
-        same_UMGG, faults_UMG: from `host.make_equivalence_fn`.
+        same_UMGG, faults_UMG: from `host.make_equivalence_fn`. A failed comparison is logged; it counts as unequal.
         options: of the reward.
     """
-    return replace(_elected(same_UMGG, _votes(evidence)[2], options), faults=faults_UMG)
+    earned = _elected(same_UMGG, _votes(evidence)[2], options)
+    return replace(earned, metrics=earned.metrics | {"comparison_fault": faults_UMG.astype(jnp.float32)})
 
 
 def _votes(evidence: Evidence):

@@ -34,10 +34,9 @@ def rloo(rewards_UMG):
     return G / (G - 1) * centered(rewards_UMG)
 
 
-def batch_std(rewards_UMG, position_mask_UM, *, ddof: int = 0, eps: float = EPS):
+def batch_std(rewards_UMG, mask_UMG, *, ddof: int = 0, eps: float = EPS):
     """Return (r - mean of the group) / (deviation over the whole batch + eps) (Lite PPO, arXiv:2508.08221)."""
-    mask = jnp.broadcast_to(position_mask_UM[..., None], rewards_UMG.shape)
-    deviation = jnp.sqrt(_variance(rewards_UMG, mask.astype(jnp.float32), ddof))
+    deviation = jnp.sqrt(_variance(rewards_UMG, mask_UMG.astype(jnp.float32), ddof))
     return centered(rewards_UMG) / (deviation + eps)
 
 
@@ -70,19 +69,17 @@ def max_gap(rewards_UMG, *, ddof: int = 0, eps: float = EPS):
     return jnp.where(jnp.arange(rewards_UMG.shape[-1]) == places[..., :1], gap, 0.0)
 
 
-def gpg(rewards_UMG, position_mask_UM):
+def gpg(rewards_UMG, mask_UMG):
     """Return (r - mean of the group) * rollouts / rewards that are not 0, both counted (GPG, arXiv:2504.02546)."""
-    mask = jnp.broadcast_to(position_mask_UM[..., None], rewards_UMG.shape)
-    return centered(rewards_UMG) * mask.sum() / jnp.maximum(1, (mask & (rewards_UMG != 0)).sum())
+    return centered(rewards_UMG) * mask_UMG.sum() / jnp.maximum(1, (mask_UMG & (rewards_UMG != 0)).sum())
 
 
-def reinforce_pp_baseline(rewards_UMG, lengths_UMG, position_mask_UM):
+def reinforce_pp_baseline(rewards_UMG, lengths_UMG, mask_UMG):
     """Return r - mean of the group, standardised over all tokens of the batch.
 
     Source: REINFORCE++ with baseline, arXiv:2501.03262; the variance divides by n - 1 and has 1e-8 added, as in verl.
     """
-    advantages, weights = centered(rewards_UMG), lengths_UMG * position_mask_UM[..., None]
-    return standardized(advantages, weights.astype(jnp.float32))
+    return standardized(centered(rewards_UMG), (lengths_UMG * mask_UMG).astype(jnp.float32))
 
 
 def standardized(values, weights):
@@ -97,7 +94,7 @@ def _variance(values, weights, ddof: int):
     return jnp.sum(weights * (values - mean) ** 2) / jnp.maximum(1, number - ddof)
 
 
-def compute_advantages(name: str, rewards_UMG, lengths_UMG, position_mask_UM, *, ddof: int = 0):
+def compute_advantages(name: str, rewards_UMG, lengths_UMG, position_mask_UM, row_mask_UMG=None, *, ddof: int = 0):
     """Compute the advantage `name` (config `loss.advantage`); exactly 0 for padded positions and degenerate groups.
 
     Args:
@@ -105,6 +102,8 @@ def compute_advantages(name: str, rewards_UMG, lengths_UMG, position_mask_UM, *,
         rewards_UMG: f32, G >= 2.
         lengths_UMG: i32, completion tokens.
         position_mask_UM: bool, real positions.
+        row_mask_UMG: bool, rollouts with a loss term, which moments over the batch are of; None: all. The others count
+            in their group.
         ddof: of deviations of a group or of the batch.
     Returns:
         f32 [U, M, G].
@@ -113,21 +112,23 @@ def compute_advantages(name: str, rewards_UMG, lengths_UMG, position_mask_UM, *,
     """
     if rewards_UMG.ndim != 3 or rewards_UMG.shape[-1] < 2:
         raise ValueError(f"rewards have shape {rewards_UMG.shape}; groups need [U, M, G] with G >= 2")
+    mask_UMG = jnp.broadcast_to(position_mask_UM[..., None], rewards_UMG.shape)
+    mask_UMG = mask_UMG if row_mask_UMG is None else mask_UMG & row_mask_UMG
     functions = {
         "grpo": lambda: grpo(rewards_UMG, ddof=ddof),
         "mean": lambda: centered(rewards_UMG),
         "rloo": lambda: rloo(rewards_UMG),
-        "batch_std": lambda: batch_std(rewards_UMG, position_mask_UM, ddof=ddof),
+        "batch_std": lambda: batch_std(rewards_UMG, mask_UMG, ddof=ddof),
         "opo": lambda: opo(rewards_UMG, lengths_UMG),
         "anchor": lambda: anchor(rewards_UMG, ddof=ddof),
         "max_gap": lambda: max_gap(rewards_UMG, ddof=ddof),
-        "gpg": lambda: gpg(rewards_UMG, position_mask_UM),
-        "reinforce_pp_baseline": lambda: reinforce_pp_baseline(rewards_UMG, lengths_UMG, position_mask_UM),
+        "gpg": lambda: gpg(rewards_UMG, mask_UMG),
+        "reinforce_pp_baseline": lambda: reinforce_pp_baseline(rewards_UMG, lengths_UMG, mask_UMG),
     }
     if name not in functions:
         raise ValueError(f"unknown advantage {name!r}")
     # The mean of equal rewards may differ from them by rounding, and grpo would divide that by 1e-6.
-    teaches_UM = position_mask_UM if name in WITHOUT_GROUP else position_mask_UM & ~degenerate_groups(rewards_UMG)
+    teaches_UM = position_mask_UM if name == "anchor" else position_mask_UM & ~degenerate_groups(rewards_UMG)
     return jnp.where(teaches_UM[..., None], functions[name](), 0.0)
 
 

@@ -27,17 +27,19 @@ from rpt_jax.config import DecoderConfig, LossConfig
 from rpt_jax.models.lora import VALUE
 from rpt_jax.models.vocabulary_head import token_loss
 from rpt_jax.parallel.mesh import on_mesh_of
+from rpt_jax.rl.advantages import TOKEN_ADVANTAGES
 from rpt_jax.rl.corrections import clipped_value_loss, keeps_sequence, sampler_weights
 from rpt_jax.rl.surrogates import (
     BATCH_OBJECTIVES,
     INERT_AT_ONE,
+    INERT_PER_TOKEN,
     batch_gain,
     dpo,
     kl_term,
     pair_margins,
     token_gain,
 )
-from rpt_jax.scoring.logprobs import predicting_states
+from rpt_jax.scoring.logprobs import in_rounds, predicting_states
 from rpt_jax.types import Rows, Sequences
 
 
@@ -51,7 +53,10 @@ def effective(loss: LossConfig) -> LossConfig:
     """Return the loss with objectives that one update per batch makes equal to ppo named so; they share its program."""
     if loss.num_minibatches > 1:
         return loss
-    name = "ppo" if loss.objective in INERT_AT_ONE else loss.objective
+    # A sequence's objective spreads its tokens' advantages over it, so these must be one number.
+    per_token = loss.advantage in TOKEN_ADVANTAGES or loss.correction.mode.startswith("token")
+    is_inert = loss.objective in (INERT_PER_TOKEN if per_token else INERT_AT_ONE)
+    name = "ppo" if is_inert else loss.objective
     return replace(loss, objective=name, surrogate=replace(loss.surrogate, dual_clip=0.0))
 
 
@@ -100,7 +105,7 @@ def _completion_terms(config: DecoderConfig, loss: LossConfig, params, rows: Row
     old = _old(logprobs, tokens[1])
     ratio = jnp.exp(logprobs - old)
     is_clipped = (ratio < 1 - loss.clip_eps_low) | (ratio > 1 + loss.clip_eps_high)
-    if rows.slopes is not None:
+    if rows.slopes is not None and loss.objective != "dpo":
         is_clipped = (rows.slopes == 0) & (rows.advantages != 0)
     if loss.has_kl_term:
         metrics["kl"] = jnp.sum(weights * kl_term(loss.kl_estimator, logprobs, real(rows.ref_logprobs), old))
@@ -154,18 +159,21 @@ def _value_loss(loss: LossConfig, params, rows: Rows, hidden_URTD):
 def read_values(params, hidden_D):
     """Return the critic's value f32 [...] of hidden states [..., D] after the final norm."""
     weights, bias = params[VALUE][:-1], params[VALUE][-1]
-    return jnp.einsum("...d,d->...", hidden_D.astype(jnp.float32), weights) + bias
+    return jnp.einsum("...d,d->...", hidden_D, weights, preferred_element_type=jnp.float32) + bias
 
 
-def score_values(config: DecoderConfig, params, sequences: Sequences):
-    """Return the critic's value of the state before each branch token, f32 [U, R, T]."""
+def score_values(config: DecoderConfig, params, sequences: Sequences, *, trunks_at_once: int = 0):
+    """Return the critic's value of the state before each branch token, f32 [U, R, T]; arguments as in `score`."""
     with on_mesh_of(params):
-        return _score_values(config, params, sequences)
+        return _score_values(config, params, sequences, trunks_at_once=trunks_at_once)
 
 
-@partial(jax.jit, static_argnames="config")
-def _score_values(config: DecoderConfig, params, sequences: Sequences):
-    return read_values(params, predicting_states(config, params, sequences)[0])
+@partial(jax.jit, static_argnames=("config", "trunks_at_once"))
+def _score_values(config: DecoderConfig, params, sequences: Sequences, *, trunks_at_once: int):
+    def of_some(some: Sequences):
+        return read_values(params, predicting_states(config, params, some)[0])
+
+    return in_rounds(of_some, sequences, trunks_at_once)
 
 
 def _trunk_terms(config: DecoderConfig, params, rows: Rows, trunk_ULD):
@@ -183,10 +191,14 @@ def _likelihood(logprobs, weights):
 
 @partial(jax.jit, static_argnames="loss")
 def corrected(loss: LossConfig, rows: Rows) -> Rows:
-    """Return the rows with `loss.correction`'s weights in their advantages, which every objective multiplies."""
+    """Return the rows with `loss.correction`'s weights in their advantages, which every objective multiplies.
+
+    With one update per batch nothing else reads the old log-probabilities: the ratio is exactly 1.
+    """
     mask = rows.policy_weights != 0
     weights = sampler_weights(loss.correction, rows.old_logprobs, rows.sampler_logprobs, mask)
-    return replace(rows, advantages=rows.advantages * weights)
+    old = rows.old_logprobs if loss.num_minibatches > 1 else None
+    return replace(rows, advantages=rows.advantages * weights, old_logprobs=old)
 
 
 def has_slopes(loss: LossConfig) -> bool:

@@ -104,10 +104,14 @@ def policy_rows(
     # A rollout sampled from NaN logits makes the update non-finite, so it is skipped.
     is_sound_UMG = jnp.isfinite(jnp.sum(rollouts.sampler_logprobs, axis=-1)).reshape(U, M, G)
     rewards_UMG = jnp.where(is_sound_UMG, earned.rewards, jnp.nan)
+    rows_UMG = jnp.broadcast_to(group_mask_UM[..., None], (U, M, G))
+    rows_UMG = rows_UMG if earned.row_mask is None else rows_UMG & earned.row_mask
+    rows_UR, C = rows_UMG.reshape(U, M * G), rollouts.mask.shape[-1]
+    terms_URC = rollouts.mask if earned.token_mask is None else rollouts.mask & earned.token_mask
     returns_URC = None
     if loss.advantage in TOKEN_ADVANTAGES:
         advantages_URC, returns_URC = _token_advantages(
-            loss, rewards_UMG, penalties_URC, values_URC, rollouts.mask, group_mask_UM
+            loss, rewards_UMG, penalties_URC, values_URC, terms_URC & rows_UR[..., None]
         )
     else:
         if penalties_URC is not None:
@@ -115,14 +119,12 @@ def policy_rows(
             rewards_UMG = rewards_UMG - costs.reshape(U, M, G)
         if earned.advantages is None:
             ddof = 1 if loss.ddof == "sample" else 0
-            advantages_UMG = compute_advantages(loss.advantage, rewards_UMG, lengths_UMG, group_mask_UM, ddof=ddof)
+            advantages_UMG = compute_advantages(
+                loss.advantage, rewards_UMG, lengths_UMG, group_mask_UM, earned.row_mask, ddof=ddof
+            )
         else:
             advantages_UMG = jnp.where(group_mask_UM[..., None], earned.advantages + 0 * rewards_UMG, 0.0)
         advantages_URC = advantages_UMG.reshape(U, M * G, 1)
-    rows_UMG = jnp.broadcast_to(group_mask_UM[..., None], (U, M, G))
-    rows_UMG = rows_UMG if earned.row_mask is None else rows_UMG & earned.row_mask
-    rows_UR, C = rows_UMG.reshape(U, M * G), rollouts.mask.shape[-1]
-    terms_URC = rollouts.mask if earned.token_mask is None else rollouts.mask & earned.token_mask
     tokens, mask, sampler_logprobs = rollouts.tokens, rollouts.mask, rollouts.sampler_logprobs
     temperatures, likelihood_weights = jnp.full(mask.shape, temperature, jnp.float32), None
     if appended is not None:
@@ -162,10 +164,9 @@ def policy_rows(
     )
 
 
-def _token_advantages(loss: LossConfig, rewards_UMG, penalties_URC, values_URC, mask_URC, group_mask_UM):
-    """Return (advantages, returns), f32 [U, R, C]; 0 outside real prompts' completions."""
+def _token_advantages(loss: LossConfig, rewards_UMG, penalties_URC, values_URC, mask_URC):
+    """Return (advantages, returns), f32 [U, R, C]; 0 for tokens without a policy term. The last one has the reward."""
     U, M, G = rewards_UMG.shape
-    mask_URC = mask_URC & jnp.repeat(group_mask_UM, G, axis=1)[..., None]
     penalties = jnp.zeros(mask_URC.shape, jnp.float32) if penalties_URC is None else penalties_URC
     rewards = token_rewards(rewards_UMG.reshape(U, M * G), penalties, mask_URC)
     if loss.advantage == "reinforce_pp":

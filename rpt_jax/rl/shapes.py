@@ -50,7 +50,7 @@ def microbatch_shape(config: Config, tasks: TaskBatch, num_lanes: int = 0, learn
         trunk_weights=trunk_weights if config.loss.ntp_coef else None,
         temperature=f32,
         sampler_logprobs=f32,
-        old_logprobs=f32 if config.loss.needs_old else None,
+        old_logprobs=f32 if config.loss.num_minibatches > 1 else None,
         ref_logprobs=f32 if config.loss.has_kl_term or config.loss.objective == "dpo" else None,
         slopes=f32 if has_slopes(config.loss) else None,
         old_values=f32 if config.loss.has_critic else None,

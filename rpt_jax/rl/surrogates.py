@@ -13,8 +13,10 @@ from rpt_jax.config import LossConfig
 
 TOKEN_OBJECTIVES = ("ppo", "reinforce", "cispo", "sapo", "kimi")
 BATCH_OBJECTIVES = ("gspo", "sequence_ppo", "gmpo", "clip_cov", "kl_cov", "dpo")
-# These differ from ppo only where rho is not 1: with one update per batch they have its gradient.
-INERT_AT_ONE = ("reinforce", "cispo", "sapo", "kimi", "gspo", "gmpo", "kl_cov")
+# These differ from ppo only where rho is not 1: with one update per batch they have its gradient. Those of sequences do
+# if all tokens of a sequence have one advantage.
+INERT_PER_TOKEN = ("reinforce", "cispo", "sapo", "kimi", "kl_cov")
+INERT_AT_ONE = (*INERT_PER_TOKEN, "gspo", "gmpo")
 
 # --- Token objectives ---------------------------------------------------------------------------------------------
 

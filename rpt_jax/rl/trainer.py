@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -130,8 +131,9 @@ class Trainer:
             tasks, rollouts, predictions = experience.tasks, experience.rollouts, experience.predictions
             choices = experience.earned.choices
             appended = self.reward.scorer.append(self.reward.learned, tasks, rollouts, predictions, choices)
+        penalties = self._penalties(experience)
         rows = policy_rows(
-            experience, appended, self._penalties(experience), self._values(state, experience), loss=loss,
+            experience, appended, penalties, self._values(state, experience), loss=loss,
             temperature=self.config.rollout.temperature, header_length=self.header_length,
         )  # fmt: skip
         plans, counts = plan_update(
@@ -139,6 +141,8 @@ class Trainer:
             microbatch_trunks=self.config.microbatch_trunks, num_shards=mesh.trunk_shards,
             keeps_all=loss.needs_all_rows, rounding=ROUNDINGS[program_shapes(self.config)],
         )  # fmt: skip
+        if penalties is not None:
+            counts["kl"] = _mean_over(penalties, experience.rollouts.mask) / loss.kl_coef
         every = [m for plan in plans for m in plan]
         if loss.needs_old:
             rows = replace(rows, old_logprobs=self._logprobs(self.policy(state), rows, every))
@@ -176,7 +180,8 @@ class Trainer:
         loss = self.config.loss
         if not (loss.kl_coef and loss.kl_in == "reward"):
             return None
-        tasks, rollouts = experience.tasks, experience.rollouts
+        # Without references, prompts that show theirs keep it: this is the divergence of what was sampled.
+        tasks, rollouts = replace(experience.tasks, references=None), experience.rollouts
         scored = self.reward.scorer.score(_COMPLETION, self.start, tasks, rollouts, None)
         return loss.kl_coef * kl_term(loss.kl_estimator, rollouts.sampler_logprobs, scored.values)
 
@@ -186,4 +191,10 @@ class Trainer:
             return None
         rollouts, prompts = experience.rollouts, experience.tasks.prompts
         sequences = completions(prompts, rollouts.tokens, rollouts.mask)
-        return score_values(self.config.model, self.policy(state), sequences)
+        at_once = self.reward.scorer.at_once(prompts)
+        return score_values(self.config.model, self.policy(state), sequences, trunks_at_once=at_once)
+
+
+@jax.jit
+def _mean_over(x_URC, mask_URC):
+    return jnp.mean(x_URC, where=mask_URC)

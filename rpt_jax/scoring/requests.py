@@ -42,7 +42,7 @@ class Request:
     between: str = ""
     rival: int = 0
     stub: str = ""
-    """Text before the target; an open thought is closed before it."""
+    """Text before the target; an open thought is closed before it, except after a pair."""
     target: Literal["reference", "prediction", "choices", "completion"] = "reference"
     """reference: the task's tokens; prediction: the longest vocabulary entry that begins the prediction; choices: each
     of `choices`, all in one place; completion: the rollout's own tokens, behind nothing but its prompt."""
@@ -148,7 +148,7 @@ class Scorer:
         targets = jnp.full((U, R, 1), ids_K[0], jnp.int32), jnp.ones((U, R), jnp.int32)
         kept, at_once = (
             self._kept_of(request, tasks, rollouts, predictions),
-            self._at_once(tasks.prompts),
+            self.at_once(tasks.prompts),
         )
         prompts, sequences, first_UR = self._sequences(request, tasks.prompts, kept, *targets)
         logprobs = choice_logprobs(self.config, params, sequences, first_UR, ids_K, trunks_at_once=at_once)
@@ -167,7 +167,7 @@ class Scorer:
         if any(len(ids) != 1 for ids in rows):
             raise ConfigError(
                 f"the tokenizer spells {request.choices} as {[len(ids) for ids in rows]} tokens; a judge's scores must "
-                "be one token each. Use another tokenizer, or another reward than self_evaluation."
+                "be one token each. Use another tokenizer, or another reward than self_evaluation and candidate_choice."
             )
         return tuple(ids[0] for ids in rows)
 
@@ -176,7 +176,7 @@ class Scorer:
         return self._score(request, params, tasks.prompts, kept, _references(tasks, request.num_targets))
 
     def _score(self, request: Request, params, prompts: Prompts, kept: Kept | None, targets) -> Scores:
-        at_once = self._at_once(prompts)
+        at_once = self.at_once(prompts)
         prompts, sequences, first_UR = self._sequences(request, prompts, kept, *targets)
         temperature = self.temperature if request.is_tempered else 1.0
         logprobs = score(self.config, params, sequences, temperature=temperature, trunks_at_once=at_once)
@@ -195,7 +195,7 @@ class Scorer:
         _, sequences, first_UR = self._sequences(request, tasks.prompts, kept, tokens, lengths)
         return answer_statistics(
             self.config, params, sequences, first_UR, tokens[..., 0], num_prompts=tasks.prompts.cuts.shape[1],
-            trunks_at_once=self._at_once(tasks.prompts),
+            trunks_at_once=self.at_once(tasks.prompts),
         )  # fmt: skip
 
     def append(self, request: Request, tasks: TaskBatch, rollouts: Rollouts, predictions, choices_UMG=None) -> Appended:
@@ -237,7 +237,8 @@ class Scorer:
         tokens, mask, first_UR = _append(kept.tokens, kept.length, *stubs, kept.stub, targets_URA, lengths_UR)
         return prompts, _completions(prompts, tokens, mask), first_UR
 
-    def _at_once(self, prompts: Prompts) -> int:
+    def at_once(self, prompts: Prompts) -> int:
+        """Return the number of trunks of a pass's rounds; 0: all."""
         return self.trunks_at_once(len(prompts.cuts)) if self.trunks_at_once else 0
 
     def _targets(self, request: Request, tasks: TaskBatch, predictions):

@@ -24,29 +24,26 @@ from rpt_jax.train.progress import progress_bar
 from rpt_jax.types import Prompts, TrainState
 
 
-def compile_ahead(trainer: Trainer, state: TrainState, num_tail: int) -> None:
+def compile_ahead(trainer: Trainer, state: TrainState, num_tail: int, learned_width: int = 0) -> None:
     """Compile sampling and update of the run's shapes, if these are few (`run.shapes`).
 
     Args:
         trainer: of the run.
         state: at any step.
         num_tail: number of prompt tokens after the text.
+        learned_width: length of rows that end with a reference to learn; 0: rows are completions.
     """
     config = trainer.config
     if program_shapes(config) != "few" or jax.process_count() > 1:
         return
     on_trunks = partial(_with_sharding, sharding=trunk_sharding(trainer.mesh))
     tasks = tasks_shape(config, num_tail)
-    reward, width = trainer.reward, 0
-    if reward.learned:
-        num_sampled, num_reference = config.rollout.max_completion_tokens, tasks.references.tokens.shape[-1]
-        width = reward.scorer.row_width(reward.learned, num_sampled, num_reference)
     chains: dict[str, Callable] = {}
     if not config.rollout.new_tokens_per_step:  # rows that wait make prompts of many shapes
         chains["sampling"] = partial(_compile_sampling, trainer, state, on_trunks(tasks.prompts))
     rows, steps = config.rollout.prompts_per_trunk * config.rollout.group_size, ROUNDINGS["few"].lanes
     for lanes in sorted({rounded(n, rows, steps) for n in range(1, rows + 1)}):
-        batch = on_trunks(microbatch_shape(config, tasks, lanes, width))
+        batch = on_trunks(microbatch_shape(config, tasks, lanes, learned_width))
         chains[f"update of {lanes} lanes"] = partial(_compile_update, trainer, state, batch, apply=lanes == rows)
     with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1)) as pool, progress_bar("compiling", 0) as progress:
         running, done = {pool.submit(chain): name for name, chain in chains.items()}, 0

@@ -7,6 +7,7 @@ import numpy as np
 from rpt_jax.config import Config
 from rpt_jax.errors import DataError
 from rpt_jax.rewards.catalog import needs_box
+from rpt_jax.rl.advantages import WITHOUT_GROUP
 from rpt_jax.train.domains import Tasks
 from rpt_jax.train.progress import console
 
@@ -120,6 +121,7 @@ class Diagnosis:
 
     def __init__(self, config: Config):
         self._stops, self._needs_box = config.run.on_diagnosis == "stop", needs_box(config.reward)
+        self._needs_groups = config.loss.advantage not in WITHOUT_GROUP
         self._records: deque[dict] = deque(maxlen=WINDOW)
         self._said: set[str] = set()
 
@@ -151,7 +153,7 @@ class Diagnosis:
             DataError: they taught nothing, and the run stops on a diagnosis.
         """
         self._records.append(record)
-        if len(self._records) == WINDOW and (found := diagnose_steps(list(self._records))):
+        if self._needs_groups and len(self._records) == WINDOW and (found := diagnose_steps(list(self._records))):
             self._say(f"steps {record['step'] - WINDOW + 1} to {record['step']} taught little", *found)
 
     def _say(self, what: str, cause: str, message: str) -> None:

@@ -24,7 +24,7 @@ from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.parallel.programs import drop_programs_if_many, use_cache
 from rpt_jax.planning.fitting import sizes_of, with_sizes
 from rpt_jax.rewards.base import Reward
-from rpt_jax.rewards.catalog import check_rewards, make_reward, requests_of
+from rpt_jax.rewards.catalog import check_rewards, learned_request, make_reward, requests_of
 from rpt_jax.rewards.host import check_function
 from rpt_jax.scoring.requests import Scorer
 from rpt_jax.tokenizer import Tokenizer
@@ -89,6 +89,15 @@ class Run:
         """Create the scorer of the run's requests."""
         header, temperature = len(self.template.header), self.config.rollout.temperature
         return Scorer(self.config.model, self.tokenizer, header, _at_once(self.config), temperature)
+
+    @cached_property
+    def learned_width(self) -> int:
+        """Return the length of update rows that end with a reference to learn; 0: rows are completions."""
+        request, limit = (
+            learned_request(self.config.reward, self.domain.name),
+            self.config.rollout.max_completion_tokens,
+        )
+        return self.make_scorer().row_width(request, limit, self.domain.num_reference) if request else 0
 
     def start_params(self) -> Any:
         """Return the policy's parameters before any training.

@@ -47,7 +47,7 @@ def fitted(run: Run) -> Run:
         return replace(run, config=with_sizes(run.config, kept["sizes"]))
     if run.directory.is_read_only:
         return run
-    config = fit_sizes(run.config, run.mesh, run.template.width, memory, console.print)
+    config = fit_sizes(run.config, run.mesh, run.template.width, memory, console.print, run.learned_width)
     run.directory.keep("sizes", {"key": key, "memory_gib": memory / _GIB, "sizes": sizes_of(config)})
     return replace(run, config=config)
 

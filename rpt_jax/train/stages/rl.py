@@ -199,7 +199,7 @@ def run_rl(run: Run, params, tasks: Tasks, evaluations: Evaluations, *, stop_at_
     diagnosis = Diagnosis(config)
     diagnosis.of_tasks(diagnose_tasks(tasks, config, len(run.warm_examples)))
     trainer, state = make_trainer(run, params, tasks)
-    compile_ahead(trainer, state, run.template.width)
+    compile_ahead(trainer, state, run.template.width, run.learned_width)
     training = ReinforcementLearning(trainer=trainer, tasks=iterator, directory=run.directory)
     if config.reward.deviation_filter:
         training.deviation_filter = DeviationFilter(config.reward.deviation_filter)
