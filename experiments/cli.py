@@ -210,7 +210,7 @@ def describe(config: Config) -> str:
     updates = config.loss.num_minibatches
     lines = [
         config.to_json(),
-        f"batch: {r.num_trunks} trunks x {r.prompts_per_trunk} positions x {r.group_size} rollouts = "
+        f"batch: {r.num_trunks} trunks x {r.prompts_per_trunk} prompts x {r.group_size} rollouts = "
         f"{prompts * r.group_size} rollouts of up to {r.max_completion_tokens} tokens, {updates} update(s) per batch",
         f"mesh: data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor} = {mesh.num_devices} device(s), "
         f"{r.num_trunks // mesh.trunk_shards} trunks per shard (data x fsdp)",

@@ -92,6 +92,10 @@ def test_questions_have_their_own_words():
     text = " ".join(question_headline(made(before, after, None) | own))
     assert "0.310 ± 0.020 of the sampled answers are right" in text
     assert "The mean reward rose strongly (+0.400 ± 0.028): 0.500 → 0.900." in text
+    # Texts that a judge scores have no answer.
+    before["all"]["no_prediction"], after["all"]["no_prediction"] = cell(1.0), cell(1.0)
+    text = " ".join(question_headline(made(before, after, None) | own))
+    assert "boxes no answer" in text and "answers are right" not in text and "The mean reward rose" in text
 
 
 def test_training_is_summed_up():

@@ -112,14 +112,20 @@ def headline(results: dict, hard: str) -> list[str]:
     return sentences
 
 
+_NO = {"value": 0.0}
+
+
 def question_headline(results: dict) -> list[str]:
     """Return the sentences for a run on questions; plain text. Arguments as in `headline`, without control."""
     before, after = (results[k]["all"] for k in ("before", "after"))
     figures = after["sampled"]
     change, earlier = Difference.of(figures, before["sampled"]), before["sampled"]["value"]
+    has_answers = min(of.get("no_prediction", _NO)["value"] for of in (before, after)) < 1
     sentences = [
         f"On {figures['n']} held-out questions, {_share(figures)} of the sampled answers are right. With RL this share "
         f"{changed(change)}: {earlier:.3f} → {figures['value']:.3f}."
+        if has_answers
+        else f"The policy writes texts on {figures['n']} held-out questions and boxes no answer, so none is right or wrong."
     ]
     if results["config"]["reward"]["terms"][0].rpartition("*")[2] not in VERIFIERS:
         old, new = before["reward"], after["reward"]
