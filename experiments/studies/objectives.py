@@ -4,8 +4,9 @@ python -m experiments.studies.objectives --preset tiny_worked --directory runs/o
     --out docs/results/objectives.json [--arms ppo gspo ...] [--section.field VALUE ...]
 
 Arms start from the seed's warm start (that of is_it_the_reward, whose --directory can be used) and take equally many
-steps on the prefix reward. one_update is GRPO as in the other studies; the others take four updates per batch, at the
-learning rate of --optimizer.learning-rate divided by two. They resume, and a finished arm is not run again. The script
+steps on the prefix reward. one_update is GRPO as in the other studies, critic trains one instead of comparing with the
+group, and waiting draws at most 12 tokens a row in a step; the others take four updates per batch, at the learning rate
+of --optimizer.learning-rate divided by two. They resume, and a finished arm is not run again. The script
 writes --out after each arm and prints a Markdown table; the KL divergence from the start is measured on a batch that
 the final policy samples.
 """
@@ -45,13 +46,19 @@ OBJECTIVES = {
     "reinforce_pp": {"loss.advantage": "reinforce_pp"},
     "gae": {"loss.advantage": "gae"},
 }
-ARMS = {"one_update": {}, **{name: {"loss.num_minibatches": 4, **own} for name, own in OBJECTIVES.items()}}
+# One update per batch: GRPO, a critic instead of the group, and rollouts that wait.
+ONE_UPDATE = {
+    "one_update": {},
+    "critic": {"loss.advantage": "gae"},
+    "waiting": {"rollout.new_tokens_per_step": 12, "loss.correction.mode": "token_truncate"},
+}
+ARMS = ONE_UPDATE | {name: {"loss.num_minibatches": 4, **own} for name, own in OBJECTIVES.items()}
 _OWN = Request(name="own", policy=START, keep="nothing", target="completion", is_tempered=True)
 
 
 def run_arm(config: Config, directory: Path, arm: str) -> dict:
     """Run one arm and return its figures, with the means of the updates' metrics."""
-    slower = {} if arm == "one_update" else {"optimizer.learning_rate": config.optimizer.learning_rate / 2}
+    slower = {} if arm in ONE_UPDATE else {"optimizer.learning_rate": config.optimizer.learning_rate / 2}
     settings = {"reward.terms": ("prefix",), "loss.kl_coef": 0.0} | slower | ARMS[arm]
     result = run_rl_arm(config, directory, f"objective_{arm}", settings)
     path = directory / f"objective_{arm}"

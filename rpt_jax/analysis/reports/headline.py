@@ -125,7 +125,7 @@ def question_headline(results: dict) -> list[str]:
         f"On {figures['n']} held-out questions, {_share(figures)} of the sampled answers are right. With RL this share "
         f"{changed(change)}: {earlier:.3f} → {figures['value']:.3f}."
         if has_answers
-        else f"The policy writes texts on {figures['n']} held-out questions and boxes no answer, so none is right or wrong."
+        else f"On {figures['n']} held-out questions the policy boxes no answer, so none is right or wrong."
     ]
     if results["config"]["reward"]["terms"][0].rpartition("*")[2] not in VERIFIERS:
         old, new = before["reward"], after["reward"]
