@@ -1,8 +1,10 @@
 """Partial rollouts: rows that wait end as if they had never stopped, are trained on once, and survive a restart."""
 
 import json
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_rollout import EOS, make_tasks
@@ -12,11 +14,13 @@ from rpt_jax.config import Config, MeshConfig
 from rpt_jax.config.schema import with_values
 from rpt_jax.errors import ConfigError
 from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.rl.trainer import Trainer
 from rpt_jax.rl.waiting import Waiting, repeats
 from rpt_jax.rollout.engine import generate, rollout_key
 from rpt_jax.train.pipeline import run_stages
 from rpt_jax.train.policies import newest_of_run
 from rpt_jax.train.run_directory import read_records
+from rpt_jax.types import Earned
 
 LIMIT, NEW = 14, 4
 OPTIONS = dict(max_completion_tokens=LIMIT, temperature=2.0, top_p=1.0, top_k=0, vocab_size=12, stop_ids=(EOS,))
@@ -57,7 +61,7 @@ def run_steps(waiting, iterator, config, params, steps, first=0):
         given = 0 if batch.prompts.prefix_lengths is None else batch.prompts.prefix_lengths
         drawn = np.asarray(rollouts.mask.sum(-1)).reshape(batch.prompts.row_ids.shape) - given
         assert (drawn <= NEW).all() and (drawn >= 0).all()
-        ready, rollouts, penalties = waiting.settle(batch, rollouts)
+        ready, rollouts, repeating = waiting.settle(batch, rollouts)
         shape = batch.prompts.row_ids.shape
         tokens, mask, logprobs = (
             np.asarray(x).reshape(*shape, -1) for x in (rollouts.tokens, rollouts.mask, rollouts.sampler_logprobs)
@@ -69,7 +73,7 @@ def run_steps(waiting, iterator, config, params, steps, first=0):
                 int(batch.prompts.born_step[u])
             )  # fmt: skip
         assert ((np.asarray(ready.references.task_ids) >= 0) == np.asarray(ready.prompts.prompt_mask)).all()
-        assert not np.asarray(penalties).any()
+        assert not np.asarray(repeating).any()
     return found
 
 
@@ -118,9 +122,9 @@ def test_repeats_by_hand():
     assert not repeats(np.array([1, 2, 1, 2, 1, 2, 1, 3]), 8)
 
 
-def test_a_row_that_repeats_itself_ends_and_pays(tiny_config, tiny_params, tasks):
-    """Of a vocabulary of one token every row repeats: all end in the second step, cut and penalised."""
-    waiting = Waiting(new_tokens=NEW, limit=LIMIT, stop_ids=(EOS,), repeat_window=6, repeat_penalty=0.5)
+def test_a_row_that_repeats_itself_ends(tiny_config, tiny_params, tasks):
+    """Of a vocabulary of one token every row repeats: all end in the second step, cut."""
+    waiting = Waiting(new_tokens=NEW, limit=LIMIT, stop_ids=(EOS,), repeat_window=6)
     iterator = Iterator(tasks, 3)
     for step in range(2):
         batch = waiting.next_batch(iterator, step)
@@ -129,14 +133,29 @@ def test_a_row_that_repeats_itself_ends_and_pays(tiny_config, tiny_params, tasks
             tiny_config, tiny_params, batch.prompts, rollout_key(0, batch.prompts.born_step), new_tokens=NEW, **options
         )
         waiting.stop_ids = (EOS + 1,)
-        ready, rollouts, penalties = waiting.settle(batch, rollouts)
+        ready, rollouts, repeating = waiting.settle(batch, rollouts)
         mask = np.asarray(ready.prompts.prompt_mask)
         if step == 0:
             assert not mask.any() and len(waiting.trunks) == 3
     np.testing.assert_array_equal(mask, batch.prompts.prompt_mask)
-    assert (np.asarray(penalties)[mask] == 0.5).all() and not waiting.trunks
+    assert np.asarray(repeating)[mask].all() and not waiting.trunks
     rows = np.repeat(mask, 3, axis=1)
     assert np.asarray(rollouts.truncated)[rows].all() and np.asarray(rollouts.mask.sum(-1))[rows].max() == 2 * NEW
+
+
+def test_repeats_pay_and_earlier_tokens_may_be_masked():
+    settings = {
+        "rollout.new_tokens_per_step": 4, "rollout.repeat_window": 4, "rollout.repeat_penalty": 0.5,
+        "rollout.earlier_tokens": "mask",
+    }  # fmt: skip
+    trainer = SimpleNamespace(config=with_values(Config(), settings))
+    tasks = SimpleNamespace(prompts=SimpleNamespace(prefix_lengths=jnp.asarray([[[0, 2]]])))
+    rollouts = SimpleNamespace(mask=jnp.ones((1, 2, 4), bool))
+    earned = Earned(rewards=jnp.asarray([[[1.0, 1.0]]]), faults=jnp.zeros((1, 1, 2), bool), metrics={})
+    got = Trainer._settled(trainer, tasks, rollouts, earned, jnp.asarray([[[False, True]]]))
+    np.testing.assert_array_equal(got.rewards, [[[1.0, 0.5]]])
+    np.testing.assert_array_equal(got.metrics["repeat_fraction"], [[[0.0, 1.0]]])
+    np.testing.assert_array_equal(got.token_mask, [[[1, 1, 1, 1], [0, 0, 1, 1]]])
 
 
 @pytest.mark.parametrize("earlier", ["train", "mask"])
@@ -157,6 +176,7 @@ def test_a_run_with_rows_in_waiting_resumes_bit_for_bit(corpus, tmp_path, earlie
     records = [r for r in read_records(tmp_path / "whole") if r["stage"] == "rpt"]
     other = [r for r in read_records(tmp_path / "parts") if r["stage"] == "rpt"]
     assert records == other and max(r["trunks_waiting"] for r in records[:-1]) > 0
+    assert all(0 <= r["repeat_fraction"] <= 1 for r in records)
     # A step draws at most 8 tokens a row; completions that end later are longer than that.
     assert all(r["tokens_sampled"] <= 8 * 8 * 4 for r in records)
     assert max(r["completion_tokens"] for r in records) > 8 and not any(r["skipped"] for r in records)

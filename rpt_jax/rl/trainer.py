@@ -81,8 +81,7 @@ class Trainer:
             step: number of the step, which keys the noise of fresh rows.
             tasks: on the mesh.
             round_number: of dynamic sampling.
-            settle: (tasks, rollouts) -> (tasks of the groups that have ended, rollouts, penalties f32 [U, M, G]), if
-                rows may wait; None: all end.
+            settle: `Waiting.settle`, if rows may wait; None: all end.
         """
         born = step if tasks.prompts.born_step is None else tasks.prompts.born_step
         rollouts = generate(
@@ -97,10 +96,10 @@ class Trainer:
         sampled_mask = None
         if settle is not None:
             sampled_mask = tasks.prompts.prompt_mask
-            tasks, rollouts, penalties = settle(tasks, rollouts)
+            tasks, rollouts, repeats_UMG = settle(tasks, rollouts)
         evidence, earned, tokens_scored = earn(self.reward, policies, tasks, rollouts)
         if settle is not None:
-            earned = self._settled(tasks, rollouts, earned, penalties)
+            earned = self._settled(tasks, rollouts, earned, repeats_UMG)
         group_mask = tasks.prompts.prompt_mask
         return Experience(
             tasks=tasks,
@@ -112,11 +111,16 @@ class Trainer:
             sampled_mask=sampled_mask,
         )
 
-    def _settled(self, tasks: TaskBatch, rollouts: Rollouts, earned: Earned, penalties) -> Earned:
-        """Subtract the penalties of repeats; mask tokens of earlier steps, if the config says so."""
-        earned = replace(earned, rewards=earned.rewards - penalties)
-        lengths = tasks.prompts.prefix_lengths
-        if self.config.rollout.earlier_tokens == "train" or lengths is None:
+    def _settled(self, tasks: TaskBatch, rollouts: Rollouts, earned: Earned, repeats_UMG) -> Earned:
+        """Let rows that repeat themselves pay; mask tokens of earlier steps, if the config says so."""
+        settings, lengths = self.config.rollout, tasks.prompts.prefix_lengths
+        if settings.repeat_window:
+            earned = replace(
+                earned,
+                rewards=earned.rewards - settings.repeat_penalty * repeats_UMG,
+                metrics=earned.metrics | {"repeat_fraction": repeats_UMG.astype(jnp.float32)},
+            )
+        if settings.earlier_tokens == "train" or lengths is None:
             return earned
         C = rollouts.mask.shape[-1]
         is_new = jnp.arange(C) >= lengths.reshape(rollouts.mask.shape[:2])[..., None]

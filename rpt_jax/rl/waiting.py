@@ -10,6 +10,7 @@ Source: Kimi k1.5, arXiv:2501.12599 §2.6.2, which has no published code.
 import base64
 import io
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class Waiting:
         new_tokens: most tokens that a row draws in a step.
         limit: C, tokens at which a row ends.
         stop_ids: tokens that end a row.
-        repeat_window, repeat_penalty: see `RolloutConfig`.
+        repeat_window: see `RolloutConfig`.
         trunks: in the order in which they started.
     """
 
@@ -52,7 +53,6 @@ class Waiting:
     limit: int
     stop_ids: tuple[int, ...]
     repeat_window: int = 0
-    repeat_penalty: float = 0.0
     trunks: list[Trunk] = field(default_factory=list)
     _batch_ids: list[list[int]] = field(default_factory=list, repr=False)
 
@@ -87,9 +87,13 @@ class Waiting:
             given["prefix_tokens"][u], given["prefix_logprobs"][u] = t.tokens[..., :width], t.logprobs[..., :width]
         return replace(tasks, prompts=replace(prompts, row_ids=row_ids, **given))
 
-    def settle(self, tasks: TaskBatch, rollouts: Rollouts) -> tuple[TaskBatch, Rollouts, np.ndarray]:
-        """Take in a batch's rollouts; return (tasks in which only groups that end now are real, rollouts whose
-        `truncated` includes rows that were ended, penalties f32 [U, M, G])."""
+    def settle(self, tasks: TaskBatch, rollouts: Rollouts) -> tuple[TaskBatch, Rollouts, Any]:
+        """Take in a batch's rollouts.
+
+        Returns:
+            (tasks in which only groups that end now are real, rollouts whose `truncated` includes rows that repeat
+            themselves, these rows bool [U, M, G]).
+        """
         prompts, references = tasks.prompts, tasks.references
         shape = prompts.row_ids.shape
         fields = (prompts.prompt_mask, prompts.row_ids, prompts.born_step, rollouts.tokens, rollouts.mask,
@@ -126,12 +130,8 @@ class Waiting:
             ),
         )
         is_cut = to_host(rollouts.truncated) | ended.reshape(shape[0], -1)
-        penalties = (self.repeat_penalty * ended).astype(np.float32)
-        return (
-            tasks,
-            replace(rollouts, truncated=sharded_like(rollouts.truncated, is_cut)),
-            sharded_like(references.task_ids, penalties),
-        )
+        rollouts = replace(rollouts, truncated=sharded_like(rollouts.truncated, is_cut))
+        return tasks, rollouts, sharded_like(references.task_ids, ended)
 
     def get_state(self) -> list:
         """Return the waiting trunks, JSON-able, bit for bit."""

@@ -148,7 +148,6 @@ def make_waiting(settings: RolloutConfig) -> Waiting:
         limit=settings.max_completion_tokens,
         stop_ids=settings.stop_ids,
         repeat_window=settings.repeat_window,
-        repeat_penalty=settings.repeat_penalty,
     )
 
 
