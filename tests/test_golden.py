@@ -42,6 +42,7 @@ def nover_composite(format_ok, ppl, reasoning_tokens, weights):
     return {
         "format": is_valid[0, 0], "rank": rank[0, 0], "efficiency": efficiency[0, 0], "total": total[0, 0],
         "adv_mean_only": advantages.centered(total)[0, 0],
+        "adv_std_scaled": advantages.grpo(total, ddof=1, eps=1e-4)[0, 0],
     }  # fmt: skip
 
 
@@ -115,6 +116,18 @@ def rloo(rewards, group_size):
     return {"advantages": advantages.rloo(f32(rewards).reshape(1, -1, group_size)).reshape(-1)}
 
 
+def grouped_advantages(rewards, group):
+    """Groups may have any size; one of a single rollout, which has no deviation, keeps its reward there."""
+    rewards, group, found = np.asarray(rewards, np.float32), np.asarray(group), np.zeros(len(rewards))
+    for which in np.unique(group):
+        own = group == which
+        if own.sum() > 1 and np.std(rewards[own], ddof=1) < 1e-6:
+            continue  # they give 0 there; we do where all are equal
+        of_group = jnp.asarray(rewards[own])[None, None]
+        found[own] = advantages.grpo(of_group, ddof=1)[0, 0] if own.sum() > 1 else rewards[own] / (1 + 1e-6)
+    return {"advantages": found}
+
+
 def deviation_bounds(mean_std_per_step, ema_ratio, beta, ema_start_step, filter_start_step):
     assert (ema_start_step, filter_start_step) == (6, 11)
     bounds, found = DeviationFilter(beta, decay=ema_ratio), []
@@ -157,6 +170,7 @@ FUNCTIONS = {
     "rlpr.shaped_reward": (rlpr_shaped, 2**-7),
     "rlpr.format_reward": (rlpr_format, 0),
     "rlpr.repetition_penalty": (rlpr_repetition, 0),
+    "rlpr.grpo_advantage": (grouped_advantages, 1e-5),
     "rlpr.std_filter": (deviation_filter, 0),
     "rlpr.std_threshold_schedule": (deviation_bounds, 1e-6),
     "ttrl.majority_reward": (ttrl, 1e-6),
@@ -181,10 +195,8 @@ FUNCTIONS = {
 
 # Outputs that are no part of the function, with the reason.
 LEFT_OUT = {
-    (
-        "nover.composite_reward_and_advantage",
-        "adv_std_scaled",
-    ): "the sample deviation; ours is the population's",
+    ("rlpr.grpo_advantage", "group_std_per_sample"): "an intermediate figure",
+    ("rlpr.grpo_advantage", "zero_std_fraction"): "degenerate_group_fraction, a metric of another name",
     ("vote.weighted_and_majority", "weighted"): "a vote weighted by a reward model",
     ("rlpr.std_filter", "filter_rate"): "follows from keep, except that NaN is not counted there",
 }
@@ -218,5 +230,5 @@ def test_official_numbers(name):
 def test_every_reward_of_the_file_is_compared():
     mine = ("nover.", "rlpr.", "ttrl.", "kimi.length", "open_r1.", "dapo.", "trl.", "vote.", "verifree.", "language")
     here = {name for name in ENTRIES if name.startswith(mine)} - FUNCTIONS.keys()
-    # The loss is in test_likelihood.py. RLPR's advantage divides by the sample deviation, ours by the population's.
-    assert here == {"verifree.loss_and_gradients", LANGUAGE, "rlpr.grpo_advantage"}
+    # The loss is in test_likelihood.py.
+    assert here == {"verifree.loss_and_gradients", LANGUAGE}
