@@ -23,10 +23,12 @@ from rpt_jax.planning.programs import abstract_state
 from rpt_jax.rewards.base import Reward
 from rpt_jax.rl import advantages as adv
 from rpt_jax.rl import surrogates
-from rpt_jax.rl.corrections import clipped_value_loss, keeps_sequence, sampler_weights
-from rpt_jax.rl.objective import effective, objective_fn
+from rpt_jax.rl.corrections import keeps_sequence, sampler_weights
+from rpt_jax.rl.critic import clipped_value_loss
+from rpt_jax.rl.objective import objective_fn
 from rpt_jax.rl.optimizer import init_state
 from rpt_jax.rl.rows import aggregation_weights, policy_rows
+from rpt_jax.rl.slopes import effective
 from rpt_jax.rl.trainer import Trainer
 from rpt_jax.rollout.engine import generate, rollout_key
 from rpt_jax.scoring.logprobs import predicting_states, score

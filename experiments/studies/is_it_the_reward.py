@@ -220,8 +220,17 @@ def plot(found: dict, splits: list[str]):
     return figure
 
 
-def parse_study(argv: list[str], arms: Sequence[str], splits: list[str]) -> tuple[argparse.Namespace, Config]:
-    """Parse a study's command line: its own flags, and a preset with settings."""
+def parse_study(
+    argv: list[str], arms: Sequence[str], splits: list[str], settings: Sequence[str] = ()
+) -> tuple[argparse.Namespace, Config]:
+    """Parse a study's command line: its own flags, and a preset with settings.
+
+    Args:
+        argv: arguments, without the program's name.
+        arms: of the study.
+        splits: default of --splits.
+        settings: flags of the study, which those of the command line override.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     asks_help = bool({"-h", "--help", "--help-all"} & set(argv))
     parser.add_argument("--directory", type=Path, required=not asks_help)
@@ -230,7 +239,7 @@ def parse_study(argv: list[str], arms: Sequence[str], splits: list[str]) -> tupl
     parser.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms))
     parser.add_argument("--splits", nargs="+", default=splits)
     args, flags = parser.parse_known_args(argv)
-    config, _ = parse_config([*flags, "--run.directory", str(args.directory)], default_preset="tiny_worked")
+    config, _ = parse_config([*settings, *flags, "--run.directory", str(args.directory)], default_preset="tiny_worked")
     return args, config
 
 

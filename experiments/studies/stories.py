@@ -17,7 +17,6 @@ Arms resume, and a finished arm is not run again. The script writes --out after 
 draws the points and each arm's own reward over steps.
 """
 
-import argparse
 import gc
 import json
 from dataclasses import replace
@@ -26,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from experiments.cli import parse_config, run_script
+from experiments.cli import run_script
+from experiments.studies.is_it_the_reward import parse_study
 from rpt_jax.analysis.reports.figures import subplots
 from rpt_jax.config import Config, DataConfig, QuestionsConfig
 from rpt_jax.config.schema import with_values
@@ -174,15 +174,7 @@ def plot(found: dict):
 
 def main(argv: list[str]) -> None:
     """Run the arms of every seed, then print the tables and draw the picture."""
-    parser = argparse.ArgumentParser(add_help=False)
-    asks_help = bool({"-h", "--help", "--help-all"} & set(argv))
-    parser.add_argument("--directory", type=Path, required=not asks_help)
-    parser.add_argument("--out", type=Path, required=not asks_help)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    args, flags = parser.parse_known_args(argv)
-    own = [*SETTINGS, *flags, "--run.directory", str(args.directory)]
-    config, _ = parse_config(own, default_preset="tiny_worked")
+    args, config = parse_study(argv, list(ARMS), [], SETTINGS)
     found = read_json(args.out) if args.out.exists() else {}
     for seed in args.seeds:
         directory, of_seed = args.directory / f"seed{seed}", found.setdefault(str(seed), {})

@@ -1,4 +1,4 @@
-"""Corrections for tokens that another policy sampled, and the value loss of the critic. Arrays and scalars only."""
+"""Corrections for tokens that another policy sampled. Arrays and scalars only."""
 
 import jax.numpy as jnp
 
@@ -39,9 +39,3 @@ def keeps_sequence(max_old_drift: float, logprobs_URC, old_logprobs_URC, advanta
     number = jnp.maximum(1, mask_URC.sum(-1, keepdims=True))
     drift = jnp.sum(jnp.where(mask_URC, old_logprobs_URC - logprobs_URC, 0.0), axis=-1, keepdims=True) / number
     return ~((advantages_URC < 0) & (drift > max_old_drift))
-
-
-def clipped_value_loss(values, old_values, returns, *, clip: float):
-    """Return max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2) / 2 per token (PPO's code, and verl's)."""
-    clipped = jnp.clip(values, old_values - clip, old_values + clip)
-    return jnp.maximum((values - returns) ** 2, (clipped - returns) ** 2) / 2

@@ -11,7 +11,7 @@
 The weights w, v, u are normalised over the whole global batch (`rows.py`), so microbatches and devices add up. RPT uses
 w, or w and u; supervised training uses v and u. Each token has its own temperature. Logits are computed once, in
 chunks, for terms and gradients (`models/vocabulary_head.token_loss`). Of an objective that ties tokens together,
-`batch_slopes` finds the derivative s_t by each log-probability first, and sum_t s_t log pi(y_t) stands for its sum.
+`slopes.batch_slopes` finds the derivative s_t by each log-probability first; sum_t s_t log pi(y_t) stands for its sum.
 
 Sources: GRPO, arXiv:2402.03300 eq. 3; clip, arXiv:1707.06347 eq. 7 and arXiv:2503.14476 eq. 10 (clip-higher).
 """
@@ -24,40 +24,18 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.config import DecoderConfig, LossConfig
-from rpt_jax.models.lora import VALUE
 from rpt_jax.models.vocabulary_head import token_loss
-from rpt_jax.parallel.mesh import on_mesh_of
-from rpt_jax.rl.advantages import TOKEN_ADVANTAGES
-from rpt_jax.rl.corrections import clipped_value_loss, keeps_sequence, sampler_weights
-from rpt_jax.rl.surrogates import (
-    BATCH_OBJECTIVES,
-    INERT_AT_ONE,
-    INERT_PER_TOKEN,
-    batch_gain,
-    dpo,
-    kl_term,
-    pair_margins,
-    token_gain,
-)
-from rpt_jax.scoring.logprobs import in_rounds, predicting_states
-from rpt_jax.types import Rows, Sequences
+from rpt_jax.rl.critic import value_loss
+from rpt_jax.rl.slopes import effective
+from rpt_jax.rl.surrogates import kl_term, token_gain
+from rpt_jax.scoring.logprobs import predicting_states
+from rpt_jax.types import Rows
 
 
 @cache
 def objective_fn(config: DecoderConfig, loss: LossConfig) -> Callable:
     """Return `objective` for `update`; the same object for the same arguments, so that nothing compiles twice."""
     return partial(objective, config, effective(loss))
-
-
-def effective(loss: LossConfig) -> LossConfig:
-    """Return the loss with objectives that one update per batch makes equal to ppo named so; they share its program."""
-    if loss.num_minibatches > 1:
-        return loss
-    # A sequence's objective spreads its tokens' advantages over it, so these must be one number.
-    per_token = loss.advantage in TOKEN_ADVANTAGES or loss.correction.mode.startswith("token")
-    is_inert = loss.objective in (INERT_PER_TOKEN if per_token else INERT_AT_ONE)
-    name = "ppo" if is_inert else loss.objective
-    return replace(loss, objective=name, surrogate=replace(loss.surrogate, dual_clip=0.0))
 
 
 def objective(config: DecoderConfig, loss: LossConfig, params, rows: Rows):
@@ -110,7 +88,7 @@ def _completion_terms(config: DecoderConfig, loss: LossConfig, params, rows: Row
     if loss.has_kl_term:
         metrics["kl"] = jnp.sum(weights * kl_term(loss.kl_estimator, logprobs, real(rows.ref_logprobs), old))
     if rows.returns is not None:
-        metrics["value_loss"] = _value_loss(loss, params, rows, hidden_URTD)
+        metrics["value_loss"] = value_loss(loss, params, rows, hidden_URTD)
         total = total + loss.critic.coef * metrics["value_loss"]
     return total, metrics | {
         "token_weight": jnp.sum(weights),
@@ -146,36 +124,6 @@ def _terms(loss: LossConfig, logprobs, inputs):
     return terms if rows.likelihood_weights is None else terms - rows.likelihood_weights * logprobs
 
 
-def _value_loss(loss: LossConfig, params, rows: Rows, hidden_URTD):
-    """Return the fourth sum of L, without c; its gradient reaches the policy through the hidden states."""
-    values = read_values(params, hidden_URTD)
-    # A token without a term has weight 0, and may hold anything.
-    has_term = rows.policy_weights != 0
-    old, returns = (jnp.where(has_term, x, 0.0) for x in (rows.old_values, rows.returns))
-    terms = clipped_value_loss(jnp.where(has_term, values, 0.0), old, returns, clip=loss.critic.clip)
-    return jnp.sum(rows.policy_weights * terms)
-
-
-def read_values(params, hidden_D):
-    """Return the critic's value f32 [...] of hidden states [..., D] after the final norm."""
-    weights, bias = params[VALUE][:-1], params[VALUE][-1]
-    return jnp.einsum("...d,d->...", hidden_D, weights, preferred_element_type=jnp.float32) + bias
-
-
-def score_values(config: DecoderConfig, params, sequences: Sequences, *, trunks_at_once: int = 0):
-    """Return the critic's value of the state before each branch token, f32 [U, R, T]; arguments as in `score`."""
-    with on_mesh_of(params):
-        return _score_values(config, params, sequences, trunks_at_once=trunks_at_once)
-
-
-@partial(jax.jit, static_argnames=("config", "trunks_at_once"))
-def _score_values(config: DecoderConfig, params, sequences: Sequences, *, trunks_at_once: int):
-    def of_some(some: Sequences):
-        return read_values(params, predicting_states(config, params, some)[0])
-
-    return in_rounds(of_some, sequences, trunks_at_once)
-
-
 def _trunk_terms(config: DecoderConfig, params, rows: Rows, trunk_ULD):
     """Return the third sum of L, at temperature 1: token l is predicted from the tokens before it."""
     targets, weights = rows.sequences.trunk_tokens[:, 1:], rows.trunk_weights[:, 1:]
@@ -184,68 +132,3 @@ def _trunk_terms(config: DecoderConfig, params, rows: Rows, trunk_ULD):
 
 def _likelihood(logprobs, weights):
     return -weights * logprobs
-
-
-# --- Before an update ---------------------------------------------------------------------------------------------
-
-
-@partial(jax.jit, static_argnames="loss")
-def corrected(loss: LossConfig, rows: Rows) -> Rows:
-    """Return the rows with `loss.correction`'s weights in their advantages, which every objective multiplies.
-
-    With one update per batch nothing else reads the old log-probabilities: the ratio is exactly 1.
-    """
-    mask = rows.policy_weights != 0
-    weights = sampler_weights(loss.correction, rows.old_logprobs, rows.sampler_logprobs, mask)
-    old = rows.old_logprobs if loss.num_minibatches > 1 else None
-    return replace(rows, advantages=rows.advantages * weights, old_logprobs=old)
-
-
-def has_slopes(loss: LossConfig) -> bool:
-    """Return whether the rows of an update carry slopes."""
-    return effective(loss).objective in BATCH_OBJECTIVES
-
-
-def needs_slopes(loss: LossConfig) -> bool:
-    """Return whether an update needs `batch_slopes` first."""
-    return has_slopes(loss) or (loss.correction.max_old_drift > 0 and loss.num_minibatches > 1)
-
-
-def num_scorings(loss: LossConfig) -> int:
-    """Return how many passes over the update's tokens come before it."""
-    return loss.needs_old + loss.has_reference + loss.has_critic + needs_slopes(loss)
-
-
-@partial(jax.jit, static_argnames="loss")
-def batch_slopes(loss: LossConfig, rows: Rows, logprobs_URC, minibatch, prompts_like_UMG) -> tuple[Rows, jax.Array]:
-    """Return (rows for the update of one minibatch, what to add to the loss that it reports, f32).
-
-    Args:
-        loss: settings; a batch objective, or one with a limit on the drift of sequences.
-        rows: one row per completion, of the whole global batch, not packed.
-        logprobs_URC: f32, of the policy before this update, in the minibatch.
-        minibatch: i32, number of the minibatch, which holds trunks i, i + n, i + 2n, ...
-        prompts_like_UMG: any array of this shape.
-    """
-    is_in = (jnp.arange(len(logprobs_URC)) % loss.num_minibatches == minibatch)[:, None, None]
-    mask = (rows.policy_weights != 0) & is_in
-    logprobs = jnp.where(mask, logprobs_URC, 0.0)
-    old = logprobs if rows.old_logprobs is None else jnp.where(mask, rows.old_logprobs, 0.0)
-    if loss.correction.max_old_drift:
-        keeps = keeps_sequence(loss.correction.max_old_drift, logprobs, old, rows.advantages, mask)
-        rows = replace(rows, advantages=jnp.where(keeps | ~mask, rows.advantages, 0.0))
-    if not has_slopes(loss):
-        return rows, jnp.float32(0)
-
-    def total(logprobs):
-        if loss.objective != "dpo":
-            gain = batch_gain(loss, logprobs, old, rows.advantages, mask)
-            return jnp.sum(jnp.where(mask, rows.policy_weights * gain, 0.0))
-        log_ratio = jnp.where(mask, logprobs - rows.ref_logprobs, 0.0).sum(-1).reshape(prompts_like_UMG.shape)
-        ranks = rows.advantages[..., 0].reshape(prompts_like_UMG.shape)
-        margins, is_pair = pair_margins(log_ratio, ranks, mask.any(-1).reshape(prompts_like_UMG.shape))
-        terms = jnp.where(is_pair, dpo(margins, beta=loss.surrogate.dpo_beta), 0.0)
-        return terms.sum() / jnp.maximum(1, is_pair.sum())
-
-    value, slopes = jax.value_and_grad(total)(logprobs)
-    return replace(rows, slopes=slopes), jnp.sum(slopes * logprobs) - value

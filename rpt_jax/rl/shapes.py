@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from rpt_jax.config import Config
-from rpt_jax.rl.objective import has_slopes
+from rpt_jax.rl.slopes import has_slopes
 from rpt_jax.sequences import build_tasks, completions, shapes_of
 from rpt_jax.types import Rows, TaskBatch
 

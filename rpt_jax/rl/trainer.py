@@ -13,9 +13,11 @@ from rpt_jax.models.lora import Frozen, join
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.parallel.programs import needs_memory, program_shapes
 from rpt_jax.rewards.base import Reward, earn
-from rpt_jax.rl.objective import batch_slopes, corrected, needs_slopes, objective_fn, score_values
+from rpt_jax.rl.critic import score_values
+from rpt_jax.rl.objective import objective_fn
 from rpt_jax.rl.packing import ROUNDINGS, Microbatch, pack, plan_update, unpack
 from rpt_jax.rl.rows import policy_rows
+from rpt_jax.rl.slopes import batch_slopes, corrected, needs_slopes
 from rpt_jax.rl.surrogates import kl_term
 from rpt_jax.rl.update import update
 from rpt_jax.rollout.engine import SCHEDULES, generate, rollout_key

@@ -14,7 +14,7 @@ from rpt_jax.parallel.mesh import local_trunks, shard_batch
 from rpt_jax.rewards.catalog import requested_policies
 from rpt_jax.rl.deviation_filter import DeviationFilter
 from rpt_jax.rl.dynamic_sampling import collect
-from rpt_jax.rl.objective import num_scorings
+from rpt_jax.rl.slopes import num_scorings
 from rpt_jax.rl.trainer import Trainer
 from rpt_jax.rl.waiting import Waiting
 from rpt_jax.rollout.completions import completion_columns
