@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from rpt_jax.config import DecoderConfig, LossConfig
 from rpt_jax.models.vocabulary_head import token_loss
 from rpt_jax.rl.critic import value_loss
+from rpt_jax.rl.policy_metrics import policy_metrics
 from rpt_jax.rl.slopes import effective
 from rpt_jax.rl.surrogates import kl_term, token_gain
 from rpt_jax.scoring.logprobs import predicting_states
@@ -65,13 +66,12 @@ def _completion_terms(config: DecoderConfig, loss: LossConfig, params, rows: Row
     def flat(x_URT):
         return x_URT.reshape(shape[0], shape[1] * shape[2], *x_URT.shape[3:])
 
-    # For each token: its mask and the inputs of its terms, except the log-probability.
-    tokens = mask, replace(
-        rows, sequences=None, trunk_weights=None, old_logprobs=real(rows.old_logprobs),
-        ref_logprobs=real(rows.ref_logprobs), old_values=None, returns=None,
+    known = replace(
+        rows, sequences=None, trunk_weights=None, old_logprobs=real(rows.old_logprobs), old_values=None, returns=None,
+        ref_logprobs=real(rows.ref_logprobs), sampler_logprobs=real(rows.sampler_logprobs),
     )  # fmt: skip
     hidden, targets, temperature = map(flat, (hidden_URTD, rows.sequences.branch_tokens, rows.temperature))
-    terms, inputs = partial(_terms, loss), jax.tree.map(flat, tokens)
+    terms, inputs = partial(_terms, loss), jax.tree.map(flat, (mask, known))
     total, found = token_loss(config, terms, params, hidden, targets, inputs, temperature=temperature)
     logprobs, entropy = (x.reshape(shape) for x in found)
     logprobs, metrics = real(logprobs), {}
@@ -79,24 +79,10 @@ def _completion_terms(config: DecoderConfig, loss: LossConfig, params, rows: Row
         metrics["completion_loss"] = -jnp.sum(rows.likelihood_weights * logprobs)
     if rows.policy_weights is None:
         return total, metrics
-    weights, mismatch = rows.policy_weights, jnp.abs(logprobs - real(rows.sampler_logprobs))
-    old = _old(logprobs, tokens[1])
-    ratio = jnp.exp(logprobs - old)
-    is_clipped = (ratio < 1 - loss.clip_eps_low) | (ratio > 1 + loss.clip_eps_high)
-    if rows.slopes is not None and loss.objective != "dpo":
-        is_clipped = (rows.slopes == 0) & (rows.advantages != 0)
-    if loss.has_kl_term:
-        metrics["kl"] = jnp.sum(weights * kl_term(loss.kl_estimator, logprobs, real(rows.ref_logprobs), old))
     if rows.returns is not None:
         metrics["value_loss"] = value_loss(loss, params, rows, hidden_URTD)
         total = total + loss.critic.coef * metrics["value_loss"]
-    return total, metrics | {
-        "token_weight": jnp.sum(weights),
-        "entropy": jnp.sum(weights * entropy),
-        "clip_fraction": jnp.sum(weights * is_clipped),
-        "sampler_mismatch": jnp.sum(weights * mismatch),
-        "sampler_mismatch_max": jnp.max(jnp.where(weights != 0, mismatch, 0.0), initial=0.0),
-    }
+    return total, metrics | policy_metrics(loss, known, logprobs, _old(logprobs, known), entropy)
 
 
 def _old(logprobs, rows: Rows):
