@@ -15,6 +15,7 @@ from pathlib import Path
 from experiments.cli import describe, parse_config, run_script
 from rpt_jax.data.batches import TrainIterator
 from rpt_jax.errors import DataError
+from rpt_jax.parallel.interruption import check
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rollout.completions import completion_columns
 from rpt_jax.scoring.companions import CURRENT
@@ -62,13 +63,35 @@ def sample_accepted(
     """Sample batches and select rollouts to learn from.
 
     Args:
-        run: whose newest policy is sampled, or its warm start if RL has not begun.
+        run: see `sample_rows`.
         num_batches: rollout batches to sample.
         per_prompt: most rollouts of a prompt to keep.
         min_reward: of the rollouts to keep.
-        from_start: sample the policy that RL starts from.
+        from_start: see `sample_rows`.
     Raises:
         DataError: no rollout is rewarded.
+    """
+    rows, flops = sample_rows(run, num_batches, from_start=from_start)
+    kept, counts = accepted_rows(rows, min_reward=min_reward, per_prompt=per_prompt)
+    if not kept:
+        raise DataError(
+            f"none of {len(rows)} rollouts ended with a reward of at least {min_reward} ({json.dumps(counts)}); a cold "
+            "start requires some. Sample more (--batches), use a better policy, or lower --min-reward."
+        )
+    return Accepted(rows=kept, counts=counts, flops=flops)
+
+
+def sample_rows(run: Run, num_batches: int, *, from_start: bool = False) -> tuple[list[dict], float]:
+    """Sample batches of rollouts and reward them, with prompts in another order than training's.
+
+    Args:
+        run: whose newest policy is sampled, or its warm start if RL has not begun.
+        num_batches: rollout batches to sample.
+        from_start: sample the policy that RL starts from.
+    Returns:
+        (rows with the fields of `rollout.completions.completion_columns`, FLOPs).
+    Raises:
+        Interrupted: a stop signal arrived.
     """
     params = warm_start(run)
     tasks = run.domain.training_tasks(run, params)
@@ -104,13 +127,8 @@ def sample_accepted(
             )  # fmt: skip
             rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             progress(number + 1)
-    kept, counts = accepted_rows(rows, min_reward=min_reward, per_prompt=per_prompt)
-    if not kept:
-        raise DataError(
-            f"none of {len(rows)} rollouts ended with a reward of at least {min_reward} ({json.dumps(counts)}); a cold "
-            "start requires some. Sample more (--batches), use a better policy, or lower --min-reward."
-        )
-    return Accepted(rows=kept, counts=counts, flops=flops)
+            check()
+    return rows, flops
 
 
 if __name__ == "__main__":

@@ -221,17 +221,23 @@ def one_completion_each(trunk_tokens_UL, cuts_U, tail, tokens_UC, mask_UC) -> Se
     )
 
 
-def shared_branches(trunk_tokens_UL, cuts_U, tail, tokens_RC, mask_RC) -> Sequences:
-    """Build NumPy rows of one prompt each that share the same R branches, for the options of a question."""
-    U, shape = len(cuts_U), (len(cuts_U), *tokens_RC.shape)
-    alone = one_completion_each(trunk_tokens_UL, cuts_U, tail, np.zeros((U, 1), np.int32), np.ones((U, 1), bool))
+def several_completions(trunk_tokens_UL, cuts_U, tail, tokens_URC, mask_URC) -> Sequences:
+    """Build NumPy rows of one prompt and R completions each, for training on pairs."""
+    alone = one_completion_each(trunk_tokens_UL, cuts_U, tail, tokens_URC[:, 0], mask_URC[:, 0])
     return replace(
         alone,
-        branch_tokens=np.broadcast_to(tokens_RC, shape),
-        branch_mask=np.broadcast_to(mask_RC, shape),
-        branch_prompts=np.zeros(shape, np.int32),
-        branch_index=np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape),
+        branch_tokens=tokens_URC,
+        branch_mask=mask_URC,
+        branch_prompts=np.zeros(tokens_URC.shape, np.int32),
+        branch_index=np.broadcast_to(np.arange(tokens_URC.shape[-1], dtype=np.int32), tokens_URC.shape),
     )
+
+
+def shared_branches(trunk_tokens_UL, cuts_U, tail, tokens_RC, mask_RC) -> Sequences:
+    """Build NumPy rows of one prompt each that share the same R branches, for the options of a question."""
+    shape = (len(cuts_U), *tokens_RC.shape)
+    tokens_URC, mask_URC = np.broadcast_to(tokens_RC, shape), np.broadcast_to(mask_RC, shape)
+    return several_completions(trunk_tokens_UL, cuts_U, tail, tokens_URC, mask_URC)
 
 
 def shapes_of(tree):

@@ -13,7 +13,7 @@ from rpt_jax.policy import Policy, load
 from rpt_jax.rewards.host import store_function
 from rpt_jax.train.pipeline import run_stages
 from rpt_jax.train.progress import console
-from rpt_jax.train.run import Run
+from rpt_jax.train.run_directory import read_config
 
 
 def run(config: Config) -> None:
@@ -25,13 +25,14 @@ def run(config: Config) -> None:
     distributed.start(config.distributed)
     console.quiet = not distributed.is_main()
     with watching(config.distributed.deadline_seconds):
-        report(run_stages(config))
+        report(run_stages(config).directory.path)
 
 
-def report(finished: Run) -> None:
+def report(directory: Path) -> None:
     """Write the report of a finished run; a run without RL steps has none."""
-    if distributed.is_main() and finished.config.run.num_steps:
-        page = REPORTS[finished.domain.name](finished.directory.path)
+    config = read_config(directory, say=False)
+    if distributed.is_main() and config.run.num_steps:
+        page = REPORTS["questions" if config.questions.path else "documents"](directory)
         console.print(f"report: [bold]{page}[/]   figures: {page.with_name('results.json')}")
 
 

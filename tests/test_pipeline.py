@@ -55,7 +55,7 @@ def hashes(directories):
 def straight(corpus, tmp_path_factory):  # noqa: F811
     """Run the recipe without interruption; return the directories of its runs and their hashes."""
     directory, ran = tmp_path_factory.mktemp("recipe"), []
-    directories = pipeline.run_recipe(recipe(corpus), directory, after_each=lambda r: ran.append(r.directory.path.name))
+    directories = pipeline.run_recipe(recipe(corpus), directory, after_each=lambda path: ran.append(path.name))
     assert ran == ["first", "second"]
     return directories, hashes(directories)
 
@@ -76,9 +76,10 @@ def test_each_run_starts_from_the_one_before(straight):
 
 def test_a_finished_recipe_is_not_run_again(corpus, straight):  # noqa: F811
     (first, _), before = straight
-    ran = []
+    ran, kept = [], [(path / "times.jsonl").read_text() for path in straight[0]]
     pipeline.run_recipe(recipe(corpus), first.parent, after_each=ran.append)
-    assert ran == [] and hashes(straight[0]) == before
+    assert ran == straight[0] and hashes(straight[0]) == before
+    assert [(path / "times.jsonl").read_text() for path in straight[0]] == kept
     changed = [
         (n, dataclasses.replace(c, loss=dataclasses.replace(c.loss, clip_eps_low=0.1))) for n, c in recipe(corpus)
     ]
@@ -121,7 +122,7 @@ def test_invalid_recipes_are_refused(corpus, straight, tmp_path):  # noqa: F811
     with pytest.raises(ConfigError, match="each needs a unique name"):
         pipeline.run_recipe(((name, first), (name, second)), tmp_path)
     elsewhere = dataclasses.replace(second, policy=dataclasses.replace(second.policy, path="somewhere"))
-    with pytest.raises(ConfigError, match="it starts from the previous run"):
+    with pytest.raises(ConfigError, match="must be a directory or an earlier step"):
         pipeline.run_recipe(((name, first), ("other", elsewhere)), tmp_path)
     # A run without a policy yet.
     prepare(dataclasses.replace(first, run=dataclasses.replace(first.run, directory=str(tmp_path / "begun"))))

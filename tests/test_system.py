@@ -60,7 +60,7 @@ def test_thoughts_and_results_are_right(corpus):
             op, operand, result = re.fullmatch(r"\w+([+*-]) (\d) (\d)", step).groups()
             value = DIGITS[op](value, int(operand)) % 10
             assert value == int(result)
-        assert puzzle.text[puzzle.answer_offset :].startswith(f" {value}.") and len(steps) == puzzle.num_steps
+        assert puzzle.text[puzzle.answer_offset :].startswith(f" {value}.") and len(steps) == len(puzzle.steps)
     for record in read(corpus / "heldout.jsonl"):
         ((offset, label),) = record["position_labels"]
         assert re.match(r" \d\.", record["text"][offset:]) and re.fullmatch(r"determined/[1-4]", label)

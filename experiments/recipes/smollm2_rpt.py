@@ -43,6 +43,12 @@ def with_corpus(config: Config, gsm8k: Path | None) -> Config:
     return replace(config, data=replace(config.data, path=str(out)))
 
 
+def report_once(path: Path) -> None:
+    """Write the report of a run that has none yet."""
+    if not (path / "report.html").exists():
+        report(path)
+
+
 def main(argv: list[str]) -> None:
     """Fetch the model if it is missing, then run the recipe."""
     parser = argparse.ArgumentParser(add_help=False)
@@ -59,7 +65,7 @@ def main(argv: list[str]) -> None:
             fetch_smollm2.main(["--out", config.policy.path])
         config = with_corpus(config, args.gsm8k)
     with watching(config.distributed.deadline_seconds):
-        run_recipe(stages(config), config.run.directory, after_each=report)
+        run_recipe(stages(config), config.run.directory, after_each=report_once)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,13 @@ def check_relations(config: Any) -> None:
             "supervised.control_optimizer.schedule='linear'; compute determines the control's length, so it must be "
             "'constant'. Remove --supervised.control-optimizer.schedule."
         )
+    supervised = config.supervised
+    if supervised.objective == "dpo" and (not supervised.path or supervised.pack or supervised.draft_fraction):
+        raise ConfigError(
+            f"supervised.objective='dpo' with path={supervised.path!r}, pack={supervised.pack} and draft_fraction="
+            f"{supervised.draft_fraction}; it learns pairs of a file, whole. Set --supervised.path, and remove "
+            "--supervised.pack and --supervised.draft-fraction."
+        )
     thresholds = config.eval.difficulty_thresholds
     if list(thresholds) != sorted(thresholds):
         raise ConfigError(

@@ -227,8 +227,11 @@ class SupervisedConfig:
     order. Empty: the training documents."""
     num_steps: int = setting(0, at_least=0, shown=True)
     """Warm-start updates before RPT. 0: none."""
+    objective: Literal["likelihood", "dpo"] = "likelihood"
+    """likelihood learns the sequences. dpo learns pairs (arXiv:2305.18290): `path` holds prompt, chosen and rejected in
+    TRL's layouts, or their token ids; loss.surrogate.dpo_beta scales the margin."""
     batch_size: int = setting(40, at_least=1)
-    """Sequences per update, or rows with `pack`."""
+    """Sequences or pairs per update, or rows with `pack`."""
     pack: bool = False
     """Pack as many sequences, in order, into each row as fit; they do not attend to each other."""
     context_weight: float = setting(0.2, at_least=0.0)

@@ -104,7 +104,23 @@ def _from_text(record: dict, where: str, tokenizer: Tokenizer, template: Templat
 
 
 def _from_tokens(record: dict, where: str, tokenizer: Tokenizer, template: Template, config: Config) -> Example:
-    trunk, completion = record["trunk_tokens"], record.get("completion_tokens")
+    check_ids(record, where, ("trunk_tokens", "completion_tokens"), tokenizer, template)
+    trunk, completion = record["trunk_tokens"], record["completion_tokens"]
+    given = record.get("given_tokens", 0)
+    if type(given) is not int or not 0 <= given < len(completion):
+        raise DataError(
+            f"{where}: given_tokens is {given!r:.40}; it must be at least 0 and less than the {len(completion)} "
+            "completion tokens. Correct it."
+        )
+    return Example(trunk=trunk, first=1, weight=0.0, completion=completion, given=given)
+
+
+def check_ids(record: dict, where: str, names: Sequence[str], tokenizer: Tokenizer, template: Template) -> None:
+    """Check the fields of a record that hold token ids, and the fingerprints beside them.
+
+    Raises:
+        DataError: ids of another tokenizer or template, or no lists of ids.
+    """
     if record.get("tokenizer") != tokenizer.fingerprint:
         raise DataError(
             f"{where} has ids of tokenizer {record.get('tokenizer')!r}; this run's is {tokenizer.fingerprint}. "
@@ -115,23 +131,16 @@ def _from_tokens(record: dict, where: str, tokenizer: Tokenizer, template: Templ
             f"{where} was sampled with another prompt template; it must be the run's. Sample again, or use the "
             "--data.template and --data.chat that it was sampled with."
         )
-    for ids in (trunk, completion):
+    for ids in map(record.get, names):
         if (
             not isinstance(ids, list)
             or not ids
             or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids)
         ):
             raise DataError(
-                f"{where}: trunk_tokens and completion_tokens must be lists of ids below {tokenizer.vocab_size}. "
-                "Write the file again."
+                f"{where}: {' and '.join(names)} must be lists of ids below {tokenizer.vocab_size}. Write the file "
+                "again."
             )
-    given = record.get("given_tokens", 0)
-    if type(given) is not int or not 0 <= given < len(completion):
-        raise DataError(
-            f"{where}: given_tokens is {given!r:.40}; it must be at least 0 and less than the {len(completion)} "
-            "completion tokens. Correct it."
-        )
-    return Example(trunk=trunk, first=1, weight=0.0, completion=completion, given=given)
 
 
 def plain_trunk(tokens, tokenizer: Tokenizer) -> list[int]:

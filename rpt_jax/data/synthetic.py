@@ -12,37 +12,106 @@ and the closed vocabulary as a tokenizer directory.
 import json
 import random
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE, THINK_OPEN, Tokenizer, word_level
 
-# Five names: with eight, ln 8 nats of free choice would look like difficulty.
-_NAMES = ("Ana", "Ben", "Cora", "Dan", "Eve")
-_OPENINGS = (
-    "It rained all day on the hill.",
-    "The old shop by the sea was shut.",
-    "They sat by the fire for a game.",
-    "Nobody in the room had said a word.",
+
+@dataclass(frozen=True, kw_only=True)
+class Telling:
+    """The words that puzzles are told in. Those of two languages correspond, so that thoughts can mix them.
+
+    Attributes:
+        names: of people. Five: with eight, ln 8 nats of free choice would look like difficulty.
+        openings, closings: sentences around a puzzle.
+        shows, picks: how a dial and a chain of people begin.
+        dial, chain: for each operation, sentences with {name}, {n} and, in chains, {last}.
+        dial_ends, chain_ends: what precedes the result.
+        guess: a thought without work.
+    """
+
+    names: tuple[str, ...]
+    openings: tuple[str, ...]
+    closings: tuple[str, ...]
+    shows: str
+    picks: str
+    dial: dict[str, tuple[str, ...]]
+    chain: dict[str, tuple[str, ...]]
+    dial_ends: str
+    chain_ends: str
+    guess: str
+
+    @property
+    def phrases(self) -> list[str]:
+        """Return every phrase of puzzles, with its blanks."""
+        steps = [p for wording in (self.dial, self.chain) for options in wording.values() for p in options]
+        ends = [self.shows, self.picks, self.dial_ends, self.chain_ends]
+        return [*self.openings, *self.closings, self.guess, *ends, *steps]
+
+
+ENGLISH = Telling(
+    names=("Ana", "Ben", "Cora", "Dan", "Eve"),
+    openings=(
+        "It rained all day on the hill.",
+        "The old shop by the sea was shut.",
+        "They sat by the fire for a game.",
+        "Nobody in the room had said a word.",
+    ),
+    closings=(
+        " They wrote it down and went home.",
+        " Then the lamp by the door went out.",
+        " Nobody had seen it coming.",
+        " It was late when they left the room.",
+    ),
+    shows=" The dial on the safe shows {value}.",
+    picks=" {name} picks {value}.",
+    dial={
+        "+": (" {name} winds it on by {n}.", " {name} turns it up by {n}."),
+        "-": (" {name} winds it back by {n}.", " {name} turns it down by {n}."),
+        "*": (" {name} doubles the number.", " {name} makes it twice as much."),
+    },
+    chain={
+        "+": (" {name} takes {last} plus {n}.", " {name} adds {n} to {last}."),
+        "-": (" {name} takes {last} minus {n}.", " {name} takes {n} from {last}."),
+        "*": (" {name} takes twice {last}.", " {name} doubles {last}."),
+    },
+    dial_ends=" Now the dial shows",
+    chain_ends=" So {last} ends on",
+    guess=" A guess.",
 )
-_CLOSINGS = (
-    " They wrote it down and went home.",
-    " Then the lamp by the door went out.",
-    " Nobody had seen it coming.",
-    " It was late when they left the room.",
+RUSSIAN = Telling(
+    names=("Аня", "Боря", "Вера", "Глеб", "Ева"),
+    openings=(
+        "Весь день над холмом шёл дождь.",
+        "Старая лавка у моря была закрыта.",
+        "Они сели у огня играть.",
+        "Никто в доме не сказал ни слова.",
+    ),
+    closings=(
+        " Они записали это и ушли домой.",
+        " Потом погасла лампа у двери.",
+        " Никто этого не ждал.",
+        " Было поздно, когда все вышли.",
+    ),
+    shows=" Диск на сейфе показывает {value}.",
+    picks=" {name} выбирает {value}.",
+    dial={
+        "+": (" {name} крутит вперёд на {n}.", " {name} прибавляет ещё {n}."),
+        "-": (" {name} крутит назад на {n}.", " {name} убавляет на {n}."),
+        "*": (" {name} удваивает число.", " {name} делает вдвое больше."),
+    },
+    chain={
+        "+": (" {name} берёт {last} плюс {n}.", " {name} добавляет {n} к {last}."),
+        "-": (" {name} берёт {last} минус {n}.", " {name} отнимает {n} от {last}."),
+        "*": (" {name} берёт дважды {last}.", " {name} удваивает {last}."),
+    },
+    dial_ends=" Теперь диск показывает",
+    chain_ends=" Итак, у {last} выходит",
+    guess=" Наугад.",
 )
-_DIAL = {
-    "+": (" {name} winds it on by {n}.", " {name} turns it up by {n}."),
-    "-": (" {name} winds it back by {n}.", " {name} turns it down by {n}."),
-    "*": (" {name} doubles the number.", " {name} makes it twice as much."),
-}
-_CHAIN = {
-    "+": (" {name} takes {last} plus {n}.", " {name} adds {n} to {last}."),
-    "-": (" {name} takes {last} minus {n}.", " {name} takes {n} from {last}."),
-    "*": (" {name} takes twice {last}.", " {name} doubles {last}."),
-}
-_GUESS = " A guess."
-_PIECES = re.compile(r"</?think>|\\boxed\{| ?[A-Za-z]+| ?[0-9]|.")
+_PIECES = re.compile(r"</?think>|\\boxed\{| ?[^\W\d_]+| ?[0-9]|.", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +121,29 @@ class Puzzle:
     Attributes:
         text: the whole document.
         answer_offset: byte offset of the determined result, including its leading space.
-        num_steps: number of operations that lead to it.
-        thought: the worked steps, e.g. " 6, Dan+ 4 0, Ana* 2 0,".
+        start: value before the first operation.
+        steps: (name, operation, operand, value after it) of each operation that leads to the result.
     """
 
     text: str
     answer_offset: int
-    num_steps: int
-    thought: str
+    start: int
+    steps: tuple[tuple[str, str, int, int], ...]
+
+    @property
+    def question(self) -> str:
+        """Return the text before the result."""
+        return self.text.encode()[: self.answer_offset].decode()
+
+    @property
+    def thought(self) -> str:
+        """Return the worked steps, e.g. " 6, Dan+ 4 0, Ana* 2 0,"."""
+        return worked(self.start, self.steps)
+
+
+def worked(start: int, steps: Iterable[tuple[str, str, int, int]]) -> str:
+    """Return a worked thought; arguments as in `Puzzle`."""
+    return f" {start}," + "".join(f" {name}{op} {n} {value}," for name, op, n, value in steps)
 
 
 def _apply(value: int, op: str, n: int) -> int:
@@ -71,40 +155,53 @@ def _operation(rng: random.Random) -> tuple[str, int]:
     return op, 2 if op == "*" else rng.randint(1, 4)
 
 
-def make_puzzle(rng: random.Random, *, max_steps: int) -> Puzzle:
+def make_puzzle(rng: random.Random, *, max_steps: int, telling: Telling = ENGLISH) -> Puzzle:
     """Make a random dial or chain document with 1 to `max_steps` (at most 4) operations."""
-    names = rng.sample(_NAMES, 5)
-    value = rng.randrange(10)
+    names = rng.sample(telling.names, 5)
+    start = value = rng.randrange(10)
     is_dial = rng.random() < 0.5
-    first = names.pop()
-    text = rng.choice(_OPENINGS)
-    text += f" The dial on the safe shows {value}." if is_dial else f" {first} picks {value}."
-    thought, last = f" {value},", first
-    num_steps = rng.randint(1, max_steps)
-    for _ in range(num_steps):
+    last = names.pop()
+    text = rng.choice(telling.openings)
+    text += (telling.shows if is_dial else telling.picks).format(value=value, name=last)
+    steps = []
+    for _ in range(rng.randint(1, max_steps)):
         name, (op, n) = names.pop(), _operation(rng)
         value = _apply(value, op, n)
-        text += rng.choice((_DIAL if is_dial else _CHAIN)[op]).format(name=name, last=last, n=n)
-        thought += f" {name}{op} {n} {value},"
+        text += rng.choice((telling.dial if is_dial else telling.chain)[op]).format(name=name, last=last, n=n)
+        steps.append((name, op, n, value))
         last = name
-    text += " Now the dial shows" if is_dial else f" So {last} ends on"
+    text += (telling.dial_ends if is_dial else telling.chain_ends).format(last=last)
     return Puzzle(
-        text=f"{text} {value}.{rng.choice(_CLOSINGS)}",
+        text=f"{text} {value}.{rng.choice(telling.closings)}",
         answer_offset=len(text.encode()),
-        num_steps=num_steps,
-        thought=thought,
+        start=start,
+        steps=tuple(steps),
     )
 
 
-def _exercise_sheet(rng: random.Random, num_facts: int = 12) -> str:
+def exercise_sheet(rng: random.Random, num_facts: int = 12, names: Sequence[str] = ENGLISH.names) -> str:
     """Make a sequence of the steps that thoughts consist of; thoughts alone are too sparse to learn from."""
-    value = rng.randrange(10)
-    text = f" {value},"
+    start = value = rng.randrange(10)
+    steps = []
     for _ in range(num_facts):
         op, n = _operation(rng)
         value = _apply(value, op, n)
-        text += f" {rng.choice(_NAMES)}{op} {n} {value},"
-    return text
+        steps.append((rng.choice(names), op, n, value))
+    return worked(start, steps)
+
+
+def with_thought(puzzle: Puzzle, thought: str) -> dict:
+    """Return the puzzle's question with a completion in the response format: the thought, and the result."""
+    target = _PIECES.match(puzzle.text, len(puzzle.question))[0]
+    return {"text": puzzle.question, "completion": f"{thought}{THINK_CLOSE}{BOX_OPEN}{target}}}"}
+
+
+def guessed_position(rng: random.Random, puzzle: Puzzle, thought: str) -> dict:
+    """Cut a document at a free position, and add a thought and the piece that follows."""
+    starts = [m.start() for m in _PIECES.finditer(puzzle.text)]
+    offset = rng.choice(starts[16:])
+    target = _PIECES.match(puzzle.text, offset)[0]
+    return {"text": puzzle.text[:offset], "completion": f"{thought}{THINK_CLOSE}{BOX_OPEN}{target}}}"}
 
 
 def _worked_thought(rng: random.Random, puzzle: Puzzle) -> dict:
@@ -113,15 +210,9 @@ def _worked_thought(rng: random.Random, puzzle: Puzzle) -> dict:
     Three in four cuts are at the result, the others at free positions. More than half of the thoughts at the result,
     and all at free positions, are just a guess: thinking, and thinking correctly, is left for RPT to learn.
     """
-    text = puzzle.text.encode()
     if rng.random() < 0.75:
-        offset = puzzle.answer_offset
-        thought = puzzle.thought if rng.random() < 0.45 else _GUESS
-    else:
-        starts = [m.start() for m in _PIECES.finditer(puzzle.text)]
-        offset, thought = rng.choice(starts[16:]), _GUESS
-    target = _PIECES.match(puzzle.text, offset)[0]
-    return {"text": text[:offset].decode(), "completion": f"{thought}{THINK_CLOSE}{BOX_OPEN}{target}}}"}
+        return with_thought(puzzle, puzzle.thought if rng.random() < 0.45 else ENGLISH.guess)
+    return guessed_position(rng, puzzle, ENGLISH.guess)
 
 
 def _warm_start(rng: random.Random, draw, *, short_sequences: int, long_sequences: int) -> list[dict]:
@@ -135,19 +226,23 @@ def _warm_start(rng: random.Random, draw, *, short_sequences: int, long_sequence
             if kind == "t":
                 sequences.append(_worked_thought(rng, draw(max_steps)))
             elif kind == "s":
-                sequences.append({"text": _exercise_sheet(rng)})
+                sequences.append({"text": exercise_sheet(rng)})
             else:
                 # Weighted like the contexts of thoughts; otherwise plain text dominates the few tokens of a thought.
                 sequences.append({"text": draw(max_steps).text, "text_weight": 0.2})
     return sequences
 
 
-def make_tokenizer() -> Tokenizer:
-    """Make the corpus's closed vocabulary: words, digits and marks, with response marks as single entries."""
-    phrases = [*_OPENINGS, *_CLOSINGS, _GUESS, " The dial on the safe shows picks. Now the dial So ends on"]
-    phrases += [p for wording in (_DIAL, _CHAIN) for options in wording.values() for p in options]
+def make_tokenizer(tellings: Sequence[Telling] = (ENGLISH,), others: Sequence[str] = ()) -> Tokenizer:
+    """Make a closed vocabulary: words, digits and marks, with response marks as single entries.
+
+    Args:
+        tellings: whose words it holds.
+        others: further phrases.
+    """
+    phrases = [*others, *(phrase for telling in tellings for phrase in telling.phrases)]
     entries = {piece for p in phrases for piece in _PIECES.findall(re.sub(r" ?\{\w+\}", "", p))}
-    entries |= {f" {name}" for name in _NAMES} | {f" {digit}" for digit in range(10)}
+    entries |= {f" {name}" for telling in tellings for name in telling.names} | {f" {digit}" for digit in range(10)}
     entries |= {*"+-*,.}", THINK_OPEN, THINK_CLOSE, BOX_OPEN}
     return word_level(sorted(entries))
 
@@ -161,26 +256,30 @@ def write_corpus(
     """
     directory.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-
-    def question(puzzle: Puzzle) -> str:
-        return puzzle.text[: puzzle.answer_offset]
-
     heldout = [make_puzzle(rng, max_steps=4) for _ in range(num_heldout)]
-    taken = {question(p) for p in heldout}
+    taken = {p.question for p in heldout}
 
     def draw(max_steps: int) -> Puzzle:
-        while question(puzzle := make_puzzle(rng, max_steps=max_steps)) in taken:
+        while (puzzle := make_puzzle(rng, max_steps=max_steps)).question in taken:
             pass
         return puzzle
 
-    def record(puzzle: Puzzle) -> dict:
-        return {"text": puzzle.text, "position_labels": [[puzzle.answer_offset, f"determined/{puzzle.num_steps}"]]}
-
     files = {
-        "heldout.jsonl": [record(p) for p in heldout],
-        "train.jsonl": [record(draw(4)) for _ in range(num_train)],
+        "heldout.jsonl": [labelled(p) for p in heldout],
+        "train.jsonl": [labelled(draw(4)) for _ in range(num_train)],
         "warm_start.jsonl": _warm_start(rng, draw, short_sequences=short_sequences, long_sequences=long_sequences),
     }
+    write_files(directory, files, make_tokenizer())
+
+
+def labelled(puzzle: Puzzle) -> dict:
+    """Return the record of a document whose determined position is labelled."""
+    return {"text": puzzle.text, "position_labels": [[puzzle.answer_offset, f"determined/{len(puzzle.steps)}"]]}
+
+
+def write_files(directory: Path, files: dict[str, list[dict]], tokenizer: Tokenizer) -> None:
+    """Write jsonl files into `directory`; the tokenizer last, so that its presence means that all are complete."""
+    directory.mkdir(parents=True, exist_ok=True)
     for name, records in files.items():
         (directory / name).write_text("".join(json.dumps(r) + "\n" for r in records))
-    make_tokenizer().save(directory / "tokenizer")
+    tokenizer.save(directory / "tokenizer")

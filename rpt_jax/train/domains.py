@@ -21,6 +21,7 @@ from rpt_jax.data.positions import (
     parts_key,
     select_from_corpus,
 )
+from rpt_jax.data.preferences import Pair, read_pairs
 from rpt_jax.data.questions import (
     Question,
     QuestionSource,
@@ -76,8 +77,8 @@ class Domain(Protocol):
     num_reference: int
     identity: dict
 
-    def warm_examples(self, config: Config, tokenizer: Tokenizer) -> Sequence[Example]:
-        """Return the examples that a warm start learns."""
+    def warm_examples(self, config: Config, tokenizer: Tokenizer) -> Sequence[Example] | Sequence[Pair]:
+        """Return the examples, or pairs, that a warm start learns."""
         ...
 
     def control_examples(self, run) -> Sequence[Example] | None:
@@ -111,6 +112,18 @@ def cache_directory(config: Config) -> Path:
     return Path(config.data.cache or config.run.directory)
 
 
+def _read_supervised(config: Config, tokenizer: Tokenizer, template: Template) -> Sequence[Example] | Sequence[Pair]:
+    """Read supervised.path; print how many pairs are skipped, and why."""
+    path = config.supervised.path
+    if config.supervised.objective == "likelihood":
+        return read_examples(path, tokenizer, template, config)
+    pairs, skipped = read_pairs(path, tokenizer, template, config)
+    for reason, count in skipped.items():
+        if count:
+            console.print(f"{count} of {len(pairs) + sum(skipped.values())} pairs {reason}; skipped")
+    return pairs
+
+
 def _named(splits: dict[str, dict]) -> dict:
     return {(which, name): ids for which, of in splits.items() for name, ids in of.items()}
 
@@ -140,7 +153,7 @@ class Questions:
             raise ConfigError(
                 "a warm start on questions needs their solutions. Set --supervised.path to a file of solutions."
             )
-        return read_examples(config.supervised.path, tokenizer, self.template, config)
+        return _read_supervised(config, tokenizer, self.template)
 
     def control_examples(self, run) -> None:
         return None
@@ -233,7 +246,7 @@ class Documents:
     def warm_examples(self, config: Config, tokenizer: Tokenizer) -> Sequence[Example]:
         supervised = config.supervised
         if supervised.path:
-            return read_examples(supervised.path, tokenizer, self.template, config)
+            return _read_supervised(config, tokenizer, self.template)
         # Mixed with drafts, plain text gets the weight of their contexts, or it would drown out their few tokens.
         weight = supervised.context_weight if supervised.draft_fraction else 1.0
         plain = document_examples(self.training, tokenizer, config.data.trunk_length, weight=weight)

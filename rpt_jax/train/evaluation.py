@@ -20,11 +20,13 @@ class Evaluations:
         run: the run.
         source: its held-out tasks.
         start: parameters of the policy that RL starts from, for requests of the reward that name it.
+        only: the only split to evaluate; empty: all.
     """
 
     run: Run
     source: Source
     start: Any = None
+    only: str = ""
 
     def at_step(self, step: int, params, flops: Callable[[], float]) -> dict | None:
         """Evaluate before the first step, every eval.every_steps steps and after the last, unless already logged.
@@ -70,6 +72,9 @@ class Evaluations:
         if final:
             limits = {"splits": settings.final_num_positions, "curve": settings.num_positions}
         evaluator = self.run.domain.evaluator(self.run, self.source, limits, self._reward)
+        if self.only:
+            splits = {key: ids for key, ids in evaluator.splits.items() if key[1] == self.only}
+            evaluator = replace(evaluator, splits=splits)
         members = {name: set(ids.tolist()) for (which, name), ids in evaluator.splits.items() if which == "splits"}
 
         def with_splits(columns: dict[str, list]) -> None:

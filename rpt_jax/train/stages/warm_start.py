@@ -1,4 +1,4 @@
-"""The warm start: supervised training before RPT, from the policy's initial parameters."""
+"""The warm start: training on a file or on texts before RPT, from the policy's initial parameters."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ from rpt_jax.models.lora import merge
 from rpt_jax.train.loop import fit
 from rpt_jax.train.policies import fresh_state, stage_optimizer
 from rpt_jax.train.run import Run
+from rpt_jax.train.stages.preferences import Preferences
 from rpt_jax.train.stages.supervised import Supervised
-from rpt_jax.train.training import Until
+from rpt_jax.train.training import Training, Until
 
 NAME = "warm_start"
 
@@ -26,10 +27,14 @@ def warm_start(run: Run) -> Any:
     if finished.latest_step == num_steps:
         state, _ = finished.restore(state)
         return merge(frozen, state.params)
-    training = Supervised(
-        name=NAME, config=config, mesh=run.mesh, optimizer=stage_optimizer(config, NAME), examples=run.warm_examples,
-        tail=run.template.tail, shuffle=not config.supervised.path, frozen=frozen,
-    )  # fmt: skip
+    shared = {
+        "name": NAME, "config": config, "mesh": run.mesh, "optimizer": stage_optimizer(config, NAME),
+        "tail": run.template.tail, "frozen": frozen,
+    }  # fmt: skip
+    if config.supervised.objective == "dpo":
+        training: Training = Preferences(pairs=run.warm_examples, start=params, **shared)
+    else:
+        training = Supervised(examples=run.warm_examples, shuffle=not config.supervised.path, **shared)
     with run.checkpoints(NAME) as checkpoints:
         state, _ = fit(
             training, state, run.directory, checkpoints, Until(steps=num_steps),

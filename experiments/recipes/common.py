@@ -1,0 +1,189 @@
+"""The command line that recipes share, and the settings of their steps."""
+
+import argparse
+import itertools
+import json
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+
+from experiments.cli import describe, parse_config
+from experiments.recipes.judging import COST, Judge
+from experiments.rejection_sample import sample_accepted
+from rpt_jax.config import Config
+from rpt_jax.config.schema import with_values
+from rpt_jax.data.examples import Example, read_examples
+from rpt_jax.data.readers import read_texts, training_corpora
+from rpt_jax.errors import ConfigError
+from rpt_jax.models.hf import save_hf
+from rpt_jax.parallel import distributed
+from rpt_jax.parallel.interruption import watching
+from rpt_jax.train.pipeline import Recipe, run_recipe
+from rpt_jax.train.policies import start_params
+from rpt_jax.train.progress import console
+from rpt_jax.train.rejection import write_examples
+from rpt_jax.train.run import Run, prepare
+from rpt_jax.train.run_directory import read_config, read_records
+from rpt_jax.train.sizes import fitted
+from rpt_jax.train.stages.control import continue_supervised
+from rpt_jax.train.stages.warm_start import warm_start
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def parse_recipe(
+    argv: Sequence[str], parser: argparse.ArgumentParser, settings: Sequence[str]
+) -> tuple[argparse.Namespace, Config, bool]:
+    """Parse a recipe's command line: its own flags, and a preset with settings.
+
+    Without --preset and --policy.path the recipe runs in tiny form, with `settings` on top of tiny_worked.
+
+    Args:
+        argv: arguments, without the program's name.
+        parser: of the recipe's own flags, without --help.
+        settings: flags of the tiny form, which those of the command line override.
+    Returns:
+        (the recipe's own flags, config of all steps, whether the recipe runs in tiny form). The process has ended if
+        --dry-run is among the arguments.
+    Raises:
+        ConfigError: a pretrained policy without texts or questions.
+    """
+    args, flags = parser.parse_known_args(argv)
+    is_tiny = not any(flag.split("=")[0] in ("--preset", "--policy.path") for flag in flags)
+    config, dry_run = parse_config([*(settings if is_tiny else ()), *flags], default_preset="tiny_worked")
+    if dry_run:
+        print(describe(config))
+        raise SystemExit(0)
+    if not is_tiny and not (config.data.path or config.data.mixture or config.questions.path):
+        raise ConfigError(
+            f"policy.path={config.policy.path!r} without texts; a recipe in tiny form makes its own, but for this "
+            "policy it needs some. Set --data.path or --questions.path."
+        )
+    cache = config.data.cache or f"{config.run.directory}/cache"
+    return args, replace(config, data=replace(config.data, cache=cache)), is_tiny
+
+
+def run_followed(recipe: Recipe, config: Config, judge: Judge) -> None:
+    """Run a recipe in the config's directory; judge every policy, and write the page."""
+    distributed.start(config.distributed)
+    console.quiet = not distributed.is_main()
+    with watching(config.distributed.deadline_seconds):
+        run_recipe(recipe, config.run.directory, after_each=judge)
+
+
+def supervised_step(config: Config, path: str, num_steps: int, values: Mapping[str, Any] = NOTHING) -> Config:
+    """Return a run that only learns a file, with the fine-tuning optimizer; `values` are further settings by path."""
+    changes = {"supervised.path": path, "supervised.num_steps": num_steps, "run.num_steps": 0}
+    fine = replace(config.supervised, optimizer=config.supervised.control_optimizer)
+    return with_values(replace(config, supervised=fine), changes | dict(values))
+
+
+def rl_step(config: Config, values: Mapping[str, Any] = NOTHING) -> Config:
+    """Return a run that only does RL; `values` are further settings by path. Its own evaluations are small ones."""
+    changes = {
+        "supervised.num_steps": 0, "supervised.path": "", "run.control": False,
+        "eval.final_num_positions": config.eval.num_positions,
+    }  # fmt: skip
+    return with_values(config, changes | dict(values))
+
+
+def right_by(config: Config) -> str:
+    """Return the reward that is 1 for right answers: of positions, of choices, or of questions."""
+    return "math" if config.questions.path else "prefix"
+
+
+def average_policies(directory: Path, *, runs: Sequence[str], weights: Sequence[float]) -> None:
+    """Write the weighted mean of the runs' newest policies as a model directory.
+
+    Args:
+        directory: to write into.
+        runs: directories of runs of one model shape.
+        weights: of each; they add up to 1.
+    """
+    opened = open_run(runs[0])
+    policies = [start_params(with_values(opened.config, {"policy.path": run}), opened.mesh) for run in runs]
+    mean = jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *policies)
+    stop_ids = {"eos_token_id": list(opened.config.rollout.stop_ids)}
+    save_hf(directory, opened.config.model, mean, tokenizer=opened.tokenizer, generation=stop_ids)
+    opened.directory.close()
+
+
+def continue_on(directory: Path, *, run: str, examples: str) -> None:
+    """Continue the policy that an RL run started from with supervised training, for the FLOPs that RL spent.
+
+    Writes a model directory, and its cost.
+
+    Args:
+        directory: to write into.
+        run: directory of the RL run.
+        examples: documents, for next-token training; or a file as supervised.path takes, mixed in equal parts with
+            documents (Mixed SFT).
+    """
+    opened = open_run(run)
+    params = warm_start(opened)
+    texts = opened.domain.control_examples(opened)
+    learned: Sequence[Example] = texts
+    if examples != "documents":
+        worked = read_examples(examples, opened.tokenizer, opened.template, opened.config)
+        rng = random.Random(opened.config.run.seed)
+        learned = [*worked, *(texts[rng.randrange(len(texts))] for _ in worked)]
+    spent = max(r["flops"] for r in read_records(Path(run)) if r["stage"] == "rpt")
+    began = time.perf_counter()
+    optimizer = opened.config.supervised.control_optimizer
+    trained, _, flops = continue_supervised(opened, params, learned, optimizer, spent)
+    seconds = time.perf_counter() - began
+    stop_ids = {"eos_token_id": list(opened.config.rollout.stop_ids)}
+    save_hf(directory, opened.config.model, trained, tokenizer=opened.tokenizer, generation=stop_ids)
+    write_cost(directory, flops, seconds)
+    opened.directory.close()
+
+
+def write_cost(directory: Path, flops: float, seconds: float) -> None:
+    """Write what a step that makes files has cost."""
+    (directory / COST).write_text(json.dumps({"flops": flops, "seconds": seconds}))
+
+
+def write_accepted(
+    directory: Path, *, run: str, num_batches: int, per_prompt: int, min_reward: float, num_texts: int = 0
+) -> None:
+    """Sample a run's newest policy and write examples.jsonl: its rewarded completions, and plain texts between them.
+
+    Args:
+        directory: to write into.
+        run: directory of an RL run.
+        num_batches: rollout batches to sample.
+        per_prompt: most completions of a prompt.
+        min_reward: of a completion to keep.
+        num_texts: training documents to mix in, as plain text.
+    """
+    opened, began = open_run(run), time.perf_counter()
+    found = sample_accepted(opened, num_batches, per_prompt=per_prompt, min_reward=min_reward)
+    write_cost(directory, found.flops, time.perf_counter() - began)
+    path = directory / "examples.jsonl"
+    write_examples(path, found.rows, tokenizer=opened.tokenizer.fingerprint, template=opened.template.fingerprint)
+    lines = path.read_text().splitlines()
+    for text in itertools.islice(_training_texts(opened.config), num_texts):
+        lines.append(json.dumps({"text": text, "text_weight": opened.config.supervised.context_weight}))
+    random.Random(opened.config.run.seed).shuffle(lines)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    (directory / "counts.json").write_text(json.dumps(found.counts))
+    opened.directory.close()
+
+
+def open_run(directory: str) -> Run:
+    """Open a finished run, to read it."""
+    config = read_config(Path(directory), say=False)
+    config = replace(config, run=replace(config.run, directory=directory))
+    return fitted(prepare(config, read_only=True))
+
+
+def _training_texts(config: Config) -> Iterator[str]:
+    for corpus in training_corpora(config.data):
+        for text in read_texts(corpus.path, text_template=corpus.text_template, split=corpus.split):
+            yield text.text
