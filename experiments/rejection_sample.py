@@ -9,14 +9,19 @@ script prints how many rollouts were kept, and how many were dropped for each re
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from experiments.cli import describe, parse_config, run_script
 from rpt_jax.data.batches import TrainIterator
 from rpt_jax.errors import DataError
+from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.interruption import check
 from rpt_jax.parallel.mesh import shard_batch
+from rpt_jax.rewards.base import earn
 from rpt_jax.rollout.completions import completion_columns
 from rpt_jax.scoring.companions import CURRENT
 from rpt_jax.train.progress import progress_bar
@@ -26,6 +31,7 @@ from rpt_jax.train.run import Run, newest_state, prepare
 from rpt_jax.train.sizes import fitted
 from rpt_jax.train.stages.rl import NAME, make_trainer
 from rpt_jax.train.stages.warm_start import warm_start
+from rpt_jax.types import Experience
 from rpt_jax.work import count_tokens, num_parameters, step_flops
 
 
@@ -58,7 +64,13 @@ class Accepted:
 
 
 def sample_accepted(
-    run: Run, num_batches: int, *, per_prompt: int, min_reward: float = 1.0, from_start: bool = False
+    run: Run,
+    num_batches: int,
+    *,
+    per_prompt: int,
+    min_reward: float = 1.0,
+    from_start: bool = False,
+    max_flops: float = math.inf,
 ) -> Accepted:
     """Sample batches and select rollouts to learn from.
 
@@ -67,11 +79,11 @@ def sample_accepted(
         num_batches: rollout batches to sample.
         per_prompt: most rollouts of a prompt to keep.
         min_reward: of the rollouts to keep.
-        from_start: see `sample_rows`.
+        from_start, max_flops: see `sample_rows`.
     Raises:
         DataError: no rollout is rewarded.
     """
-    rows, flops = sample_rows(run, num_batches, from_start=from_start)
+    rows, flops = sample_rows(run, num_batches, from_start=from_start, max_flops=max_flops)
     kept, counts = accepted_rows(rows, min_reward=min_reward, per_prompt=per_prompt)
     if not kept:
         raise DataError(
@@ -81,15 +93,26 @@ def sample_accepted(
     return Accepted(rows=kept, counts=counts, flops=flops)
 
 
-def sample_rows(run: Run, num_batches: int, *, from_start: bool = False) -> tuple[list[dict], float]:
+def sample_rows(
+    run: Run,
+    num_batches: int,
+    *,
+    from_start: bool = False,
+    shows_references: bool = False,
+    verifier: str = "",
+    max_flops: float = math.inf,
+) -> tuple[list[dict], float]:
     """Sample batches of rollouts and reward them, with prompts in another order than training's.
 
     Args:
         run: whose newest policy is sampled, or its warm start if RL has not begun.
-        num_batches: rollout batches to sample.
+        num_batches: rollout batches to sample, at most.
         from_start: sample the policy that RL starts from.
+        shows_references: keep prompts that show their reference (ravr); these rows have "shown" True.
+        verifier: a reward that is 1 for right answers; rows have "right". Empty: they do not.
+        max_flops: stop after the batch that reaches them.
     Returns:
-        (rows with the fields of `rollout.completions.completion_columns`, FLOPs).
+        (rows with the fields of `rollout.completions.completion_columns` and "shown", FLOPs).
     Raises:
         Interrupted: a stop signal arrived.
     """
@@ -100,7 +123,9 @@ def sample_rows(run: Run, num_batches: int, *, from_start: bool = False) -> tupl
         state, _, _ = newest_state(run, params)
     policies, rollout = trainer.policies(state), run.config.rollout
     # A different seed, so that these are not the prompts that training starts with.
-    source = replace(tasks.source, template=replace(tasks.source.template, num_shown=0))
+    source = tasks.source
+    if not shows_references:
+        source = replace(source, template=replace(source.template, num_shown=0))
     iterator = TrainIterator(
         source,
         tasks.ids,
@@ -111,6 +136,7 @@ def sample_rows(run: Run, num_batches: int, *, from_start: bool = False) -> tupl
         corpora=tasks.corpora,
         weights=tasks.weights,
     )
+    verifies = run.make_reward(source, (verifier,)) if verifier else None
     rows, flops = [], 0.0
     with progress_bar("rollouts", num_batches) as progress:
         for number in range(num_batches):
@@ -125,10 +151,25 @@ def sample_rows(run: Run, num_batches: int, *, from_start: bool = False) -> tupl
                 experience.tasks, experience.rollouts, experience.predictions, experience.earned.rewards,
                 run.tokenizer, tasks.source.columns,
             )  # fmt: skip
+            columns["shown"] = _of_rows(experience, experience.tasks.references.shown)
+            if verifies is not None:
+                right = earn(verifies, policies, experience.tasks, experience.rollouts)[1].rewards == 1.0
+                columns["right"] = _of_rows(experience, right)
             rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             progress(number + 1)
             check()
+            if flops >= max_flops:
+                break
     return rows, flops
+
+
+def _of_rows(experience: Experience, flags) -> list[bool]:
+    """Return flags [U, M] of prompts or [U, M, G] of rollouts in the order of `completion_columns`; None: False."""
+    prompts, flags = to_host((experience.tasks.prompts, flags))
+    shape = prompts.row_ids.shape
+    flags = np.zeros(shape, bool) if flags is None else flags
+    flags = np.broadcast_to(flags if flags.ndim == 3 else flags[..., None], shape)
+    return flags[prompts.prompt_mask].reshape(-1).tolist()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 import argparse
 import itertools
 import json
+import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 
 from experiments.cli import describe, parse_config
-from experiments.recipes.judging import COST, Judge
+from experiments.recipes.judging import COST, COUNTS, Judge
 from experiments.rejection_sample import sample_accepted
 from rpt_jax.config import Config
 from rpt_jax.config.schema import with_values
@@ -24,12 +25,12 @@ from rpt_jax.errors import ConfigError
 from rpt_jax.models.hf import save_hf
 from rpt_jax.parallel import distributed
 from rpt_jax.parallel.interruption import watching
-from rpt_jax.train.pipeline import Recipe, run_recipe
+from rpt_jax.train.pipeline import Files, Recipe, run_recipe
 from rpt_jax.train.policies import start_params
 from rpt_jax.train.progress import console
 from rpt_jax.train.rejection import write_examples
 from rpt_jax.train.run import Run, prepare
-from rpt_jax.train.run_directory import read_config, read_records
+from rpt_jax.train.run_directory import read_config, read_json, read_records
 from rpt_jax.train.sizes import fitted
 from rpt_jax.train.stages.control import continue_supervised
 from rpt_jax.train.stages.warm_start import warm_start
@@ -75,6 +76,38 @@ def run_followed(recipe: Recipe, config: Config, judge: Judge) -> None:
     console.quiet = not distributed.is_main()
     with watching(config.distributed.deadline_seconds):
         run_recipe(recipe, config.run.directory, after_each=judge)
+
+
+def on_puzzles(config: Config) -> Config:
+    """Return the config of a recipe in tiny form, with the documents of its corpus."""
+    corpus = Path(config.run.directory) / "corpus"
+    names = ("path", "train.jsonl"), ("heldout_path", "heldout.jsonl"), ("tokenizer", "tokenizer")
+    return with_values(config, {f"data.{name}": str(corpus / file) for name, file in names})
+
+
+def tiny_base(config: Config, write: Callable[..., None], settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the first two steps of a recipe in tiny form: the corpus, and the base policy, made from nothing.
+
+    Args:
+        config: of the recipe.
+        write: a writer of `puzzles`.
+        settings: of it, besides the seed and the number of sequences of base.jsonl.
+    """
+    num_base = config.supervised.num_steps * config.supervised.batch_size
+    base = Path(config.run.directory) / "corpus" / "base.jsonl"
+    begin = with_values(config, {"run.num_steps": 0, "supervised.path": str(base)})
+    return [
+        ("corpus", Files(write, {"seed": config.run.seed, "num_base": num_base} | dict(settings))), ("base", begin),
+    ]  # fmt: skip
+
+
+def need_file(given: str, flag: str, purpose: str) -> None:
+    """Raise ConfigError if a recipe for a pretrained policy lacks a file."""
+    if not given:
+        raise ConfigError(
+            f"no {flag} for this policy; it is {purpose}. Set {flag} to a file of lines with text and completion, as "
+            "supervised.path takes."
+        )
 
 
 def supervised_step(config: Config, path: str, num_steps: int, values: Mapping[str, Any] = NOTHING) -> Config:
@@ -144,26 +177,40 @@ def continue_on(directory: Path, *, run: str, examples: str) -> None:
     opened.directory.close()
 
 
+def write_counts(directory: Path, counts: Mapping[str, float]) -> None:
+    """Write what a step that makes files has found, for the recipe's page."""
+    (directory / COUNTS).write_text(json.dumps(dict(counts)))
+
+
 def write_cost(directory: Path, flops: float, seconds: float) -> None:
     """Write what a step that makes files has cost."""
     (directory / COST).write_text(json.dumps({"flops": flops, "seconds": seconds}))
 
 
 def write_accepted(
-    directory: Path, *, run: str, num_batches: int, per_prompt: int, min_reward: float, num_texts: int = 0
+    directory: Path,
+    *,
+    run: str,
+    num_batches: int,
+    per_prompt: int,
+    min_reward: float,
+    num_texts: int = 0,
+    as_much_as: str = "",
 ) -> None:
     """Sample a run's newest policy and write examples.jsonl: its rewarded completions, and plain texts between them.
 
     Args:
         directory: to write into.
-        run: directory of an RL run.
-        num_batches: rollout batches to sample.
+        run: directory of a run.
+        num_batches: rollout batches to sample, at most.
         per_prompt: most completions of a prompt.
         min_reward: of a completion to keep.
         num_texts: training documents to mix in, as plain text.
+        as_much_as: an earlier step; sampling ends with the batch that reaches its FLOPs. Empty: no limit.
     """
     opened, began = open_run(run), time.perf_counter()
-    found = sample_accepted(opened, num_batches, per_prompt=per_prompt, min_reward=min_reward)
+    limit = read_json(Path(as_much_as) / COST)["flops"] if as_much_as else math.inf
+    found = sample_accepted(opened, num_batches, per_prompt=per_prompt, min_reward=min_reward, max_flops=limit)
     write_cost(directory, found.flops, time.perf_counter() - began)
     path = directory / "examples.jsonl"
     write_examples(path, found.rows, tokenizer=opened.tokenizer.fingerprint, template=opened.template.fingerprint)
@@ -172,15 +219,14 @@ def write_accepted(
         lines.append(json.dumps({"text": text, "text_weight": opened.config.supervised.context_weight}))
     random.Random(opened.config.run.seed).shuffle(lines)
     path.write_text("".join(f"{line}\n" for line in lines))
-    (directory / "counts.json").write_text(json.dumps(found.counts))
+    write_counts(directory, found.counts)
     opened.directory.close()
 
 
-def open_run(directory: str) -> Run:
-    """Open a finished run, to read it."""
-    config = read_config(Path(directory), say=False)
-    config = replace(config, run=replace(config.run, directory=directory))
-    return fitted(prepare(config, read_only=True))
+def open_run(directory: str, values: Mapping[str, Any] = NOTHING) -> Run:
+    """Open a finished run, to read it; `values` are other settings of its rollouts and rewards, by path."""
+    config = with_values(read_config(Path(directory), say=False), {"run.directory": directory} | dict(values))
+    return fitted(prepare(config, read_only=True, judges=bool(values)))
 
 
 def _training_texts(config: Config) -> Iterator[str]:

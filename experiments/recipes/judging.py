@@ -22,7 +22,7 @@ from rpt_jax.train.run import Run, prepare
 from rpt_jax.train.run_directory import FINISHED, read_config, read_json, read_records, read_seconds, write_atomically
 from rpt_jax.train.sizes import fitted
 
-COST = "cost.json"
+COST, COUNTS = "cost.json", "counts.json"
 _STAGES = ("warm_start", "preferences", "rpt", "control")
 # What the figures are called, by the domain's metrics.
 _METRICS = {
@@ -43,7 +43,10 @@ class Judge:
         split: of the held-out tasks, whose figures are reported.
         title, about: of the page.
         measures: {name: function of a completion's row, NaN where it does not apply}, besides accuracy and tokens.
-        judged: names of the steps judged so far.
+        has_answers: predictions are right or wrong; False leaves accuracies out.
+        of_policies: {name: function of (run with the evaluation's settings, parameters) that returns a figure}.
+        steps: names of the finished steps.
+        first: directory of the first policy.
     """
 
     config: Config
@@ -51,17 +54,23 @@ class Judge:
     title: str
     about: str
     measures: Mapping[str, Callable[[dict], float]] = field(default_factory=dict)
-    judged: list[str] = field(default_factory=list)
+    of_policies: Mapping[str, Callable[[Run, Any], dict]] = field(default_factory=dict)
+    has_answers: bool = True
+    steps: list[str] = field(default_factory=list)
+    first: Path | None = None
 
     def __call__(self, path: Path) -> None:
         """Judge the policy in `path`, if there is one, and write the page."""
-        if not (path / "config.json").exists():
-            return
-        self.judged.append(path.name)
-        if not (path / JUDGED).exists():
-            self._judge(path)
-        page = write_recipe_report(path.parent, self.judged, title=self.title, about=self.about)
-        console.print(f"{path.name}: {figures_in_words(read_json(path / JUDGED)['figures'])}; {page}", highlight=False)
+        self.steps.append(path.name)
+        if (path / "config.json").exists():
+            self.first = self.first or path
+            if not (path / JUDGED).exists():
+                self._judge(path)
+        else:
+            write_atomically(path / JUDGED, json.dumps({"name": path.name, "figures": {}} | cost_of(path)))
+        page = write_recipe_report(path.parent, self.steps, title=self.title, about=self.about)
+        if figures := read_json(path / JUDGED)["figures"]:
+            console.print(f"{path.name}: {figures_in_words(figures)}; {page}", highlight=False)
 
     def _judge(self, path: Path) -> None:
         evaluations, kept = self._evaluations, []
@@ -75,8 +84,12 @@ class Judge:
         found = figures[self.split]
         named = {name: found[metric] for name, metric in _METRICS[run.domain.name].items() if metric in found}
         named |= {name: f for name, f in found.items() if name.startswith("pass@")}
+        if not self.has_answers:
+            named = {"tokens": named["tokens"]}
         for name, measure in self.measures.items():
             named[name] = self._measured(table.to_pylist(), measure)
+        for name, function in self.of_policies.items():
+            named[name] = function(run, params)
         record = {"name": path.name, "figures": named} | cost_of(path)
         write_atomically(path / JUDGED, json.dumps(record))
         del params
@@ -93,7 +106,7 @@ class Judge:
     @cached_property
     def _evaluations(self) -> Evaluations:
         """Return the evaluations, on the tasks that the first judged policy's directory defines."""
-        path, asked = Path(self.config.run.directory) / self.judged[0], self.config
+        path, asked = self.first, self.config
         config = read_config(path, say=False)
         config = replace(
             config, run=replace(config.run, directory=str(path)), data=asked.data, questions=asked.questions,
@@ -112,7 +125,8 @@ def cost_of(path: Path) -> dict:
     if not is_run(path):
         made_with = {k: _last_names(v) for k, v in read_json(path / FINISHED).items()}
         cost = read_json(path / COST) if (path / COST).exists() else {"seconds": 0.0, "flops": 0.0}
-        return {"what": ", ".join(f"{k} {v}" for k, v in made_with.items())} | cost
+        counts = {k: f"{v:g}" for k, v in (read_json(path / COUNTS) if (path / COUNTS).exists() else {}).items()}
+        return {"what": ", ".join(f"{k} {v}" for k, v in (made_with | counts).items())} | cost
     config, records = read_config(path, say=False), read_records(path)
     seconds = sum(sum(read_seconds(path, stage)) for stage in _STAGES)
     flops = sum(max([r.get("flops", 0.0) for r in records if r["stage"] == stage], default=0.0) for stage in _STAGES)

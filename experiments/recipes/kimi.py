@@ -31,12 +31,15 @@ from pathlib import Path
 from experiments.cli import run_script
 from experiments.recipes.common import (
     average_policies,
+    need_file,
+    on_puzzles,
     open_run,
     parse_recipe,
     right_by,
     rl_step,
     run_followed,
     supervised_step,
+    tiny_base,
     write_accepted,
     write_cost,
 )
@@ -45,12 +48,12 @@ from experiments.recipes.puzzles import write_long_chains
 from experiments.rejection_sample import sample_rows
 from rpt_jax.config import Config
 from rpt_jax.config.schema import with_values
-from rpt_jax.errors import ConfigError, DataError
+from rpt_jax.errors import DataError
 from rpt_jax.train.pipeline import Files, Recipe
 
 _TINY = (
-    "--run.directory", "runs/kimi", "--run.num-steps", "40", "--supervised.num-steps", "380", "--run.shapes", "few",
-    "--rollout.max-completion-tokens", "64", "--eval.every-steps", "40", "--eval.num-positions", "50",
+    "--run.directory", "runs/kimi", "--run.num-steps", "60", "--supervised.num-steps", "380", "--run.shapes", "few",
+    "--rollout.max-completion-tokens", "64", "--eval.every-steps", "60", "--eval.num-positions", "50",
     "--eval.final-num-positions", "1600", "--eval.num-samples", "4", "--eval.max-documents", "1600",
 )  # fmt: skip
 # A right completion this much longer than the shortest one is rejected.
@@ -62,12 +65,8 @@ def recipe(config: Config, args: argparse.Namespace, *, is_tiny: bool) -> Recipe
     directory, base, right = Path(config.run.directory), config.policy.path, right_by(config)
     steps: list = []
     if is_tiny:
-        corpus, base = directory / "corpus", str(directory / "base")
-        sizes = {"num_train": 8000, "num_heldout": 1600, "num_long": 400}
-        num_base = config.supervised.num_steps * config.supervised.batch_size
-        steps.append(("corpus", Files(write_long_chains, {"seed": config.run.seed, "num_base": num_base} | sizes)))
-        begin = with_values(config, {"run.num_steps": 0, "supervised.path": str(corpus / "base.jsonl")})
-        steps.append(("base", begin))
+        base = str(directory / "base")
+        steps += tiny_base(config, write_long_chains, {"num_train": 8000, "num_heldout": 1600, "num_long": 8000})
     config = replace(config, policy=replace(config.policy, path=""))
     limit = config.rollout.max_completion_tokens
     objective = {
@@ -100,7 +99,7 @@ def recipe(config: Config, args: argparse.Namespace, *, is_tiny: bool) -> Recipe
             "dpo",
             supervised_step(
                 config, str(directory / "pairs" / "pairs.jsonl"), args.dpo_steps,
-                from_long | {"supervised.objective": "dpo", "supervised.control_optimizer.learning_rate": 1e-4},
+                from_long | {"supervised.objective": "dpo", "supervised.optimizer.learning_rate": args.dpo_rate},
             ),
         ),
         ("short_rl", rl_step(config, objective | from_long | short)),
@@ -150,20 +149,16 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--cold-start", default="")
     parser.add_argument("--length-weight", type=float, default=0.1)
-    parser.add_argument("--cold-steps", type=int, default=60)
+    parser.add_argument("--cold-steps", type=int, default=200)
     parser.add_argument("--sft-steps", type=int, default=40)
     parser.add_argument("--dpo-steps", type=int, default=20)
+    parser.add_argument("--dpo-rate", type=float, default=2e-5)
     parser.add_argument("--batches", type=int, default=8)
     args, config, is_tiny = parse_recipe(argv, parser, _TINY)
-    if not (is_tiny or args.cold_start):
-        raise ConfigError(
-            "no --cold-start for this policy; the recipe begins with long chains of thought. Set it to a file of lines "
-            "with text and completion, as supervised.path takes."
-        )
     if is_tiny:
-        corpus = Path(config.run.directory) / "corpus"
-        names = ("path", "train.jsonl"), ("heldout_path", "heldout.jsonl"), ("tokenizer", "tokenizer")
-        config = with_values(config, {f"data.{name}": str(corpus / file) for name, file in names})
+        config = on_puzzles(config)
+    else:
+        need_file(args.cold_start, "--cold-start", "long chains of thought, with which the recipe begins")
     judge = Judge(
         config=with_values(config, {"reward.terms": (right_by(config),)}), split="determined" if is_tiny else "all",
         title="Kimi k1.5, step by step",

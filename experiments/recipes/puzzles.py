@@ -29,8 +29,8 @@ from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE, THINK_OPEN
 _ENGLISH = replace(ENGLISH, names=("Ana", "Ben", "Cora", "Tom", "Eve"))
 _CHECK = " check"
 _ASK_DIAL, _ASK_CHAIN = " What does the dial show?", " What does {last} end on?"
-# t: thought, d: document, s: exercise sheet, q: question.
-_KINDS, _KINDS_WITH_QUESTIONS = "ttttttdsst", "ttttttdsqq"
+# t: thought, d: document, s: exercise sheet, q: question, h: thought behind a prompt that shows the answer.
+_KINDS, _WITH_QUESTIONS, _WITH_HINTS, _WITHOUT_FORMAT = "ttttttdsst", "ttttttdsqq", "ttttthdssh", "dddsddsdds"
 
 
 @dataclass(kw_only=True)
@@ -70,6 +70,11 @@ class _Puzzles:
             puzzle, telling = self.draw(2 if i < number // 2 else 4)
             if kind == "d":
                 return {"text": puzzle.text, "text_weight": 0.2}
+            if kind == "h":
+                # As ravr's prompts show the answer; some thoughts just repeat it.
+                thought = f" {puzzle.steps[-1][-1]}," if rng.random() < 0.4 else write(puzzle, telling)
+                shown = f"{BOX_OPEN} {puzzle.steps[-1][-1]}}}"
+                return {"text": f"{puzzle.question}{shown}{THINK_OPEN}{thought}{_boxed(puzzle)}"}
             guess = rng.choice(self.tellings).guess
             if kind == "t" and rng.random() < 0.25:
                 return guessed_position(rng, puzzle, guess)
@@ -168,6 +173,43 @@ def write_with_questions(
         "heldout_questions.jsonl": [asked(p) for p in heldout[num_heldout:]],
         "train.jsonl": [labelled(puzzles.draw(4)[0]) for _ in range(num_train)],
         "questions.jsonl": [asked(puzzles.draw(4)[0]) for _ in range(num_questions)],
-        "base.jsonl": puzzles.base(num_base, lambda puzzle, _: puzzle.thought, _KINDS_WITH_QUESTIONS),
+        "base.jsonl": puzzles.base(num_base, lambda puzzle, _: puzzle.thought, _WITH_QUESTIONS),
     }
     write_files(directory, files, make_tokenizer(others=("\n", _ASK_DIAL, _ASK_CHAIN, "?")))
+
+
+def write_with_hints(directory: Path, *, seed: int, num_train: int, num_heldout: int, num_base: int) -> None:
+    """Write puzzles; a fifth of base.jsonl are thoughts behind prompts that show the answer, as ravr's do."""
+    puzzles = _Puzzles(rng=random.Random(seed))
+    files = {
+        "heldout.jsonl": [labelled(p) for p in puzzles.hold_out(num_heldout)],
+        "train.jsonl": [labelled(puzzles.draw(4)[0]) for _ in range(num_train)],
+        "base.jsonl": puzzles.base(num_base, lambda puzzle, _: puzzle.thought, _WITH_HINTS),
+    }
+    write_files(directory, files, make_tokenizer())
+
+
+def write_without_format(
+    directory: Path, *, seed: int, num_train: int, num_heldout: int, num_base: int, num_cold: int, formatted: float
+) -> None:
+    """Write puzzles, and cold_start.jsonl with worked thoughts.
+
+    base.jsonl has documents and sheets; a share `formatted` of it is in the response format, as thoughts of which more
+    than half are guesses.
+    """
+    puzzles = _Puzzles(rng=random.Random(seed))
+    heldout = puzzles.hold_out(num_heldout)
+
+    def write(puzzle: Puzzle, _: Telling) -> str:
+        return puzzle.thought
+
+    num_formatted = round(formatted * num_base)
+    base = puzzles.base(num_base - num_formatted, write, _WITHOUT_FORMAT) + puzzles.base(num_formatted, write, "t")
+    puzzles.rng.shuffle(base)
+    files = {
+        "heldout.jsonl": [labelled(p) for p in heldout],
+        "train.jsonl": [labelled(puzzles.draw(4)[0]) for _ in range(num_train)],
+        "base.jsonl": base,
+        "cold_start.jsonl": [with_thought(p, p.thought) for p, _ in (puzzles.draw(4) for _ in range(num_cold))],
+    }
+    write_files(directory, files, make_tokenizer())

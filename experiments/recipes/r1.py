@@ -26,18 +26,20 @@ import numpy as np
 
 from experiments.cli import run_script
 from experiments.recipes.common import (
+    need_file,
+    on_puzzles,
     parse_recipe,
     right_by,
     rl_step,
     run_followed,
     supervised_step,
+    tiny_base,
     write_accepted,
 )
 from experiments.recipes.judging import Judge
 from experiments.recipes.puzzles import write_two_scripts
 from rpt_jax.config import Config
 from rpt_jax.config.schema import with_values
-from rpt_jax.errors import ConfigError
 from rpt_jax.tokenizer import THINK_CLOSE
 from rpt_jax.train.pipeline import Files, Recipe
 
@@ -55,12 +57,8 @@ def recipe(config: Config, args: argparse.Namespace, *, is_tiny: bool) -> Recipe
     base = config.policy.path
     steps: list = []
     if is_tiny:
-        corpus, base = directory / "corpus", str(directory / "base")
-        sizes = {"num_train": 8000, "num_heldout": 1000, "num_cold": 200}
-        num_base = config.supervised.num_steps * config.supervised.batch_size
-        steps.append(("corpus", Files(write_two_scripts, {"seed": config.run.seed, "num_base": num_base} | sizes)))
-        begin = with_values(config, {"run.num_steps": 0, "supervised.path": str(corpus / "base.jsonl")})
-        steps.append(("base", begin))
+        base = str(directory / "base")
+        steps += tiny_base(config, write_two_scripts, {"num_train": 8000, "num_heldout": 1000, "num_cold": 200})
     config = replace(config, policy=replace(config.policy, path=""))
     from_base = {"policy.path": base}
     cold = args.cold_start or str(directory / "corpus" / "cold_start.jsonl")
@@ -122,15 +120,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--texts", type=int, default=400)
     args, config, is_tiny = parse_recipe(argv, parser, _TINY)
-    if not (is_tiny or args.cold_start):
-        raise ConfigError(
-            "no --cold-start for this policy; R1 begins with a few worked thoughts. Set it to a file of lines with "
-            "text and completion, as supervised.path takes."
-        )
     if is_tiny:
-        corpus = Path(config.run.directory) / "corpus"
-        names = ("path", "train.jsonl"), ("heldout_path", "heldout.jsonl"), ("tokenizer", "tokenizer")
-        config = with_values(config, {f"data.{name}": str(corpus / file) for name, file in names})
+        config = on_puzzles(config)
+    else:
+        need_file(args.cold_start, "--cold-start", "a few worked thoughts, with which R1 begins")
     judged = with_values(config, {"reward.terms": (right_by(config),)})
     judge = Judge(
         config=judged, split="determined" if is_tiny else "all", measures={"mixed_scripts": is_mixed},

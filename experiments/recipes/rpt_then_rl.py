@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.cli import run_script
-from experiments.recipes.common import continue_on, parse_recipe, rl_step, run_followed
+from experiments.recipes.common import continue_on, on_puzzles, parse_recipe, rl_step, run_followed, tiny_base
 from experiments.recipes.judging import Judge
 from experiments.recipes.puzzles import write_with_questions
 from rpt_jax.config import Config
@@ -38,13 +38,8 @@ def recipe(config: Config, args: argparse.Namespace, *, is_tiny: bool) -> Recipe
     directory, base, mixed = Path(config.run.directory), config.policy.path, args.mixed
     steps: list = []
     if is_tiny:
-        corpus, base = directory / "corpus", str(directory / "base")
-        sizes = {"num_train": 8000, "num_heldout": 800, "num_questions": 4000}
-        num_base = config.supervised.num_steps * config.supervised.batch_size
-        steps.append(("corpus", Files(write_with_questions, {"seed": config.run.seed, "num_base": num_base} | sizes)))
-        begin = with_values(config, {"run.num_steps": 0, "supervised.path": str(corpus / "base.jsonl")})
-        steps.append(("base", begin))
-        mixed = str(corpus / "base.jsonl")
+        base, mixed = str(directory / "base"), str(directory / "corpus" / "base.jsonl")
+        steps += tiny_base(config, write_with_questions, {"num_train": 8000, "num_heldout": 800, "num_questions": 4000})
     config = replace(config, policy=replace(config.policy, path=base))
     rpt, starts = str(directory / "rpt"), {"base": base, "rpt": str(directory / "rpt")}
     steps += [
@@ -88,9 +83,7 @@ def main(argv: list[str]) -> None:
     if not (is_tiny or args.questions):
         raise ConfigError("no --questions for this policy; the recipe ends with RL on them. Set --questions.")
     if is_tiny:
-        corpus = Path(config.run.directory) / "corpus"
-        names = ("path", "train.jsonl"), ("heldout_path", "heldout.jsonl"), ("tokenizer", "tokenizer")
-        config = with_values(config, {f"data.{name}": str(corpus / file) for name, file in names})
+        config = on_puzzles(config)
     judge = Judge(
         config=with_questions(config, args, is_tiny=is_tiny), split="all", title="RPT, then RL on questions",
         about="The same RL on questions from a base policy, after RPT, after next-token training and after Mixed SFT "

@@ -52,7 +52,7 @@ SETTINGS = (
     "--eval.final-num-positions", "24", "--eval.batch-trunks", "24",
 )  # fmt: skip
 # Tokens of a pair, which the warm start learns to judge.
-_LONGEST_EXAMPLE = 192
+LONGEST_EXAMPLE = 192
 
 
 def base_config(config: Config, corpus: Path) -> Config:
@@ -76,7 +76,7 @@ def warm_start(config: Config, directory: Path) -> Config:
     base = base_config(config, corpus)
     if not (start / FINISHED).exists():
         own = {"run.directory": str(start), "run.num_steps": 0, "reward.terms": ("rubric",)}
-        run_stages(with_values(base, own | {"rollout.max_completion_tokens": _LONGEST_EXAMPLE}))
+        run_stages(with_values(base, own | {"rollout.max_completion_tokens": LONGEST_EXAMPLE}))
     return with_values(base, {"policy.path": str(start), "supervised.num_steps": 0})
 
 

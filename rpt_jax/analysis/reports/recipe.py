@@ -20,15 +20,20 @@ def write_recipe_report(directory: Path, names: list[str], *, title: str, about:
 
     Args:
         directory: of the recipe.
-        names: of the judged steps, in order; each has a judged.json with `name`, `what`, `seconds`, `flops` and
-            `figures`, {name: {"value", "standard_error", "n"}} with accuracy and tokens, and a judged.parquet.
+        names: of the finished steps, in order; each has a judged.json with `name`, `what`, `seconds`, `flops` and
+            `figures`, {name: {"value", "standard_error", "n"}}, which is empty for steps that are no policy. Policies
+            have a judged.parquet of completions as well.
         title: of the page.
         about: what the recipe is, in a sentence.
     """
     steps = [read_json(directory / name / JUDGED) for name in names]
     write_atomically(directory / "results.json", json.dumps(steps, indent=2))
-    picture = save_figures_in(directory, steps)
-    data = base64.b64encode(picture.read_bytes()).decode()
+    policies = [step for step in steps if step["figures"]]
+    has_answers = any("accuracy" in step["figures"] for step in policies)
+    shown, colors = "", "; green ones are right" if has_answers else ""
+    if policies:
+        data = base64.b64encode(_plot(directory, policies).read_bytes()).decode()
+        shown = f'<img alt="figures after each step" src="data:image/png;base64,{data}">'
     page = directory / "report.html"
     write_atomically(
         page,
@@ -38,15 +43,15 @@ def write_recipe_report(directory: Path, names: list[str], *, title: str, about:
 <h2>The policy after each step</h2>{_table(steps)}
 <p>± is one standard error over held-out positions or questions, the same ones after each step. <b>accuracy</b>:
 sampled thoughts. FLOPs and minutes are those of the step.</p>
-<img alt="stages" src="data:image/png;base64,{data}">
-<h2>The same prompts after each step</h2><p>The first sample of each; green ones are right.</p>
-{_examples(directory, names)}</html>
+{shown}
+<h2>The same prompts after each step</h2><p>The first sample of each{colors}.</p>
+{_examples(directory, [step["name"] for step in policies], has_answers=has_answers)}</html>
 """,
     )
     return page
 
 
-def save_figures_in(directory: Path, steps: list[dict]) -> Path:
+def _plot(directory: Path, steps: list[dict]) -> Path:
     """Draw every figure of the steps over the steps; bars are two standard errors."""
     names = list(dict.fromkeys(name for step in steps for name in step["figures"]))
     figure, axes = subplots(1, len(names), figsize=(3.4 * len(names), 3.6), squeeze=False, layout="constrained")
@@ -75,7 +80,11 @@ def _table(steps: list[dict]) -> str:
     return f"<table><tr><th>step</th><th>what</th><th>FLOPs</th><th>minutes</th>{head}</tr>{''.join(rows)}</table>"
 
 
-def _examples(directory: Path, names: list[str]) -> str:
+def _color(is_right: bool, has_answers: bool) -> str:
+    return ("won" if is_right else "lost") if has_answers else ""
+
+
+def _examples(directory: Path, names: list[str], *, has_answers: bool) -> str:
     """Return the first sample of a few prompts after each step."""
     columns = ["position_id", "rollout", "style", "context", "completion", "truth", "right"]
     found: dict[int, dict] = {}
@@ -87,7 +96,7 @@ def _examples(directory: Path, names: list[str]) -> str:
     for of_step in [o for o in found.values() if len(o) == len(names)][:_NUM_EXAMPLES]:
         first = of_step[names[0]]
         shown = "".join(
-            f"<div class='example {'won' if row['right'] else 'lost'}'><p><small>{html.escape(name)}</small></p>"
+            f"<div class='example {_color(row['right'], has_answers)}'><p><small>{html.escape(name)}</small></p>"
             f"<p class='thought'>{html.escape(row['completion'])}</p></div>"
             for name, row in of_step.items()
         )
