@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--cold-steps", type=int, default=200)
     parser.add_argument("--sft-steps", type=int, default=40)
     parser.add_argument("--dpo-steps", type=int, default=20)
-    parser.add_argument("--dpo-rate", type=float, default=2e-5)
+    parser.add_argument("--dpo-rate", type=float, default=1e-4)
     parser.add_argument("--batches", type=int, default=8)
     args, config, is_tiny = parse_recipe(argv, parser, _TINY)
     if is_tiny:
