@@ -13,6 +13,7 @@ from test_system import corpus, evaluated_at_the_ends, run_hashes, tiny_run  # n
 
 from rpt_jax.config import LoraConfig, MeshConfig
 from rpt_jax.errors import CheckpointError, ConfigError, Interrupted
+from rpt_jax.models.hf import save_hf
 from rpt_jax.models.lora import merge
 from rpt_jax.parallel.interruption import watching
 from rpt_jax.parallel.mesh import make_mesh
@@ -130,3 +131,50 @@ def test_invalid_recipes_are_refused(corpus, straight, tmp_path):  # noqa: F811
     begun = dataclasses.replace(second, policy=dataclasses.replace(second.policy, path=str(tmp_path / "begun")))
     with pytest.raises(CheckpointError, match="without a checkpoint of rpt"):
         start_params(begun, make_mesh(MeshConfig()))
+
+
+def copy_weights(directory, *, run, scale):
+    """A step that makes files: a model directory with the scaled weights of a run."""
+    opened = reopened(run)
+    params = jax.tree.map(lambda p: p * scale, start_params(from_run(opened.config, run), opened.mesh))
+    save_hf(directory, opened.config.model, params, tokenizer=opened.tokenizer)
+
+
+def from_run(config, path):
+    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, path=str(path)))
+
+
+def test_steps_that_make_files(corpus, straight, tmp_path, monkeypatch):  # noqa: F811
+    """They are made whole or not at all, once; runs may start from any earlier step."""
+    (first, _), _ = straight
+    (_, second) = recipe(corpus)[1]
+    shutil.copytree(first, tmp_path / "first")
+    moved = dataclasses.replace(recipe(corpus)[0][1])
+    made = pipeline.Files(copy_weights, {"run": str(tmp_path / "first"), "scale": 0.5})
+    last = from_run(dataclasses.replace(second, run=dataclasses.replace(second.run, num_steps=0)), tmp_path / "scaled")
+    steps = (("first", moved), ("scaled", made), ("last", last))
+
+    def fails(directory, **settings):
+        (directory / "half").write_text("")
+        raise Interrupted("here")
+
+    ran = []
+    with pytest.raises(Interrupted):
+        pipeline.run_recipe((steps[0], ("scaled", pipeline.Files(fails, made.settings)), steps[2]), tmp_path)
+    assert not (tmp_path / "scaled").exists()
+    directories = pipeline.run_recipe(steps, tmp_path, after_each=lambda path: ran.append(path.name))
+    assert ran == ["first", "scaled", "last"] and not (tmp_path / "scaled" / "half").exists()
+    run = reopened(directories[2])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b * 0.5),
+        run.start_params(),
+        start_params(from_run(run.config, tmp_path / "first"), run.mesh),
+    )
+    # Again: nothing is made; other settings are refused.
+    pipeline.run_recipe((steps[0], ("scaled", pipeline.Files(fails, made.settings)), steps[2]), tmp_path)
+    other = pipeline.Files(copy_weights, {"run": str(tmp_path / "first"), "scale": 2.0})
+    with pytest.raises(CheckpointError, match="'scale': 0.5.*'scale': 2.0"):
+        pipeline.run_recipe((steps[0], ("scaled", other), steps[2]), tmp_path)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="on 2 processes"):
+        pipeline.run_recipe(steps, tmp_path)

@@ -77,7 +77,7 @@ def _encoded(record: dict, where: str, tokenizer: Tokenizer, template: Template,
         else:
             prompt = tokenizer.encode("\n\n".join(content for _, content in messages))
         ends = [[*tokenizer.encode_continuation(text), tokenizer.eos_id] for text in (chosen, rejected)]
-    except UnicodeEncodeError as error:
+    except (TypeError, UnicodeEncodeError) as error:
         raise DataError(
             f"{where} contains half of a surrogate pair ({error}); text must be Unicode. Correct it."
         ) from error
