@@ -15,6 +15,7 @@ LAYERS = [
     ["rpt_jax.scoring"],
     ["rpt_jax.data", "rpt_jax.rollout", "rpt_jax.rewards", "rpt_jax.rl.advantages", "rpt_jax.rl.surrogates"],
     ["rpt_jax.rl"],
+    ["rpt_jax.reward_models", "rpt_jax.search"],
     ["rpt_jax.evals", "rpt_jax.planning"],
     ["rpt_jax.train"],
     ["rpt_jax.analysis", "rpt_jax.scaling", "rpt_jax.policy", "rpt_jax.session"],

@@ -17,7 +17,8 @@ from rpt_jax.config import Config, CorrectionConfig, LossConfig, MeshConfig, Sur
 from rpt_jax.config.schema import with_values
 from rpt_jax.errors import ConfigError
 from rpt_jax.models import decoder
-from rpt_jax.models.lora import VALUE, join, merge
+from rpt_jax.models.lora import join, merge
+from rpt_jax.models.scalar_head import READOUT
 from rpt_jax.parallel.mesh import make_mesh, replicated, shard_batch
 from rpt_jax.planning.programs import abstract_state
 from rpt_jax.rewards.base import Reward
@@ -436,7 +437,7 @@ def trainer_of(name, model, mesh, start, *, num_trunks, microbatch, minibatches=
 def parameters_of(name, params, width):
     if UPDATES[name].get("advantage") != "gae":
         return params
-    return params | {VALUE: 0.1 * jnp.asarray(np.random.default_rng(5).normal(size=width + 1), jnp.float32)}
+    return params | {READOUT: 0.1 * jnp.asarray(np.random.default_rng(5).normal(size=width + 1), jnp.float32)}
 
 
 @pytest.fixture(scope="module")
@@ -465,7 +466,7 @@ def plain_updates(trainer, params, experience):
                        header_length=0)  # fmt: skip
 
     def logprobs_of(params):
-        return score(config.model, {k: v for k, v in params.items() if k != VALUE}, rows.sequences, temperature=1.0)
+        return score(config.model, {k: v for k, v in params.items() if k != READOUT}, rows.sequences, temperature=1.0)
 
     old, ref = logprobs_of(params), logprobs_of(trainer.start)
     mask = np.asarray(rows.policy_weights) != 0
@@ -494,7 +495,10 @@ def plain_updates(trainer, params, experience):
         if loss.has_critic:
             hidden, _ = predicting_states(config.model, params, rows.sequences)
             found = clipped_value_loss(
-                hidden @ params[VALUE][:-1] + params[VALUE][-1], rows.old_values, rows.returns, clip=loss.critic.clip
+                hidden @ params[READOUT][:-1] + params[READOUT][-1],
+                rows.old_values,
+                rows.returns,
+                clip=loss.critic.clip,
             )
             result += loss.critic.coef * jnp.sum(jnp.where(here, rows.policy_weights * found, 0.0))
         return result
@@ -548,8 +552,8 @@ def test_updates_on_eight_devices_equal_those_on_one(name, tiny_config, tiny_par
     for mesh, p, shards in ((single, params, {}), (many, sharded, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})):
         trainer = trainer_of(name, config, mesh, p, num_trunks=8, microbatch=0, shards=shards)
         own = parameters_of(name, p, config.width)
-        if VALUE in own:
-            own[VALUE] = jax.device_put(own[VALUE], replicated(mesh))
+        if READOUT in own:
+            own[READOUT] = jax.device_put(own[READOUT], replicated(mesh))
         _, got, metrics = run_learn(trainer, own, shard_batch(mesh, twice))
         found.append((got, [float(m["loss"]) for m in metrics]))
     (a, of_a), (b, of_b) = found
@@ -600,7 +604,7 @@ def test_the_planner_knows_the_critic(tiny_config, tiny_params, mesh, rank):
     assert jax.tree.structure(planned) == jax.tree.structure(state) and (base is None) == (frozen is None)
     for a, b in zip(*map(jax.tree.leaves, (planned.params, state.params)), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-    assert VALUE in join(frozen, state.params) and VALUE not in merge(frozen, state.params)
+    assert READOUT in join(frozen, state.params) and READOUT not in merge(frozen, state.params)
 
 
 @pytest.mark.parametrize(
@@ -641,7 +645,7 @@ def test_a_critic_is_saved_with_the_policy_and_left_out_of_it(corpus, tmp_path):
     whole, again = (newest_of_run(tmp_path / name, mesh)[0].params for name in ("whole", "parts"))
     for a, b in zip(*map(jax.tree.leaves, (whole, again)), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert np.abs(whole[VALUE]).max() > 0
+    assert np.abs(whole[READOUT]).max() > 0
     records = [r for r in read_records(tmp_path / "whole") if r["stage"] == "rpt"]
     assert all(r["value_loss"] > 0 and not r["skipped"] for r in records)
     following = with_values(base, {
@@ -649,5 +653,5 @@ def test_a_critic_is_saved_with_the_policy_and_left_out_of_it(corpus, tmp_path):
         "loss.advantage": "grpo", "run.num_steps": 0,
     })  # fmt: skip
     params = start_params(prepare(following).config, mesh)
-    assert VALUE not in params
+    assert READOUT not in params
     np.testing.assert_array_equal(params["head"], whole["head"])

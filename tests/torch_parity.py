@@ -123,6 +123,41 @@ def write_checkpoint(directory: Path, case: str, *, num_files: int = 1, dtype=np
     return all_tensors
 
 
+CLASSIFIERS = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
+# One of each family.
+CLASSIFIED = (
+    "qwen2, seven heads on one, tied", "qwen3, head size not width / heads", "llama, biases everywhere", "mistral",
+)  # fmt: skip
+
+
+def write_classifier(directory: Path, case: str, kind: str) -> dict[str, np.ndarray]:
+    """A classifier with one label: of sequences, without a bias, or of tokens, with one."""
+    own = {name: t for name, t in tensors(case).items() if name != "lm_head.weight"}
+    rng = np.random.default_rng(9)
+    own["score.weight"] = rng.standard_normal((1, full_config(case)["hidden_size"])).astype(np.float32)
+    if kind == "token":
+        own["score.bias"] = np.array([0.75], np.float32)
+    config = full_config(case)
+    architecture = CLASSES[config["model_type"]] + CLASSIFIERS[kind]
+    labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config | {"architectures": [architecture]} | labels))
+    save_file(own, directory / "model.safetensors", {"format": "pt"})
+    return own
+
+
+def torch_scores(directory: Path, kind: str) -> np.ndarray:
+    """The score of each sequence [2], or of each token [2, LENGTH]."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    loader = AutoModelForSequenceClassification if kind == "sequence" else AutoModelForTokenClassification
+    model = loader.from_pretrained(str(directory), dtype=torch.float32).eval()
+    with torch.no_grad():
+        # One by one, so that no padding id is needed.
+        return np.stack([model(torch.tensor(ids[None])).logits[0, ..., 0].numpy() for ids in token_ids()])
+
+
 def token_ids() -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH))
 
@@ -144,6 +179,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             write_checkpoint(Path(directory), case)
             logits[case] = torch_logits(Path(directory)).astype(np.float32)
+    for case in CLASSIFIED:
+        for kind in CLASSIFIERS:
+            with tempfile.TemporaryDirectory() as directory:
+                write_classifier(Path(directory), case, kind)
+                logits[f"{case} | {kind}"] = torch_scores(Path(directory), kind).astype(np.float32)
     GOLDEN.parent.mkdir(exist_ok=True)
     np.savez_compressed(GOLDEN, **logits)
 

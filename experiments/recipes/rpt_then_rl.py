@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--questions", default="")
     parser.add_argument("--heldout-questions", default="")
     parser.add_argument("--mixed", default="")
-    parser.add_argument("--rl-steps", type=int, default=60)
+    parser.add_argument("--rl-steps", type=int, default=20)
     args, config, is_tiny = parse_recipe(argv, parser, _TINY)
     if not (is_tiny or args.questions):
         raise ConfigError("no --questions for this policy; the recipe ends with RL on them. Set --questions.")

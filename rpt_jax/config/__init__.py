@@ -25,6 +25,7 @@ from rpt_jax.config.sections import (
     RopeScaling,
     RunConfig,
     ShapingConfig,
+    StepsConfig,
     SupervisedConfig,
     SurrogateConfig,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "ShapingConfig",
+    "StepsConfig",
     "SupervisedConfig",
     "SurrogateConfig",
 ]

@@ -18,12 +18,12 @@ def check_relations(config: Any) -> None:
             "supervised.control_optimizer.schedule='linear'; compute determines the control's length, so it must be "
             "'constant'. Remove --supervised.control-optimizer.schedule."
         )
-    supervised = config.supervised
-    if supervised.objective == "dpo" and (not supervised.path or supervised.pack or supervised.draft_fraction):
+    _check_supervised(config)
+    steps = config.steps
+    if not steps.delimiter or (steps.every_tokens and steps.marks):
         raise ConfigError(
-            f"supervised.objective='dpo' with path={supervised.path!r}, pack={supervised.pack} and draft_fraction="
-            f"{supervised.draft_fraction}; it learns pairs of a file, whole. Set --supervised.path, and remove "
-            "--supervised.pack and --supervised.draft-fraction."
+            f"steps.delimiter={steps.delimiter!r}, every_tokens={steps.every_tokens} and marks={steps.marks}; a step "
+            "ends at a text, after a number of tokens, or at marks. Set one of them."
         )
     thresholds = config.eval.difficulty_thresholds
     if list(thresholds) != sorted(thresholds):
@@ -66,6 +66,23 @@ def check_relations(config: Any) -> None:
     _check_waiting(config)
     _check_processes(config.distributed)
     _check_divisions(config)
+
+
+def _check_supervised(config: Any) -> None:
+    supervised = config.supervised
+    if supervised.objective == "likelihood":
+        return
+    if not supervised.path or supervised.pack or supervised.draft_fraction:
+        raise ConfigError(
+            f"supervised.objective={supervised.objective!r} with path={supervised.path!r}, pack={supervised.pack} and "
+            f"draft_fraction={supervised.draft_fraction}; it learns completions of a file, whole. Set "
+            "--supervised.path, and remove --supervised.pack and --supervised.draft-fraction."
+        )
+    if supervised.objective != "dpo" and config.run.num_steps:
+        raise ConfigError(
+            f"supervised.objective={supervised.objective!r} with run.num_steps={config.run.num_steps}; such a run is a "
+            "reward model, which does no RL. Set --run.num-steps 0."
+        )
 
 
 def _check_loss(config: Any) -> None:

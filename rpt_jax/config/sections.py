@@ -227,9 +227,14 @@ class SupervisedConfig:
     order. Empty: the training documents."""
     num_steps: int = setting(0, at_least=0, shown=True)
     """Warm-start updates before RPT. 0: none."""
-    objective: Literal["likelihood", "dpo"] = "likelihood"
+    objective: Literal["likelihood", "dpo", "bradley_terry", "outcome", "process", "value"] = "likelihood"
     """likelihood learns the sequences. dpo learns pairs (arXiv:2305.18290): `path` holds prompt, chosen and rejected in
-    TRL's layouts, or their token ids; loss.surrogate.dpo_beta scales the margin."""
+    TRL's layouts, or their token ids; loss.surrogate.dpo_beta scales the margin. The others train a scalar readout on
+    graded completions (docs/reward_models.md): the run is then a reward model, and no policy."""
+    centering: float = setting(0.0, at_least=0.0)
+    """bradley_terry: weight of the squared sum of a pair's scores, which pulls them to 0 (TRL recommends 0.01)."""
+    value_loss: Literal["squared", "cross_entropy"] = "squared"
+    """value: squared error of 2 sigmoid - 1, or cross-entropy of the probability."""
     batch_size: int = setting(40, at_least=1)
     """Sequences or pairs per update, or rows with `pack`."""
     pack: bool = False
@@ -252,6 +257,18 @@ class SupervisedConfig:
         default_factory=lambda: OptimizerConfig(learning_rate=1e-3, max_grad_norm=1.0, warmup_steps=10)
     )
     """The control's optimizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsConfig:
+    """Where the steps of a thought end, for process and value models, labels of steps, and search."""
+
+    delimiter: str = "\\n\\n"
+    """A step ends behind this text, which may span tokens; backslash-n is a newline."""
+    every_tokens: int = setting(0, at_least=0)
+    """Instead, a step ends after every N tokens. 0: at the delimiter."""
+    marks: tuple[str, ...] = ()
+    """Instead, a step ends at each of these tokens, given by their text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -590,6 +607,7 @@ class Config:
     model: DecoderConfig = DecoderConfig()
     lora: LoraConfig = LoraConfig()
     supervised: SupervisedConfig = SupervisedConfig()
+    steps: StepsConfig = StepsConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()

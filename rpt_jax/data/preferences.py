@@ -69,36 +69,55 @@ def read_pairs(
     return pairs, skipped
 
 
+def encode_prompt(
+    messages: Sequence[tuple[str, str]], tokenizer: Tokenizer, template: Template, config: Config
+) -> list[int]:
+    """Return the ids of a prompt's trunk: the template's header, then the messages, rendered with data.chat."""
+    if config.data.chat:
+        return [*template.header.tolist(), *tokenizer.chat_prompt(list(messages))]
+    return [*template.header.tolist(), *tokenizer.encode("\n\n".join(content for _, content in messages))]
+
+
+def encode_completion(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of a completion with the end token."""
+    return [*tokenizer.encode_continuation(text), tokenizer.eos_id]
+
+
 def _encoded(record: dict, where: str, tokenizer: Tokenizer, template: Template, config: Config) -> list[list[int]]:
-    messages, chosen, rejected = _parts(record, where)
     try:
-        if config.data.chat:
-            prompt = tokenizer.chat_prompt(messages)
-        else:
-            prompt = tokenizer.encode("\n\n".join(content for _, content in messages))
-        ends = [[*tokenizer.encode_continuation(text), tokenizer.eos_id] for text in (chosen, rejected)]
+        messages, chosen, rejected = parts_of_pair(record)
+        prompt = encode_prompt(messages, tokenizer, template, config)
+        return [prompt, *(encode_completion(text, tokenizer) for text in (chosen, rejected))]
+    except PairError as error:
+        raise DataError(f"{where} {error}") from error
     except (TypeError, UnicodeEncodeError) as error:
         raise DataError(
             f"{where} contains half of a surrogate pair ({error}); text must be Unicode. Correct it."
         ) from error
-    return [[*template.header.tolist(), *prompt], *ends]
 
 
-def _parts(record: dict, where: str) -> tuple[list[tuple[str, str]], str, str]:
-    """Return (messages of the prompt, chosen text, rejected text)."""
+class PairError(ValueError):
+    """A record that is no pair; the message completes "FILE line N ..."."""
 
-    def fail(found: str):
-        return DataError(
-            f"{where} has {found}; a preference record needs prompt, chosen and rejected, each text or messages of "
-            "role and content, or chosen and rejected alone as messages that share their beginning (TRL). Correct it."
+    def __init__(self, found: str):
+        super().__init__(
+            f"has {found}; a preference record needs prompt, chosen and rejected, each text or messages of role and "
+            "content, or chosen and rejected alone as messages that share their beginning (TRL). Correct it."
         )
 
+
+def parts_of_pair(record: dict) -> tuple[list[tuple[str, str]], str, str]:
+    """Return (messages of the prompt, chosen text, rejected text).
+
+    Raises:
+        PairError: the record is no pair.
+    """
     if not {"chosen", "rejected"} <= record.keys():
-        raise fail(f"fields {sorted(map(str, record))}")
-    sides = [_messages(record[name], "assistant") for name in ("chosen", "rejected")]
-    prompt = _messages(record["prompt"], "user") if "prompt" in record else []
+        raise PairError(f"fields {sorted(map(str, record))}")
+    sides = [messages_of(record[name], "assistant") for name in ("chosen", "rejected")]
+    prompt = messages_of(record["prompt"], "user") if "prompt" in record else []
     if prompt is None or None in sides:
-        raise fail("a field that is neither text nor messages")
+        raise PairError("a field that is neither text nor messages")
     if "prompt" not in record:
         shared = 0
         while shared < min(map(len, sides)) - 1 and sides[0][shared] == sides[1][shared]:
@@ -108,11 +127,11 @@ def _parts(record: dict, where: str) -> tuple[list[tuple[str, str]], str, str]:
         # The conversation is repeated in both sides.
         sides = [side[len(prompt) :] for side in sides]
     if not prompt or any(len(side) != 1 for side in sides):
-        raise fail("sides that do not end with one message of their own behind a prompt")
+        raise PairError("sides that do not end with one message of their own behind a prompt")
     return prompt, sides[0][0][1], sides[1][0][1]
 
 
-def _messages(value, role: str) -> list[tuple[str, str]] | None:
+def messages_of(value, role: str) -> list[tuple[str, str]] | None:
     """Return messages as (role, content); a text is one of this role. None: it is neither."""
     if isinstance(value, str):
         return [(role, value)]

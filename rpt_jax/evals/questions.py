@@ -4,7 +4,6 @@ Zero-shot evaluation (arXiv:2506.08007 Table 3) and the evaluation of RL on ques
 its number of questions and standard error.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from rpt_jax.rewards.catalog import VERIFIERS
 from rpt_jax.rewards.judges import named_letter
 from rpt_jax.rollout.completions import completion_columns
 from rpt_jax.scoring.logprobs import score
+from rpt_jax.search.best_of_n import pass_at_k
 from rpt_jax.sequences import shared_branches
 from rpt_jax.tokenizer import Tokenizer
 from rpt_jax.types import Earned, Rollouts, TaskBatch
@@ -38,11 +38,6 @@ def category_splits(questions: list[Question], limit: int, *, seed: int) -> dict
         members = [i for i in order if questions[i].category == name]
         splits[name] = np.sort(members[:limit])
     return splits
-
-
-def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Return the chance that k of the samples, without replacement, include a correct one (arXiv:2107.03374 eq. 1)."""
-    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
 def verification(

@@ -54,11 +54,22 @@ LAYER_TENSORS = {
     "up_bias": "mlp.up_proj.bias",
     "down_bias": "mlp.down_proj.bias",
 }
+# A scalar readout stands in place of the language head: of sequences without a bias, of tokens with one.
+_CLASSIFIERS = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
+SCORE_WEIGHT, SCORE_BIAS = "score.weight", "score.bias"
 TOP_TENSORS = {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
+
+
+def has_readout(directory: str | Path) -> bool:
+    """Return whether a model directory holds a sequence or token classifier, a reward model."""
+    names = _read_json(Path(directory) / "config.json").get("architectures") or [""]
+    return isinstance(names, list) and str(names[0]).endswith(tuple(_CLASSIFIERS.values()))
 
 
 def read_config(directory: str | Path) -> DecoderConfig:
     """Read the DecoderConfig of a model directory's config.json, in the old or new rotary layout.
+
+    Classifiers must have one label, whose score is a scalar readout (`has_readout`).
 
     Raises:
         CheckpointError: no readable config.json, or an unsupported architecture or feature, which it names.
@@ -120,10 +131,14 @@ def _read_json(path: Path) -> dict:
 
 def _refuse_unsupported(path: Path, raw: dict, filled, family: Family) -> None:
     architectures = raw.get("architectures") or [family.architecture]
+    stem = family.architecture.removesuffix("ForCausalLM")
+    supported = [[family.architecture], *([stem + suffix] for suffix in _CLASSIFIERS.values())]
+    is_classifier = architectures in supported[1:]
     is_sliding = getattr(filled, "sliding_window", None) is not None
     is_sliding |= any(kind != "full_attention" for kind in getattr(filled, "layer_types", None) or ())
     refusals = {
-        f"architectures={architectures}": architectures != [family.architecture],
+        f"architectures={architectures}": architectures not in supported,
+        f"num_labels={getattr(filled, 'num_labels', 1)}": is_classifier and filled.num_labels != 1,
         f"hidden_act={filled.hidden_act!r}": filled.hidden_act != "silu",
         "quantization_config": bool(raw.get("quantization_config")),
         f"sliding_window={getattr(filled, 'sliding_window', None)}": is_sliding,
@@ -133,8 +148,8 @@ def _refuse_unsupported(path: Path, raw: dict, filled, family: Family) -> None:
     for what, is_present in refusals.items():
         if is_present:
             raise CheckpointError(
-                f"{path}: {what} is not supported; the model must be a plain {family.architecture}, full attention, "
-                "silu and unquantised weights. Convert it or choose another."
+                f"{path}: {what} is not supported; the model must be a plain {family.architecture}, or its classifier "
+                "with one label, full attention, silu and unquantised weights. Convert it or choose another."
             )
 
 
@@ -189,12 +204,15 @@ def _check_sizes(path: Path, config: DecoderConfig) -> None:
         raise CheckpointError(f"{path}: {'; '.join(wrong)}; sizes must be positive and fit. Correct the file.")
 
 
-def config_json(config: DecoderConfig, dtype: str, special_ids: dict[str, int | None]) -> dict[str, Any]:
+def config_json(
+    config: DecoderConfig, dtype: str, special_ids: dict[str, int | None], classifier: str = ""
+) -> dict[str, Any]:
     """Return the config.json of an export, in the layout of transformers 5.
 
     Args:
         dtype: of the weights.
         special_ids: entries such as bos_token_id.
+        classifier: sequence or token: of the readout that stands in place of the language head. Empty: there is none.
     Raises:
         CheckpointError: config.family does not support one of the model's features.
     """
@@ -228,10 +246,14 @@ def config_json(config: DecoderConfig, dtype: str, special_ids: dict[str, int | 
         optional["mlp_bias"] = config.mlp_bias
     if config.family == "mistral":
         optional["sliding_window"] = None
+    architecture = family.architecture
+    if classifier:
+        architecture = architecture.removesuffix("ForCausalLM") + _CLASSIFIERS[classifier]
+        optional |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
     return (
         optional
         | {
-            "architectures": [family.architecture],
+            "architectures": [architecture],
             "model_type": config.family,
             "vocab_size": config.vocab_size,
             "hidden_size": config.width,

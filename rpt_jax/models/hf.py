@@ -24,9 +24,18 @@ from jax.sharding import Mesh
 from rpt_jax.config import DecoderConfig, MeshConfig
 from rpt_jax.errors import CheckpointError
 from rpt_jax.models import decoder
-from rpt_jax.models.families import LAYER_TENSORS, TOP_TENSORS, config_json, read_config
+from rpt_jax.models.families import (
+    LAYER_TENSORS,
+    SCORE_BIAS,
+    SCORE_WEIGHT,
+    TOP_TENSORS,
+    config_json,
+    has_readout,
+    read_config,
+)
+from rpt_jax.models.scalar_head import READOUT
 from rpt_jax.parallel.distributed import to_host
-from rpt_jax.parallel.mesh import make_mesh
+from rpt_jax.parallel.mesh import make_mesh, replicated
 
 _DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 _MAX_HEADER_BYTES = 100_000_000  # limit of the format
@@ -66,7 +75,8 @@ def load_hf(
         mesh: that shards the parameters; None: the first device.
         dtype: of the parameters, "float32", "bfloat16" or "float16"; None: as stored.
     Returns:
-        (DecoderConfig, parameters in the layout of `decoder.init_params`).
+        (DecoderConfig, parameters in the layout of `decoder.init_params`). A classifier with one label has a scalar
+        readout (`scalar_head`) and no head.
     Raises:
         CheckpointError: unsupported architecture, damaged file, or a missing, surplus or misshapen tensor; names the
             file and the key, before anything is allocated on a device. A tensor with values that are not finite is
@@ -75,8 +85,11 @@ def load_hf(
     directory = Path(directory)
     config = read_config(directory)
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
-    abstract = decoder.abstract_params(config, mesh)
-    entries = _index_tensors(directory)
+    abstract, entries = decoder.abstract_params(config, mesh), _index_tensors(directory)
+    readout = None
+    if has_readout(directory):
+        abstract = {name: leaf for name, leaf in abstract.items() if name != "head"}
+        readout, entries = _take_readout(directory, config, entries)
     plan = _plan(directory, config, abstract, entries)
     params: dict[str, Any] = {"layers": {}}
     for (name, *layer), sources in plan.items():
@@ -87,7 +100,24 @@ def load_hf(
             params["layers"][layer[0]] = _stack(target, sources, is_matrix=layer[0].endswith("_proj"))
         else:
             params[name] = _put(target, sources[0], is_matrix=False)
+    if readout is not None:
+        params[READOUT] = jax.device_put(readout, replicated(mesh))
     return config, params
+
+
+def _take_readout(directory: Path, config: DecoderConfig, entries: dict[str, _Entry]):
+    """Return (a classifier's readout f32 [D], or [D + 1] with its bias; the other tensors)."""
+    weight, bias = entries.get(SCORE_WEIGHT), entries.get(SCORE_BIAS)
+    if weight is None or weight.shape != (1, config.width) or (bias is not None and bias.shape != (1,)):
+        shape = None if weight is None else list(weight.shape)
+        raise CheckpointError(
+            f"{directory}: {SCORE_WEIGHT} is {shape}; a classifier with one label has [1, {config.width}]. Use the "
+            "config.json that belongs to these weights."
+        )
+    parts = [entry.read().astype(np.float32).reshape(-1) for entry in (weight, bias) if entry is not None]
+    # A language head that a training script left in the file is of no use to a classifier.
+    rest = {name: entry for name, entry in entries.items() if name not in (SCORE_WEIGHT, SCORE_BIAS, "lm_head.weight")}
+    return np.concatenate(parts), rest
 
 
 def _put(target: jax.ShapeDtypeStruct, source: _Entry, *, is_matrix: bool) -> jax.Array:
@@ -265,6 +295,8 @@ def save_hf(
 ) -> None:
     """Write a model directory that transformers loads. Adapters must be merged first.
 
+    Parameters with a scalar readout become a classifier with one label: of sequences, or of tokens if it has a bias.
+
     Args:
         directory: created if missing.
         config: the model's shape.
@@ -287,7 +319,12 @@ def save_hf(
     names = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} if tokenizer else {}
     # The widest dtype: loading in the dtype that config.json names must lose nothing.
     kind = str(np.dtype(dtype) if dtype else jnp.result_type(*jax.tree.leaves(params)))
-    description = config_json(config, kind, names)
+    classifier = ""
+    if READOUT in params:
+        classifier = "sequence" if len(params[READOUT]) == config.width else "token"
+        # Batches of sequences need to know their padding.
+        names["pad_token_id"] = tokenizer.pad_id if tokenizer else None
+    description = config_json(config, kind, names, classifier)
     directory.mkdir(parents=True, exist_ok=True)
     shards, weight_map, shard, size, total = 0, {}, {}, 0, 0
     for name, read, num_bytes in _tensors_out(params, dtype):
@@ -331,8 +368,13 @@ def _tensors_out(params, dtype: str | None):
             if leaf in layers:
                 yield item(f"model.layers.{number}.{tensor}", layers[leaf], number)
     for name in ("final_norm", "head"):
-        if name in params:
+        if name in params and not (name == "head" and READOUT in params):
             yield item(TOP_TENSORS[name], params[name], None)
+    if READOUT in params:
+        D = params["embedding"].shape[1]
+        yield item(SCORE_WEIGHT, params[READOUT][None, :D], None)
+        if len(params[READOUT]) > D:
+            yield item(SCORE_BIAS, params[READOUT][D:], None)
 
 
 def _shard_path(directory: Path, number: int) -> Path:

@@ -19,11 +19,8 @@ from rpt_jax.config import DecoderConfig, LoraConfig
 from rpt_jax.errors import ConfigError
 from rpt_jax.models.decoder import abstract_params
 from rpt_jax.models.families import LAYER_TENSORS
+from rpt_jax.models.scalar_head import READOUT
 from rpt_jax.types import record
-
-# Name of a critic's readout among the trained parameters: f32 [D + 1], the last entry is a bias. It is no weight of the
-# model: `merge` leaves it out.
-VALUE = "value"
 
 
 @record
@@ -114,7 +111,7 @@ def merge(frozen: Frozen | None, trainable: Any) -> Any:
 
     bfloat16 would round away most of what an adapter learns.
     """
-    trainable = {name: leaf for name, leaf in trainable.items() if name != VALUE}
+    trainable = {name: leaf for name, leaf in trainable.items() if name != READOUT}
     if frozen is None:
         return trainable
 

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Config
 from rpt_jax.models import decoder, decoding, lora
-from rpt_jax.models.lora import VALUE, Frozen
+from rpt_jax.models.lora import Frozen
+from rpt_jax.models.scalar_head import READOUT
 from rpt_jax.parallel.mesh import on_mesh_of, replicated, spec_without, trunk_sharding
 from rpt_jax.parallel.programs import Program as JittedProgram
 from rpt_jax.planning.kernels import Kernels, read_kernels
@@ -53,7 +54,7 @@ def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, Frozen | Non
         frozen = Frozen(params=params, scale=_shapes(jax.ShapeDtypeStruct((), np.float32), replicated(mesh)))
     if config.loss.has_critic:
         readout = jax.ShapeDtypeStruct((config.model.width + 1,), np.float32)
-        trained = trained | {VALUE: _shapes(readout, replicated(mesh))}
+        trained = trained | {READOUT: _shapes(readout, replicated(mesh))}
     optimizer = make_optimizer(config.optimizer, config.num_updates)
     moments = jax.eval_shape(optimizer.init, trained)
     moments = _shapes(moments, state_shardings(moments, trained, mesh))

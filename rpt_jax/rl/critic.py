@@ -6,16 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.config import DecoderConfig, LossConfig
-from rpt_jax.models.lora import VALUE
+from rpt_jax.models.scalar_head import read_scalars
 from rpt_jax.parallel.mesh import on_mesh_of
 from rpt_jax.scoring.logprobs import in_rounds, predicting_states
 from rpt_jax.types import Rows, Sequences
-
-
-def read_values(params, hidden_D):
-    """Return the critic's value f32 [...] of hidden states [..., D] after the final norm."""
-    weights, bias = params[VALUE][:-1], params[VALUE][-1]
-    return jnp.einsum("...d,d->...", hidden_D, weights, preferred_element_type=jnp.float32) + bias
 
 
 def score_values(config: DecoderConfig, params, sequences: Sequences, *, trunks_at_once: int = 0):
@@ -27,7 +21,7 @@ def score_values(config: DecoderConfig, params, sequences: Sequences, *, trunks_
 @partial(jax.jit, static_argnames=("config", "trunks_at_once"))
 def _score_values(config: DecoderConfig, params, sequences: Sequences, *, trunks_at_once: int):
     def of_some(some: Sequences):
-        return read_values(params, predicting_states(config, params, some)[0])
+        return read_scalars(params, predicting_states(config, params, some)[0])
 
     return in_rounds(of_some, sequences, trunks_at_once)
 
@@ -47,7 +41,7 @@ def value_loss(loss: LossConfig, params, rows: Rows, hidden_URTD):
         rows: of the update.
         hidden_URTD: hidden states that predict the rows' tokens.
     """
-    values = read_values(params, hidden_URTD)
+    values = read_scalars(params, hidden_URTD)
     # A token without a term has weight 0, and may hold anything.
     has_term = rows.policy_weights != 0
     old, returns = (jnp.where(has_term, x, 0.0) for x in (rows.old_values, rows.returns))

@@ -89,6 +89,12 @@ class Tokenizer:
         else:
             self.bos_id = int(backend.bos_token_id) if adds_bos else None
 
+    @property
+    def pad_id(self) -> int | None:
+        """Id of padding; None: there is none, or it is the end token, which a text may hold."""
+        pad = self._backend.pad_token_id
+        return None if pad is None or int(pad) == self.eos_id else int(pad)
+
     @cached_property
     def stop_sources(self) -> dict[int, list[str]]:
         """Ids that end a completion, and who says so: {id: sources}; see `stops.find_stop_ids`."""

@@ -13,6 +13,7 @@ from rpt_jax.data import documents as documents_lib
 from rpt_jax.data.batches import Source, make_source
 from rpt_jax.data.documents import Document
 from rpt_jax.data.examples import Example, document_examples, draft_examples, read_examples
+from rpt_jax.data.graded import Graded, read_graded
 from rpt_jax.data.positions import (
     UNSCORED_SELECTORS,
     PositionTable,
@@ -77,8 +78,8 @@ class Domain(Protocol):
     num_reference: int
     identity: dict
 
-    def warm_examples(self, config: Config, tokenizer: Tokenizer) -> Sequence[Example] | Sequence[Pair]:
-        """Return the examples, or pairs, that a warm start learns."""
+    def warm_examples(self, config: Config, tokenizer: Tokenizer) -> Sequence[Example | Pair | Graded]:
+        """Return the examples, pairs or graded completions that a warm start learns."""
         ...
 
     def control_examples(self, run) -> Sequence[Example] | None:
@@ -112,16 +113,16 @@ def cache_directory(config: Config) -> Path:
     return Path(config.data.cache or config.run.directory)
 
 
-def _read_supervised(config: Config, tokenizer: Tokenizer, template: Template) -> Sequence[Example] | Sequence[Pair]:
-    """Read supervised.path; print how many pairs are skipped, and why."""
-    path = config.supervised.path
-    if config.supervised.objective == "likelihood":
+def _read_supervised(config: Config, tokenizer: Tokenizer, template: Template) -> Sequence[Example | Pair | Graded]:
+    """Read supervised.path for supervised.objective; print how many examples are skipped, and why."""
+    path, objective = config.supervised.path, config.supervised.objective
+    if objective == "likelihood":
         return read_examples(path, tokenizer, template, config)
-    pairs, skipped = read_pairs(path, tokenizer, template, config)
+    found, skipped = (read_pairs if objective == "dpo" else read_graded)(path, tokenizer, template, config)
     for reason, count in skipped.items():
         if count:
-            console.print(f"{count} of {len(pairs) + sum(skipped.values())} pairs {reason}; skipped")
-    return pairs
+            console.print(f"{count} of {len(found) + sum(skipped.values())} examples of {path} {reason}; skipped")
+    return found
 
 
 def _named(splits: dict[str, dict]) -> dict:

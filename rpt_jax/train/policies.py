@@ -1,7 +1,7 @@
 """A run's tokenizer, model shape and initial parameters: from a model directory, from another run, or new."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax.config import Config, DecoderConfig
+from rpt_jax.config import Config, DecoderConfig, StepsConfig
 from rpt_jax.data.readers import read_texts, training_corpora
 from rpt_jax.data.templates import with_prompt_texts
 from rpt_jax.errors import CheckpointError, ConfigError
 from rpt_jax.models import lora
 from rpt_jax.models.attention import default_dtype
 from rpt_jax.models.decoder import init_params
+from rpt_jax.models.families import has_readout
 from rpt_jax.models.families import read_config as read_model_config
 from rpt_jax.models.hf import load_hf
-from rpt_jax.models.lora import VALUE, Frozen, merge
+from rpt_jax.models.lora import Frozen, merge
+from rpt_jax.models.scalar_head import READOUT, init_readout
 from rpt_jax.parallel.mesh import replicated
 from rpt_jax.rewards.catalog import requested_policies
 from rpt_jax.rl.optimizer import init_state, make_optimizer
@@ -38,6 +40,15 @@ _TOKENIZER_CHARACTERS = 50_000_000
 def is_run(path: str | Path) -> bool:
     """Return whether a policy path is a run directory, not a model directory."""
     return (Path(path) / "checkpoints").is_dir() and (Path(path) / "config.json").exists()
+
+
+# Objectives of reward models, and those that score whole completions.
+_REWARD_MODELS, _OF_SEQUENCES = ("bradley_terry", "outcome", "process", "value"), ("bradley_terry", "outcome")
+
+
+def is_reward_model(config: Config) -> bool:
+    """Return whether a run trains a reward or value model."""
+    return config.supervised.objective in _REWARD_MODELS
 
 
 def check_path(path: str) -> None:
@@ -174,6 +185,11 @@ def with_shape(model: DecoderConfig, shape: DecoderConfig) -> DecoderConfig:
 def start_params(config: Config, mesh: Mesh) -> Any:
     """Return the policy's parameters before any training, in policy.param_dtype: from policy.path, or random."""
     path, kind = config.policy.path, config.policy.param_dtype
+    if path and not is_run(path) and has_readout(path) and not is_reward_model(config):
+        raise ConfigError(
+            f"policy.path={path!r} is a classifier, a reward model; it has no language head to sample from. Choose "
+            "another --policy.path."
+        )
     if not path:
         params = init_params(config.model, mesh, jax.random.key(config.run.seed))
     elif is_run(path):
@@ -187,6 +203,64 @@ def _policy_of_run(path: Path, mesh: Mesh) -> Any:
     """Return the newest policy of a run directory, with its adapters merged."""
     state, frozen, _ = newest_of_run(path, mesh)
     return merge(frozen, state.params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalarModel:
+    """A trained reward or value model.
+
+    Attributes:
+        config: the model's shape.
+        params: of the decoder, with the readout.
+        objective: bradley_terry, outcome, process or value; of a model directory, what its class tells.
+        steps: where the steps end that it was trained on; None: unknown.
+        name: where it is from.
+    """
+
+    config: DecoderConfig
+    params: Any
+    objective: str
+    steps: StepsConfig | None
+    name: str
+
+
+def load_reward_model(path: str, mesh: Mesh, tokenizer: Tokenizer | None = None) -> ScalarModel:
+    """Load a reward model: a run that trained one, or a Hugging Face classifier with one label.
+
+    Args:
+        path: of either.
+        mesh: that holds its parameters.
+        tokenizer: of the completions that it will score; None: not compared.
+    Raises:
+        ConfigError: no reward model is there, or it has another tokenizer.
+    """
+    check_path(path)
+    is_of_run, directory = is_run(path), Path(path)
+    if is_of_run and not is_reward_model(config := read_config(directory, say=False)):
+        raise ConfigError(
+            f"{path} is a run that trained a policy (supervised.objective={config.supervised.objective!r}), no reward "
+            "model. Train one with --supervised.objective outcome or another (docs/reward_models.md)."
+        )
+    if not is_of_run and not has_readout(directory):
+        raise ConfigError(
+            f"{path} is a language model; a reward model is a sequence or token classifier with one label. Choose "
+            "another directory."
+        )
+    own = load_tokenizer(directory / "tokenizer" if is_of_run else directory) if tokenizer else None
+    if own is not None and own.encoding_fingerprint != tokenizer.encoding_fingerprint:
+        raise ConfigError(
+            f"reward model {path} has another tokenizer than the policy; it scores the policy's own tokens, so both "
+            "must be the same. Train a reward model on this policy's tokenizer."
+        )
+    if is_of_run:
+        state, frozen, _ = newest_of_run(directory, mesh)
+        params = merge(frozen, state.params) | {READOUT: state.params[READOUT]}
+        return ScalarModel(
+            config=config.model, params=params, objective=config.supervised.objective, steps=config.steps, name=path
+        )
+    model, params = load_hf(path, mesh)
+    objective = "process" if len(params[READOUT]) > model.width else "bradley_terry"
+    return ScalarModel(config=model, params=params, objective=objective, steps=None, name=path)
 
 
 def newest_of_run(path: Path, mesh: Mesh) -> tuple[TrainState, Frozen | None, int]:
@@ -258,9 +332,10 @@ def stage_optimizer(config: Config, stage: str) -> Any:
 def fresh_state(config: Config, mesh: Mesh, params, stage: str) -> tuple[TrainState, Frozen | None]:
     """Return (a stage's state at step 0, with the companions that the reward requests; its adapters' base weights)."""
     trained, frozen = trainable(config, mesh, params)
-    if stage == "rpt" and config.loss.has_critic:
-        readout = jnp.zeros(config.model.width + 1, jnp.float32)
-        trained = trained | {VALUE: jax.device_put(readout, replicated(mesh))}
+    if (stage == "rpt" and config.loss.has_critic) or (stage == "warm_start" and is_reward_model(config)):
+        # Sequence classification of Hugging Face has no bias, token classification has one.
+        readout = init_readout(config.model.width, has_bias=config.supervised.objective not in _OF_SEQUENCES)
+        trained = {READOUT: jax.device_put(readout, replicated(mesh))} | trained
     state = init_state(trained, stage_optimizer(config, stage), mesh)
     companions = requested_policies(config.reward) & {AVERAGE} if stage == "rpt" else set()
     return with_companions(state, companions), frozen

@@ -4,9 +4,10 @@ from typing import Any
 
 from rpt_jax.models.lora import merge
 from rpt_jax.train.loop import fit
-from rpt_jax.train.policies import fresh_state, stage_optimizer
+from rpt_jax.train.policies import fresh_state, is_reward_model, stage_optimizer
 from rpt_jax.train.run import Run
 from rpt_jax.train.stages.preferences import Preferences
+from rpt_jax.train.stages.reward_model import RewardModelling
 from rpt_jax.train.stages.supervised import Supervised
 from rpt_jax.train.training import Training, Until
 
@@ -33,6 +34,8 @@ def warm_start(run: Run) -> Any:
     }  # fmt: skip
     if config.supervised.objective == "dpo":
         training: Training = Preferences(pairs=run.warm_examples, start=params, **shared)
+    elif is_reward_model(config):
+        training = RewardModelling(examples=run.warm_examples, **shared)
     else:
         training = Supervised(examples=run.warm_examples, shuffle=not config.supervised.path, **shared)
     with run.checkpoints(NAME) as checkpoints:

@@ -1,0 +1,1 @@
+"""Choices among completions, and search through thoughts."""
