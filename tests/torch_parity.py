@@ -134,7 +134,8 @@ def write_classifier(directory: Path, case: str, kind: str) -> dict[str, np.ndar
     """A classifier with one label: of sequences, without a bias, or of tokens, with one."""
     own = {name: t for name, t in tensors(case).items() if name != "lm_head.weight"}
     rng = np.random.default_rng(9)
-    own["score.weight"] = rng.standard_normal((1, full_config(case)["hidden_size"])).astype(np.float32)
+    # Scores of order one, so that 1e-5 is above the rounding of float32.
+    own["score.weight"] = 0.1 * rng.standard_normal((1, full_config(case)["hidden_size"])).astype(np.float32)
     if kind == "token":
         own["score.bias"] = np.array([0.75], np.float32)
     config = full_config(case)

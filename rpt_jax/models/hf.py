@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,12 @@ def load_hf(
     directory = Path(directory)
     config = read_config(directory)
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
-    abstract, entries = decoder.abstract_params(config, mesh), _index_tensors(directory)
-    readout = None
+    entries, readout = _index_tensors(directory), None
     if has_readout(directory):
-        abstract = {name: leaf for name, leaf in abstract.items() if name != "head"}
+        # A tied head asks for no parameter: there is none.
+        config = replace(config, tie_embeddings=True)
         readout, entries = _take_readout(directory, config, entries)
+    abstract = decoder.abstract_params(config, mesh)
     plan = _plan(directory, config, abstract, entries)
     params: dict[str, Any] = {"layers": {}}
     for (name, *layer), sources in plan.items():
