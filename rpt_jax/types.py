@@ -95,6 +95,7 @@ class Earned:
     reference_weights: Any = None  # f32 [U, M, G], weight of the reference's log-likelihood behind the thought
     choices: Any = None  # i32 [U, M, G], which choice the learned request's target is; None: its targets are no choices
     distilled: Any = None  # f32 [U, M, G], of the log-likelihood of the next prompt's thought and the reference
+    token_advantages: Any = None  # f32 [U, R, C], of each token, added to those of the rewards
 
 
 @record

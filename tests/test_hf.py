@@ -186,7 +186,7 @@ DAMAGES = {
     "config is binary": (write("config.json", b"\xff\xfe\x00"), "is not JSON"),
     "no model type": (write("config.json", b"{}"), "model_type=None"),
     "mixture of experts": (edit_config(model_type="qwen3_moe"), "model_type='qwen3_moe'"),
-    "other architecture": (edit_config(architectures=["Qwen3ForSequenceClassification"]), "SequenceClassification"),
+    "other architecture": (edit_config(architectures=["Qwen3ForQuestionAnswering"]), "QuestionAnswering"),
     "quantised": (edit_config(quantization_config={"bits": 4, "quant_method": "gptq"}), "quantization_config"),
     "sliding window": (edit_config(use_sliding_window=True, sliding_window=16, max_window_layers=0), "sliding_window"),
     "activation": (edit_config(hidden_act="gelu"), "hidden_act='gelu'"),

@@ -8,14 +8,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 # Lower layers first; a module imports from its own layer or lower ones.
+_RL_FORMULAS = ("rpt_jax.rl.advantages", "rpt_jax.rl.surrogates")
 LAYERS = [
     ["rpt_jax", "rpt_jax.config", "rpt_jax.types", "rpt_jax.errors", "rpt_jax.work"],
     ["rpt_jax.tokenizer", "rpt_jax.parallel"],
     ["rpt_jax.sequences", "rpt_jax.models"],
     ["rpt_jax.scoring"],
-    ["rpt_jax.data", "rpt_jax.rollout", "rpt_jax.rewards", "rpt_jax.rl.advantages", "rpt_jax.rl.surrogates"],
+    ["rpt_jax.data", "rpt_jax.rollout", "rpt_jax.reward_models", "rpt_jax.rewards", *_RL_FORMULAS],
     ["rpt_jax.rl"],
-    ["rpt_jax.reward_models", "rpt_jax.search"],
+    ["rpt_jax.search"],
     ["rpt_jax.evals", "rpt_jax.planning"],
     ["rpt_jax.train"],
     ["rpt_jax.analysis", "rpt_jax.scaling", "rpt_jax.policy", "rpt_jax.session"],

@@ -2,13 +2,13 @@
 
 python -m experiments.recipes.kimi [--run.seed N] [--run.directory runs/kimi]         # tiny form, 2 CPU cores
 python -m experiments.recipes.kimi --preset text --policy.path DIR --data.path my.txt --cold-start long.jsonl
-    [--length-weight 0.1] [--section.field VALUE ...]
+    [--length-weight 0.1] [--shorten rl] [--section.field VALUE ...]
 
     long         SFT of the base policy on long chains of thought (--cold-start, a file as supervised.path)
     rl           RL with the squared-ratio objective and partial rollouts, without a length reward (its warm-up)
     rl_length    the same with --length-weight times the length reward
 
-From rl_length, long2short by each of:
+From rl, or with --shorten rl_length from there, long2short by each of:
 
     average      the mean of its weights and the base policy's
     shortest     SFT on the shortest right completion of each prompt
@@ -52,7 +52,7 @@ from rpt_jax.errors import DataError
 from rpt_jax.train.pipeline import Files, Recipe
 
 _TINY = (
-    "--run.directory", "runs/kimi", "--run.num-steps", "60", "--supervised.num-steps", "380", "--run.shapes", "few",
+    "--run.directory", "runs/kimi", "--run.num-steps", "60", "--supervised.num-steps", "500", "--run.shapes", "few",
     "--rollout.max-completion-tokens", "64", "--eval.every-steps", "60", "--eval.num-positions", "50",
     "--eval.final-num-positions", "1600", "--eval.num-samples", "4", "--eval.max-documents", "1600",
 )  # fmt: skip
@@ -66,7 +66,7 @@ def recipe(config: Config, args: argparse.Namespace, *, is_tiny: bool) -> Recipe
     steps: list = []
     if is_tiny:
         base = str(directory / "base")
-        steps += tiny_base(config, write_long_chains, {"num_train": 8000, "num_heldout": 1600, "num_long": 8000})
+        steps += tiny_base(config, write_long_chains, {"num_train": 8000, "num_heldout": 1600, "num_long": 12000})
     config = replace(config, policy=replace(config.policy, path=""))
     limit = config.rollout.max_completion_tokens
     objective = {
@@ -75,7 +75,7 @@ def recipe(config: Config, args: argparse.Namespace, *, is_tiny: bool) -> Recipe
     }  # fmt: skip
     graded = {"reward.terms": (right, f"{args.length_weight}*kimi_length")}
     cold = args.cold_start or str(directory / "corpus" / "long.jsonl")
-    long, halves = str(directory / "rl_length"), max(1, config.run.num_steps // 2)
+    long, halves = str(directory / args.shorten), max(1, config.run.num_steps // 2)
     sampled = {"run": long, "num_batches": args.batches}
     from_long = {"policy.path": long}
     short = {
@@ -149,7 +149,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--cold-start", default="")
     parser.add_argument("--length-weight", type=float, default=0.1)
-    parser.add_argument("--cold-steps", type=int, default=200)
+    parser.add_argument("--shorten", choices=("rl", "rl_length"), default="rl")
+    parser.add_argument("--cold-steps", type=int, default=300)
     parser.add_argument("--sft-steps", type=int, default=40)
     parser.add_argument("--dpo-steps", type=int, default=20)
     parser.add_argument("--dpo-rate", type=float, default=1e-4)

@@ -360,6 +360,24 @@ class ShapingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelsConfig:
+    """Rewards by trained models (docs/reward_models.md); both must have the policy's tokenizer."""
+
+    path: str = ""
+    """reward_model: a run that trained one, or a Hugging Face classifier with one label."""
+    process_path: str = ""
+    """process_model: the same, with scores behind steps."""
+    aggregation: Literal["min", "prod", "last", "mean"] = "min"
+    """process_model: what a completion's step scores become. prod favours few steps."""
+    process_use: Literal["reward", "steps", "filter"] = "reward"
+    """process_model: reward adds the aggregated score. steps adds each step's score, standardised in the group, to the
+    advantages of its own and earlier tokens. filter only leaves out right rollouts with the worst scores and wrong ones
+    with the best (PROF); the first term tells right from wrong."""
+    keep: float = setting(0.5, above=0, at_most=1)
+    """With filter: share of the right and of the wrong rollouts that remain, in (0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     terms: tuple[str, ...] = setting(("prefix",), shown=True)
     """Rewards to add up, each NAME or WEIGHT*NAME. For positions: prefix (arXiv:2506.08007 eq. 3), first_token, dense,
@@ -391,6 +409,7 @@ class RewardConfig:
     """From step 11 on, leave out groups whose deviation is below this share of its moving mean (RLPR). 0: none."""
     vote_train: int = setting(0, at_least=0)
     """With ttrl: all rollouts of a group vote, and the first N are trained on. 0: all."""
+    models: ModelsConfig = field(default_factory=ModelsConfig)
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
 

@@ -15,10 +15,10 @@ from rpt_jax.config import Config
 from rpt_jax.data.examples import check_ids
 from rpt_jax.data.preferences import PairError, encode_completion, encode_prompt, messages_of, parts_of_pair
 from rpt_jax.data.readers import read_records
-from rpt_jax.data.steps import StepRule, places_of_bytes
 from rpt_jax.data.templates import Template
 from rpt_jax.errors import DataError
 from rpt_jax.tokenizer import Tokenizer
+from rpt_jax.tokenizer.steps import StepRule, places_of_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class _BadRecord(ValueError):
 
 
 def read_graded(
-    path: str, tokenizer: Tokenizer, template: Template, config: Config
+    path: str, tokenizer: Tokenizer, template: Template, config: Config, *, whole: bool = False
 ) -> tuple[list[Graded], dict[str, int]]:
     """Read a file of graded completions for `supervised.objective`.
 
@@ -63,6 +63,10 @@ def read_graded(
     "places" and "labels". A prompt is "prompt", "text", "question" or "problem", a text or messages. Steps are joined
     by steps.delimiter. Labels are numbers or booleans; those of values are 0 to 1 in these layouts, and become -1 to 1.
 
+    Args:
+        path, tokenizer, template, config: of the run.
+        whole: keep the steps behind the first mistake of ProcessBench's records, as wrong ones; training leaves them
+            out, because nobody judged them.
     Returns:
         (examples, {reason: number of skipped ones}).
     Raises:
@@ -81,7 +85,7 @@ def read_graded(
         if "trunk_tokens" in record:
             check_ids(record, where, _IDS if "completion_tokens" in record else _PAIR_IDS, tokenizer, template)
         try:
-            examples = read(record, _Coder(tokenizer, template, config, rule))
+            examples = read(record, _Coder(tokenizer, template, config, rule, whole))
         except (_BadRecord, PairError) as error:
             raise DataError(f"{where} {error}") from error
         except (TypeError, UnicodeEncodeError) as error:
@@ -121,6 +125,7 @@ class _Coder:
     template: Template
     config: Config
     rule: StepRule
+    whole: bool
 
     def prompt(self, record: dict) -> list[int]:
         value = next((record[n] for n in _PROMPTS if n in record), None)
@@ -194,7 +199,7 @@ def _read_steps(record: dict, coder: _Coder) -> list[Graded]:
         return [
             Graded(trunk=record["trunk_tokens"], completions=[tokens], places=[places], labels=[labels], record=record)
         ]
-    steps, labels = _steps_of(record)
+    steps, labels = _steps_of(record, whole=coder.whole)
     _check_steps(steps, labels)
     if not all(isinstance(step, str) and step for step in steps):
         raise _BadRecord("has a step that is no text. Correct it.")
@@ -219,7 +224,7 @@ def _check_steps(steps: Sequence, labels: Any) -> None:
         raise _BadRecord(f"has {len(steps)} steps and {size} labels; every step needs one. Correct it.")
 
 
-def _steps_of(record: dict) -> tuple[list, Any]:
+def _steps_of(record: dict, *, whole: bool) -> tuple[list, Any]:
     """Return (texts of the steps, their labels), in the layout of TRL, ProcessBench or PRM800K."""
     if "completions" in record:
         return list(record["completions"]), record.get("labels")
@@ -230,9 +235,8 @@ def _steps_of(record: dict) -> tuple[list, Any]:
                 f"has label {first!r} and {len(steps)} steps; it must be the first wrong step, from 0, or -1. Correct "
                 "it."
             )
-        # What follows the first mistake is not judged.
-        last = len(steps) if first < 0 else first + 1
-        return steps[:last], [number != first for number in range(last)]
+        last = len(steps) if first < 0 or whole else first + 1
+        return steps[:last], [not 0 <= first <= number for number in range(last)]
     if "label" in record and isinstance(record["label"], dict):
         texts, labels = [], []
         for step in record["label"].get("steps", ()):

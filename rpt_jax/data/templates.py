@@ -190,6 +190,14 @@ def make_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
     return template
 
 
+def make_plain_template(tokenizer: Tokenizer, config: DataConfig) -> Template:
+    """Make a template that opens no thought: the assistant's turn, or a blank line, follows the prompt."""
+    tail = tokenizer.chat_parts()[1] if config.chat else "\n\n"
+    encode = tokenizer.encode_rendered if config.chat else tokenizer.encode_continuation
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return Template(header=np.asarray(bos, np.int32), tail=np.asarray(encode(tail), np.int32))
+
+
 # Around a reference that the prompt shows, so that the policy writes a thought that leads to it.
 _SHOWN = (
     "\nYou already know what the answer is: \\boxed{",

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from rpt_jax.reward_models.outcome import outcome, probability
+from rpt_jax.reward_models.outcome import outcome
 
 AGGREGATIONS = ("min", "prod", "last", "mean")
 
@@ -19,19 +19,19 @@ def process(scores, labels):
     return outcome(scores, labels)
 
 
-def aggregate(scores, mask, how: str):
+def aggregate(probabilities, mask, how: str):
     """Return one probability per completion from those of its steps; 0 without steps.
 
     Codes differ: min (arXiv:2305.20050 also prod, which favours few steps), last (search-and-learn).
 
     Args:
-        scores: f32 [..., S], logits.
-        mask: bool [..., S], real steps.
+        probabilities: f32 [..., S].
+        mask: bool [..., S], ends of steps.
         how: min, prod, last or mean.
     Raises:
         ValueError: unknown `how`.
     """
-    p, has_any = probability(scores), mask.any(-1)
+    p, has_any = jnp.asarray(probabilities), mask.any(-1)
     if how == "min":
         found = jnp.min(jnp.where(mask, p, 1.0), axis=-1)
     elif how == "prod":

@@ -58,7 +58,9 @@ def earn(
     if reward.read is not None:
         width = max(reward.width, tasks.references.bytes.shape[-1])
         predictions, unescaped = reward.read(rollouts, width)
-    scores = {r.name: reward.scorer.score(r, policies[r.policy], tasks, rollouts, predictions) for r in reward.requests}
+    scores = {
+        r.name: reward.scorer.score(r, policies.get(r.policy), tasks, rollouts, predictions) for r in reward.requests
+    }
     evidence = Evidence(tasks=tasks, rollouts=rollouts, predictions=predictions, unescaped=unescaped, scores=scores)
     run_U = sum((s.tokens_run for s in scores.values()), jnp.zeros_like(tasks.prompts.trunk_lengths))
     return evidence, reward.fn(evidence), run_U
@@ -180,6 +182,7 @@ def _combine(parts: list[Earned], prompt_mask_UM, terms: tuple[Term, ...], how: 
         reference_weights=_joined(jnp.add, _weighted(terms, [part.reference_weights for part in parts])),
         choices=next((part.choices for part in parts if part.choices is not None), None),
         distilled=_joined(jnp.add, _weighted(terms, [part.distilled for part in parts])),
+        token_advantages=_joined(jnp.add, _weighted(terms, [part.token_advantages for part in parts])),
     )
 
 

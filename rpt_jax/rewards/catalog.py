@@ -9,11 +9,12 @@ import jax
 
 from rpt_jax.config import Config, RewardConfig
 from rpt_jax.errors import ConfigError
-from rpt_jax.rewards import controls, likelihood, shaping, vote
+from rpt_jax.rewards import controls, likelihood, models, shaping, vote
 from rpt_jax.rewards.base import Reward, compose, make_reader, parse_terms
 from rpt_jax.rewards.host import make_equivalence_fn, make_host_reward_fn
 from rpt_jax.rewards.prefix import DIRECT_PREDICTION, conditional_dense, dense, first_token, prefix
 from rpt_jax.rl.advantages import TOKEN_ADVANTAGES
+from rpt_jax.rl.surrogates import BATCH_OBJECTIVES, TOKEN_OBJECTIVES
 from rpt_jax.scoring.requests import Request, Scorer
 from rpt_jax.types import Earned, Evidence
 
@@ -75,6 +76,9 @@ CATALOG = {
         tasks=_QUESTIONS,
     ),
     "rubric": Row(fn=likelihood.rubric, requests=likelihood.rubric_after_text, tasks=_QUESTIONS),
+    # Trained models.
+    "reward_model": Row(fn=models.reward_model, requests=(models.AT_END,)),
+    "process_model": Row(fn=models.process_model, options=True, requests=(models.AT_STEPS,)),
     # Shaping, next to a reward of the outcome.
     "format": Row(judge=f"{_ON_TEXT}format"),
     "format_nover": Row(judge=f"{_ON_TEXT}format_nover"),
@@ -205,7 +209,7 @@ def shows_references(config: RewardConfig) -> bool:
 # Rewards that no box changes: they score a text or a thought.
 _WITHOUT_BOX = (
     "likelihood", "information_gain", "verifree", "rlpr", "ravr", "rubric", "self_evaluation", "candidate_choice",
-    "fact", "coherence", "custom",
+    "fact", "coherence", "custom", "reward_model", "process_model",
 )  # fmt: skip
 
 
@@ -316,6 +320,41 @@ def _check_learned(config: Config, names: list[str]) -> None:
         )
 
 
+def _check_models(config: Config, names: list[str]) -> None:
+    """Check rewards by trained models against their settings."""
+    settings = config.reward.models
+    for name, field, path in (
+        ("reward_model", "path", settings.path), ("process_model", "process_path", settings.process_path),
+    ):  # fmt: skip
+        if (name in names) != bool(path):
+            raise ConfigError(
+                f"reward.terms={config.reward.terms} with reward.models.{field}={path!r}; {name} needs a model, and no "
+                f"other reward takes this one. Set --reward.models.{field.replace('_', '-')}, or change --reward.terms."
+            )
+    if settings.process_use == "reward" or "process_model" not in names:
+        return
+    if names[0] == "process_model":
+        raise ConfigError(
+            f"reward.models.process_use={settings.process_use!r} with process_model as the first term; it needs an "
+            "outcome before it. Set --reward.terms to e.g. prefix process_model."
+        )
+    if settings.process_use == "filter" and names[0] not in _OUTCOMES:
+        raise ConfigError(
+            f"reward.models.process_use='filter' behind {names[0]!r}, whose reward may lie between 0 and 1; only 1 "
+            f"counts as right. Put one of {', '.join(_OUTCOMES)} first."
+        )
+    if settings.process_use == "steps" and config.loss.objective in BATCH_OBJECTIVES:
+        raise ConfigError(
+            f"reward.models.process_use='steps' with loss.objective={config.loss.objective!r}, which has one advantage "
+            f"per completion. Use one of {', '.join(TOKEN_OBJECTIVES)}."
+        )
+    if settings.process_use == "steps" and config.loss.advantage in TOKEN_ADVANTAGES:
+        raise ConfigError(
+            f"reward.models.process_use='steps' with loss.advantage={config.loss.advantage!r}, which makes advantages "
+            "of tokens itself. Set --loss.advantage grpo."
+        )
+
+
 def _check_pairs(config: Config, names: list[str]) -> None:
     """Check settings that would part the two prompts of a task."""
     number = config.rollout.prompts_per_trunk
@@ -360,6 +399,7 @@ def _check_settings(config: Config, names: list[str]) -> None:
             f"reward.likelihood.rlpr_shaping={shaping!r}; it must be threshold_T with T in [0, 1], identity or "
             "one_minus. Correct --reward.likelihood.rlpr-shaping."
         )
+    _check_models(config, names)
     if "candidate_choice" in names and config.reward.likelihood.num_rivals >= config.rollout.group_size:
         raise ConfigError(
             f"reward.likelihood.num_rivals={config.reward.likelihood.num_rivals} of rollout.group_size="

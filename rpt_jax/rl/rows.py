@@ -125,6 +125,9 @@ def policy_rows(
         else:
             advantages_UMG = jnp.where(group_mask_UM[..., None], earned.advantages + 0 * rewards_UMG, 0.0)
         advantages_URC = advantages_UMG.reshape(U, M * G, 1)
+    if earned.token_advantages is not None:
+        is_in_UR = jnp.repeat(group_mask_UM, G, axis=1)
+        advantages_URC = advantages_URC + jnp.where(is_in_UR[..., None], earned.token_advantages, 0.0)
     tokens, mask, sampler_logprobs = rollouts.tokens, rollouts.mask, rollouts.sampler_logprobs
     temperatures, likelihood_weights = jnp.full(mask.shape, temperature, jnp.float32), None
     if appended is not None:

@@ -3,8 +3,8 @@
 A request is data; `Scorer.score` runs it through the model's one graph. Rollouts share their trunk, as in the update.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpt_jax.config import DecoderConfig
+from rpt_jax.config import DecoderConfig, StepsConfig
 from rpt_jax.errors import ConfigError
 from rpt_jax.scoring.answers import Answers, answer_statistics, choice_logprobs
 from rpt_jax.scoring.logprobs import score
+from rpt_jax.scoring.scalars import ScalarModel, in_units, score_tokens
 from rpt_jax.scoring.vocabulary import longest_prefix_tokens, vocabulary_index
 from rpt_jax.sequences import append_targets, completions, without_hints
 from rpt_jax.tokenizer import BOX_OPEN, THINK_CLOSE
+from rpt_jax.tokenizer.steps import StepRule
 from rpt_jax.types import Prompts, Rollouts, TaskBatch, record
 
 
@@ -31,8 +33,8 @@ class Request:
     """
 
     name: str
-    policy: Literal["current", "start", "average"] = "current"
-    """The policy in training, the policy it started from, or its moving average."""
+    policy: Literal["current", "start", "average", "reward_model", "process_model"] = "current"
+    """The policy in training, the policy it started from, or its moving average; or a reward model of the scorer."""
     view: Literal["prompt", "direct"] = "prompt"
     """prompt: after the template, like rollouts; direct: after document tokens alone, without a template."""
     keep: Literal["nothing", "thought", "completion", "pair"] = "thought"
@@ -52,6 +54,9 @@ class Request:
     """Number of leading reference tokens to score. 0: all."""
     is_tempered: bool = False
     """At the temperature of the rollouts, instead of 1."""
+    readout: Literal["logprobs", "end", "steps"] = "logprobs"
+    """What to read: log-probabilities of the target's tokens; or of a reward model, whose target is the completion, its
+    score behind the last token, or behind every step (`Scores.mask` tells where those end)."""
 
     def __post_init__(self):
         if self.view == "direct" and (self.keep != "nothing" or self.stub):
@@ -105,6 +110,8 @@ class Scorer:
         header_length: trunk tokens before the document, including BOS.
         trunks_at_once: U -> number of trunks to run at a time, a divisor of U; None: all.
         temperature: of the rollouts, for requests that are tempered.
+        models: reward models, by the name that requests use.
+        steps: where steps end, for a process model that does not know.
     """
 
     config: DecoderConfig
@@ -112,6 +119,8 @@ class Scorer:
     header_length: int
     trunks_at_once: Callable[[int], int] | None = None
     temperature: float = 1.0
+    models: Mapping[str, ScalarModel] = field(default_factory=dict)
+    steps: StepsConfig = field(default_factory=StepsConfig)
 
     @cached_property
     def _index(self):
@@ -127,6 +136,8 @@ class Scorer:
             predictions: `answer.Predictions` of the rollouts, [U, R, ...].
         """
         tasks = replace(tasks, prompts=_without_hints(tasks))
+        if request.readout != "logprobs":
+            return self._score_scalars(request, tasks.prompts, rollouts)
         if request.target == "choices":
             return self._score_choices(request, params, tasks, rollouts, predictions)
         if request.target == "completion":
@@ -135,6 +146,20 @@ class Scorer:
         is_direct = request.view == "direct"
         kept = None if is_direct else self._kept_of(request, tasks, rollouts, predictions)
         return self._score(request, params, tasks.prompts, kept, targets)
+
+    def _score_scalars(self, request: Request, prompts: Prompts, rollouts: Rollouts) -> Scores:
+        """Return a reward model's scores in its units, [U, R, 1] or [U, R, C]."""
+        model, mask = self.models[request.policy], rollouts.mask
+        sequences = _completions(prompts, rollouts.tokens, mask)
+        scalars = score_tokens(model.config, model.params, sequences, trunks_at_once=self.at_once(prompts))
+        ends = None
+        if request.readout == "steps":
+            ends = self._step_rule.ends_of_rows(rollouts.tokens, mask)
+        return _scalar_scores(prompts, scalars, mask, ends, objective=model.objective)
+
+    @cached_property
+    def _step_rule(self) -> StepRule:
+        return StepRule(self.models["process_model"].steps or self.steps, self.tokenizer)
 
     def _score_choices(self, request: Request, params, tasks: TaskBatch, rollouts: Rollouts, predictions) -> Scores:
         """Return the log-probability of each choice behind the stub, [U, R, K].
@@ -315,6 +340,23 @@ def start_past_close(token: bytes) -> str:
 
 
 _append, _completions, _without_hints = map(jax.jit, (append_targets, completions, without_hints))
+
+
+@partial(jax.jit, static_argnames="objective")
+def _scalar_scores(prompts: Prompts, scalars_URC, mask_URC, ends_URC, *, objective: str) -> Scores:
+    lengths_UR = mask_URC.sum(-1)
+    is_real_UR = jnp.repeat(prompts.prompt_mask, mask_URC.shape[1] // prompts.cuts.shape[1], axis=1)
+    stems_U = prompts.trunk_lengths + jnp.sum(prompts.prompt_mask * prompts.tail_lengths, axis=1)
+    values = in_units(objective, scalars_URC)
+    if ends_URC is None:
+        values = jnp.take_along_axis(values, jnp.maximum(lengths_UR - 1, 0)[..., None], axis=-1)
+        ends_URC = (lengths_UR > 0)[..., None]
+    mask = ends_URC & is_real_UR[..., None]
+    return Scores(
+        values=jnp.where(mask, values, 0.0),
+        mask=mask,
+        tokens_run=jnp.where(prompts.prompt_mask.any(-1), stems_U + jnp.sum(is_real_UR * lengths_UR, axis=1), 0),
+    )
 
 
 @partial(jax.jit, static_argnames="num_targets")

@@ -1,5 +1,6 @@
 """Task domains: positions of documents, or questions. Training stages use both through `Domain`."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,12 +28,13 @@ from rpt_jax.data.questions import (
     Question,
     QuestionSource,
     make_question_source,
+    make_question_template,
     read_or_recall,
     read_questions,
 )
 from rpt_jax.data.readers import Corpus, count_paragraphs, is_text_file, training_corpora
-from rpt_jax.data.templates import Template, continuation, make_template, token_facts
-from rpt_jax.errors import ConfigError
+from rpt_jax.data.templates import Template, continuation, make_plain_template, make_template, token_facts
+from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.evals.next_token import Evaluator, difficulty_splits
 from rpt_jax.evals.questions import QuestionEvaluator, category_splits, verification
 from rpt_jax.models.families import read_config
@@ -40,7 +42,7 @@ from rpt_jax.models.hf import load_hf
 from rpt_jax.rewards.catalog import shows_references
 from rpt_jax.scoring.entropy import Proxy
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer
-from rpt_jax.train.policies import fingerprint
+from rpt_jax.train.policies import fingerprint, is_reward_model
 from rpt_jax.train.progress import console, counted, tracked
 
 
@@ -105,6 +107,8 @@ class Domain(Protocol):
 
 def open_domain(config: Config, tokenizer: Tokenizer) -> Domain:
     """Read and check the domain that the config names."""
+    if is_reward_model(config):
+        return open_completions(config, tokenizer)
     return (open_questions if config.questions.path else open_documents)(config, tokenizer)
 
 
@@ -224,6 +228,45 @@ def question_source(
         if count:
             console.print(f"{count} of {len(found)} {where} questions {reason}; skipped")
     return source
+
+
+# --- Completions --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completions:
+    """Graded completions of a file alone, for reward models: there is nothing to sample."""
+
+    template: Template
+    identity: dict
+    name: str = "completions"
+    num_reference: int = 0
+
+    def warm_examples(self, config: Config, tokenizer: Tokenizer) -> Sequence[Graded]:
+        return _read_supervised(config, tokenizer, self.template)
+
+
+def open_completions(config: Config, tokenizer: Tokenizer) -> Completions:
+    """Check the file of graded completions. Prompts are those of the questions or texts that the config names, so that
+    the model reads what their policy writes; without either, they open no thought.
+
+    Raises:
+        ConfigError: unusable settings of the template.
+        DataError: there is no such file.
+    """
+    path = Path(config.supervised.path)
+    if not path.is_file():
+        raise DataError(
+            f"supervised.path {str(path)!r} is not a file; a reward model learns from one. Set it to a file."
+        )
+    if config.questions.path:
+        template = make_question_template(tokenizer, config.questions, config.data)
+    elif config.data.path or config.data.mixture:
+        template = make_template(tokenizer, config.data)
+    else:
+        template = make_plain_template(tokenizer, config.data)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Completions(template=template, identity={"completions": {"sha256": digest}})
 
 
 # --- Documents ----------------------------------------------------------------------------------------------------

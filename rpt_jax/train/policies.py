@@ -1,7 +1,7 @@
 """A run's tokenizer, model shape and initial parameters: from a model directory, from another run, or new."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax.config import Config, DecoderConfig, StepsConfig
+from rpt_jax.config import Config, DecoderConfig
 from rpt_jax.data.readers import read_texts, training_corpora
 from rpt_jax.data.templates import with_prompt_texts
 from rpt_jax.errors import CheckpointError, ConfigError
@@ -26,6 +26,7 @@ from rpt_jax.parallel.mesh import replicated
 from rpt_jax.rewards.catalog import requested_policies
 from rpt_jax.rl.optimizer import init_state, make_optimizer
 from rpt_jax.scoring.companions import AVERAGE, with_companions
+from rpt_jax.scoring.scalars import ScalarModel
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
 from rpt_jax.tokenizer.chat import parse_options
 from rpt_jax.tokenizer.stops import find_stop_ids
@@ -203,25 +204,6 @@ def _policy_of_run(path: Path, mesh: Mesh) -> Any:
     """Return the newest policy of a run directory, with its adapters merged."""
     state, frozen, _ = newest_of_run(path, mesh)
     return merge(frozen, state.params)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScalarModel:
-    """A trained reward or value model.
-
-    Attributes:
-        config: the model's shape.
-        params: of the decoder, with the readout.
-        objective: bradley_terry, outcome, process or value; of a model directory, what its class tells.
-        steps: where the steps end that it was trained on; None: unknown.
-        name: where it is from.
-    """
-
-    config: DecoderConfig
-    params: Any
-    objective: str
-    steps: StepsConfig | None
-    name: str
 
 
 def load_reward_model(path: str, mesh: Mesh, tokenizer: Tokenizer | None = None) -> ScalarModel:

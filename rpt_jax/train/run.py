@@ -24,9 +24,10 @@ from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.parallel.programs import drop_programs_if_many, use_cache
 from rpt_jax.planning.fitting import sizes_of, with_sizes
 from rpt_jax.rewards.base import Reward
-from rpt_jax.rewards.catalog import check_rewards, learned_request, make_reward, requests_of
+from rpt_jax.rewards.catalog import check_rewards, learned_request, make_reward, requested_policies, requests_of
 from rpt_jax.rewards.host import check_function
 from rpt_jax.scoring.requests import Scorer
+from rpt_jax.scoring.scalars import ScalarModel
 from rpt_jax.tokenizer import Tokenizer
 from rpt_jax.train.checkpoint import Checkpoints
 from rpt_jax.train.domains import Domain, Source, open_domain
@@ -35,6 +36,7 @@ from rpt_jax.train.policies import (
     find_tokenizer,
     fingerprint,
     fresh_state,
+    load_reward_model,
     resolve,
     start_params,
     stop_sources,
@@ -88,7 +90,23 @@ class Run:
     def make_scorer(self) -> Scorer:
         """Create the scorer of the run's requests."""
         header, temperature = len(self.template.header), self.config.rollout.temperature
-        return Scorer(self.config.model, self.tokenizer, header, _at_once(self.config), temperature)
+        return Scorer(
+            self.config.model, self.tokenizer, header, _at_once(self.config), temperature, self.reward_models,
+            self.config.steps,
+        )  # fmt: skip
+
+    @cached_property
+    def reward_models(self) -> dict[str, ScalarModel]:
+        """Return the reward models that the terms of the reward name, loaded once.
+
+        Raises:
+            ConfigError: a path is no reward model, or one of another tokenizer.
+        """
+        settings, asked = self.config.reward.models, requested_policies(self.config.reward)
+        paths = {"reward_model": settings.path, "process_model": settings.process_path}
+        return {
+            name: load_reward_model(path, self.mesh, self.tokenizer) for name, path in paths.items() if name in asked
+        }
 
     @cached_property
     def learned_width(self) -> int:

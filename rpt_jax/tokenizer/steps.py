@@ -9,7 +9,7 @@ import numpy as np
 
 from rpt_jax.config import StepsConfig
 from rpt_jax.errors import ConfigError
-from rpt_jax.tokenizer import Tokenizer
+from rpt_jax.tokenizer.vocabulary import Tokenizer
 
 
 @dataclass(frozen=True)
