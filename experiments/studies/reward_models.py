@@ -78,18 +78,15 @@ def prepare_models(config: Config, directory: Path) -> tuple[Config, dict]:
     begun = rl_step(config, {"run.directory": str(start), "run.num_steps": _START_STEPS})
     if not (start / FINISHED).exists():
         run_stages(begun)
-    files = {name: labels / f"{name}.jsonl" for name in ("train", "heldout")}
-    for name, path in files.items():
-        if not path.exists():
-            labels.mkdir(parents=True, exist_ok=True)
-            # Another seed draws other prompts and noise.
-            run = open_run(
-                str(start), {"run.seed": config.run.seed + 100 * (name == "heldout"), "steps.delimiter": ","}
-            )
-            counts = write_labels(run, path, batches=_BATCHES if name == "train" else 2, per_prompt=4, samples=8)
-            path.with_suffix(".counts.json").write_text(json.dumps(counts))
-            run.directory.close()
-    figures: dict = {"counts": json.loads(files["train"].with_suffix(".counts.json").read_text())}
+    counts = labels / "counts.json"
+    if not counts.exists():
+        labels.mkdir(parents=True, exist_ok=True)
+        run = open_run(str(start), {"steps.delimiter": ","})
+        found = write_labels(run, labels / "all.jsonl", batches=_BATCHES, per_prompt=4, samples=8)
+        run.directory.close()
+        split_by_prompt(labels)
+        write_atomically(counts, json.dumps(found))
+    figures: dict = {"counts": read_json(counts)}
     models = {}
     for objective in ("outcome", "process"):
         path = directory / "models" / objective
@@ -181,12 +178,8 @@ def by_position(rows: Sequence[dict], scores: dict[str, list[float]]) -> dict[st
 
 def run_arm(config: Config, directory: Path, arm: str) -> dict:
     """Run one RL arm and return its figures, with the reward that it was trained on."""
-    values = {
-        name: str(directory / "models" / value)
-        if name.startswith("reward.models.") and name.endswith("path")
-        else value
-        for name, value in ARMS[arm].items()
-    }
+    models = directory / "models"
+    values = {name: str(models / v) if name.endswith("path") else v for name, v in ARMS[arm].items()}
     return run_rl_arm(config, models, f"rl_{arm}", values)
 
 
