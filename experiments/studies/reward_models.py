@@ -46,7 +46,7 @@ from rpt_jax.train.evaluation import Evaluations
 from rpt_jax.train.pipeline import run_stages
 from rpt_jax.train.policies import load_reward_model, start_params
 from rpt_jax.train.run import Run, prepare
-from rpt_jax.train.run_directory import FINISHED, read_json
+from rpt_jax.train.run_directory import FINISHED, read_json, write_atomically
 from rpt_jax.train.stages.reward_model import scores_of
 
 _BOTH = {"reward.models.path": "outcome", "reward.models.process_path": "process"}
