@@ -24,7 +24,7 @@ from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rewards.base import earn
 from rpt_jax.rollout.completions import completion_columns
 from rpt_jax.scoring.companions import CURRENT
-from rpt_jax.train.progress import progress_bar
+from rpt_jax.train.progress import console, progress_bar
 from rpt_jax.train.recorder import to_floats
 from rpt_jax.train.rejection import accepted_rows, write_examples
 from rpt_jax.train.run import Run, newest_state, prepare
@@ -118,6 +118,7 @@ def sample_rows(
     """
     params = warm_start(run)
     tasks = run.domain.training_tasks(run, params)
+    console.print(f"sampling from {len(tasks.ids):,} tasks", highlight=False)
     trainer, state = make_trainer(run, params, tasks)
     if not from_start and run.checkpoints(NAME, read_only=True).latest_step is not None:
         state, _, _ = newest_state(run, params)

@@ -48,6 +48,7 @@ from rpt_jax.train.run_directory import read_config
 
 _TINY = (
     "--run.directory", "runs/ravr", "--supervised.num-steps", "400", "--run.shapes", "few", "--data.trunk-length", "80",
+    "--positions.entropy-threshold", "1.8",
     "--eval.num-positions", "50", "--eval.final-num-positions", "800",
 )  # fmt: skip
 # Words that give away that the answer was shown.
