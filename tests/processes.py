@@ -35,8 +35,10 @@ def flags(corpus: Path, run: Path, *extra: str) -> list[str]:
     return [*words, "--run.no-tensorboard", "--run.no-control", *extra]
 
 
-def start(arguments: list[str], log: Path, *, devices: int = 1, **environment: str) -> subprocess.Popen:
-    """experiments.train, its output in `log`. Programs that were compiled once are kept for all processes."""
+def start(
+    arguments: list[str], log: Path, *, devices: int = 1, module: str = "experiments.train", **environment: str
+) -> subprocess.Popen:
+    """A script, its output in `log`. Programs that were compiled once are kept for all processes."""
     environment = (
         os.environ
         | {
@@ -48,7 +50,7 @@ def start(arguments: list[str], log: Path, *, devices: int = 1, **environment: s
         | environment
     )
     with log.open("ab") as file:
-        command = [sys.executable, "-m", "experiments.train", *arguments]
+        command = [sys.executable, "-m", module, *arguments]
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
 
 

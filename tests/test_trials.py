@@ -197,6 +197,66 @@ def kill_at_random(home: Path, expected: tuple, seconds: float, extra: tuple = (
     return {"kills": done, "kills during a save": during_save, "runs": runs, "starts": starts, "differing": 0}
 
 
+# Recipes in tiny form, shortened, with the warm-start updates after which their samples are sometimes right.
+RECIPES = {
+    "r1": (400, "--zero", "--cold-steps", "40", "--sft-steps", "3", "--batches", "2", "--texts", "20"),
+    "kimi": (60, "--cold-steps", "4", "--sft-steps", "3", "--dpo-steps", "3", "--batches", "1"),
+    "rpt_then_rl": (40, "--rl-steps", "2"),
+    "ravr": (100, "--sft-steps", "3", "--batches", "2", "--rounds", "2"),
+    "inverse_incentive": (20,),
+    "base_start": (20, "--cold-steps", "3"),
+}
+RECIPE_FLAGS = ("--run.num-steps", "2", "--eval.final-num-positions", "20", "--checkpoint.every-steps", "1")
+
+
+def digest_of_recipe(directory: Path) -> dict[str, str]:
+    """Return digests of every step: the arrays of its newest checkpoints, its files, and the figures of its policy."""
+    from orbax.checkpoint import v1 as ocp
+
+    found = {}
+    for step in sorted(p for p in directory.iterdir() if (p / "judged.json").exists()):
+        digest = hashlib.sha256()
+        for stage in sorted((step / "checkpoints").glob("*")):
+            last = max((p for p in stage.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+            state = ocp.load_checkpointables(last, {"state": None})["state"]
+            digest.update(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state)))
+        for file in sorted((*step.glob("*.jsonl"), *step.glob("*.safetensors"))):
+            if file.name not in ("metrics.jsonl", "times.jsonl", "programs.jsonl"):
+                digest.update(file.read_bytes())
+        digest.update(json.dumps(json.loads((step / "judged.json").read_text())["figures"]).encode())
+        found[step.name] = digest.hexdigest()
+    return found
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_killed_at_random_stages(name, home, figures):
+    """Kill -9 at random times until the recipe is through; every step ends as in the undisturbed recipe."""
+    warm, *own = RECIPES[name]
+    arguments = [*own, *RECIPE_FLAGS, "--supervised.num-steps", str(warm)]
+
+    def begin(directory: Path):
+        log = home / f"{name}.log"
+        return start([*arguments, "--run.directory", str(directory)], log, module=f"experiments.recipes.{name}")
+
+    began = time.monotonic()
+    assert finish([begin(home / name / "straight")], 1800) == [0], (home / f"{name}.log").read_text()[-3000:]
+    seconds, expected = time.monotonic() - began, digest_of_recipe(home / name / "straight")
+    rng, kills, killed = random.Random(1), 0, home / name / "killed"
+    while True:
+        process = begin(killed)
+        try:
+            status = process.wait(rng.uniform(0.1, 0.6) * seconds if kills < 5 else 1800)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            continue
+        assert status == 0, (home / f"{name}.log").read_text()[-3000:]
+        break
+    assert kills and digest_of_recipe(killed) == expected
+    figures |= {"kills": kills, "steps": len(expected), "differing": 0}
+
+
 def test_kills_during_a_save(home, straight, figures):
     """Send kill -9 ten times, as soon as a half-written checkpoint appears; such a checkpoint is never restored."""
     expected, _ = straight
