@@ -20,9 +20,8 @@ ENTRIES = {e["name"]: e["cases"] for e in json.loads((Path(__file__).parent / "g
 def test_selection_equals_x1(case):
     i, out = case["inputs"], case["outputs"]
     rules = Rules(c1=i["c1"], c2=i["c2"], low=i["reward_min"], high=i["reward_max"])
-    np.testing.assert_allclose(
-        node_scores(i["parent_visits"], i["child_visits"], i["child_q"], rules), out["scores"], rtol=1e-5
-    )
+    scores = node_scores(i["parent_visits"], i["child_visits"], i["child_q"], rules)
+    np.testing.assert_allclose(scores, out["scores"], rtol=1e-5)
     root = Node(visits=i["parent_visits"])
     for visits, q in zip(i["child_visits"], i["child_q"], strict=True):
         root.add(Node(visits=visits, value=q))

@@ -68,7 +68,7 @@ _SETTINGS = (
     "--steps.delimiter", ",", "--run.num-steps", "40", "--run.shapes", "few", "--eval.every-steps", "40",
     "--eval.final-num-positions", "400",
 )  # fmt: skip
-_START_STEPS, _BATCHES, _MODEL_STEPS = 10, 8, 200
+_START_STEPS, _BATCHES, _MODEL_STEPS = 5, 24, 300
 _SPLIT, _NUM_CHOICES, _NUM_POSITIONS = "hard determined", 16, 800
 
 
@@ -81,7 +81,8 @@ def prepare_models(config: Config, directory: Path) -> tuple[Config, dict]:
     counts = labels / "counts.json"
     if not counts.exists():
         labels.mkdir(parents=True, exist_ok=True)
-        run = open_run(str(start), {"steps.delimiter": ","})
+        # Positions that a computation determines, not those that nothing does.
+        run = open_run(str(start), {"steps.delimiter": ",", "positions.unfiltered_fraction": 0.0})
         found = write_labels(run, labels / "all.jsonl", batches=_BATCHES, per_prompt=4, samples=8)
         run.directory.close()
         split_by_prompt(labels)
@@ -92,7 +93,7 @@ def prepare_models(config: Config, directory: Path) -> tuple[Config, dict]:
         path = directory / "models" / objective
         own = {
             "run.directory": str(path), "policy.path": str(start), "supervised.objective": objective,
-            "run.num_steps": 0, "reward.terms": ("prefix",),
+            "run.num_steps": 0, "reward.terms": ("prefix",), "supervised.optimizer.learning_rate": 3e-4,
         }  # fmt: skip
         trained = supervised_step(config, str(labels / "train.jsonl"), _MODEL_STEPS, own)
         if not (path / FINISHED).exists():
