@@ -1,17 +1,35 @@
 """Search: official codes' numbers, enumeration, and random trees against a slow search."""
 
+import dataclasses
 import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import search as search_script
+from rpt_jax.config import Config, DecoderConfig, StepsConfig
+from rpt_jax.config.schema import with_values
+from rpt_jax.errors import ConfigError
+from rpt_jax.models import decoder
+from rpt_jax.models.decoder import init_params
+from rpt_jax.models.scalar_head import READOUT
+from rpt_jax.rewards.base import Reward, make_reader
+from rpt_jax.scoring.scalars import ScalarModel
 from rpt_jax.search.beam import keep_best, length_normalized
 from rpt_jax.search.best_of_n import majority, pass_at_k
+from rpt_jax.search.engine import Engine
 from rpt_jax.search.mcts import Rules, back_up, back_up_mean, best_leaf, node_scores, prior_scores, select
+from rpt_jax.search.strategies import STRATEGIES, Budget, search
 from rpt_jax.search.tree import Node
+from rpt_jax.sequences import Task, build_tasks, trunks_alone
+from rpt_jax.tokenizer.steps import StepRule
+from rpt_jax.types import Earned
 
 ENTRIES = {e["name"]: e["cases"] for e in json.loads((Path(__file__).parent / "golden" / "vectors.json").read_text())}
 
@@ -202,3 +220,122 @@ def test_beams_keep_the_best_and_paths_add_up():
     leaf = nodes[1].add(Node(tokens=[8, 9], is_terminal=True))
     assert leaf.all_tokens() == [1, 8, 9] and leaf.depth == 2 and next(iter(root.walk())) is root
     assert length_normalized(-6.0, 4, 0.5) == pytest.approx(-3.0) and length_normalized(-6.0, 0, 1.0) == -6.0
+
+
+# --- On a policy ---------------------------------------------------------------------------------------------------
+
+LIMIT, WIDTH = 9, 3
+
+
+def has_target(evidence):
+    """Right: the completion's last token is a b; it is its own prediction."""
+    lengths = evidence.rollouts.mask.sum(-1)
+    last = jnp.take_along_axis(evidence.rollouts.tokens, jnp.maximum(0, lengths - 1)[..., None], axis=-1)[..., 0]
+    rewards = (last == 0).astype(jnp.float32)[:, None]
+    return Earned(rewards=rewards, faults=jnp.zeros(rewards.shape, bool), metrics={})
+
+
+class Prompts:
+    """Task t is the prompt of t + 1 letters."""
+
+    def __init__(self, letters):
+        self.letters = letters
+
+    def make(self, trunks, *, prompts_per_trunk, group_size):
+        prompts = [np.array(self.letters.encode("a" * (ids[0] + 1)), np.int32) if ids else None for ids in trunks]
+        rows = np.zeros((len(trunks), 1, group_size), np.int32)
+        tasks = [(np.zeros(0, np.int32), []) if p is None else (p, [Task(id=0, cut=len(p))]) for p in prompts]
+        return build_tasks(tasks, tail=self.letters.encode("<think>"), row_ids=rows, trunk_length=8)
+
+
+@pytest.fixture(scope="module")
+def engine_of(letters, mesh):
+    model = DecoderConfig(
+        vocab_size=letters.vocab_size, num_layers=2, width=16, mlp_width=24, num_heads=2, num_kv_heads=2, head_size=8
+    )
+    rng = np.random.default_rng(0)
+    params = init_params(model, mesh, jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.2 * rng.standard_normal(p.shape).astype(np.float32), params)
+    readout = jnp.asarray(rng.normal(size=17), jnp.float32)
+    value = ScalarModel(config=model, params=params | {READOUT: readout}, objective="value", steps=None, name="value")
+    config = with_values(
+        Config(),
+        {
+            "rollout.max_completion_tokens": LIMIT, "rollout.temperature": 1.0, "rollout.stop_ids": (letters.eos_id,),
+            "run.shapes": "few",
+        },
+    )  # fmt: skip
+    config = dataclasses.replace(config, model=model)
+
+    def make(batch=4, width=WIDTH, step_tokens=3):
+        return Engine(
+            config=config, mesh=mesh, tokenizer=letters, policy=params, source=Prompts(letters),
+            rule=StepRule(StepsConfig(delimiter="."), letters), width=width, batch=batch, step_tokens=step_tokens,
+            verifier=Reward(has_target, read=make_reader(config.reward, letters)), value_model=value,
+        )  # fmt: skip
+
+    return make
+
+
+def check_tree(root, letters):
+    """Steps end at a full stop, at a stop token, after three tokens or at the limit; nothing follows the end."""
+    for node in root.walk():
+        own = node.all_tokens()
+        assert len(own) <= LIMIT and node.is_terminal == (len(own) >= LIMIT or own[-1:] == [letters.eos_id])
+        assert not (node.is_terminal and node.children)
+        text = [letters.token_bytes(t) for t in node.tokens]
+        if node.parent is not None and not node.is_terminal and len(node.tokens) < 3:
+            assert b"." in text[-1]
+        assert all(b"." not in piece for piece in text[:-1]) or not any(p != b"." for p in text[: text.index(b".")])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_stay_in_their_budget_and_count_it(strategy, engine_of, letters):
+    engine, tasks = engine_of(), [0, 1, 2, 3, 4]
+    found = search(engine, tasks, strategy, Budget(chains=5, rounds=4), Rules())
+    assert len(found) == len(tasks) and all("right" in f.leaf.note for f in found)
+    most = {"chain": 1, "beam": 4 * WIDTH**2, "mcts": 4 * WIDTH}.get(strategy, 5)
+    nodes = [list(f.root.walk())[1:] for f in found]
+    for of, f in zip(nodes, found, strict=True):
+        assert len(of) <= most and f.leaf in of
+    if strategy in ("beam", "mcts"):
+        assert engine.spent.nodes == sum(map(len, nodes))
+        for f in found:
+            check_tree(f.root, letters)
+        reread = sum(len(n.parent.all_tokens()) for of in nodes for n in of)
+        assert engine.spent.reread == reread and engine.spent.scored == sum(
+            len(n.all_tokens()) for of in nodes for n in of
+        )
+    assert engine.spent.sampled >= sum(len(n.tokens) for of in nodes for n in of)
+
+
+def test_values_are_those_of_the_path_alone(engine_of):
+    engine = engine_of()
+    (found,) = search(engine, [2], "mcts", Budget(rounds=3), Rules())
+    model = engine.value_model
+    for node in list(found.root.walk())[1:]:
+        if node.children:
+            continue  # its value is its children's by now
+        ids = jnp.asarray([[*engine.tokenizer.encode("aaa"), *engine.tokenizer.encode("<think>"), *node.all_tokens()]])
+        hidden, _ = decoder.forward(model.config, model.params, trunks_alone(ids))
+        scalar = hidden[0, -1] @ model.params[READOUT][:-1] + model.params[READOUT][-1]
+        assert node.value == pytest.approx(float(2 * jax.nn.sigmoid(scalar) - 1), abs=1e-4)
+
+
+def test_many_trees_share_their_batches(engine_of):
+    """Eight searches of four rounds, four trees in a batch."""
+    many, alone = engine_of(batch=4), engine_of(batch=4)
+    search(many, [0, 1, 2, 3, 4, 0, 1, 2], "mcts", Budget(rounds=4), Rules())
+    search(alone, [0], "mcts", Budget(rounds=4), Rules())
+    assert alone.spent.calls == 4 and many.spent.calls == 8
+
+
+def test_searches_that_cannot_be_run_are_refused():
+    base = dict(tasks=1, chains=1, rounds=1, width=1, batch=1, step_tokens=1, strategy="majority", value="")
+    search_script.check(SimpleNamespace(**base))
+    for changes, message in (
+        ({"chains": 0}, "--chains 0"), ({"step_tokens": 0}, "--step-tokens 0"), ({"strategy": "mcts"}, "need a value"),
+        ({"value": "somewhere"}, "the others use none"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            search_script.check(SimpleNamespace(**base | changes))

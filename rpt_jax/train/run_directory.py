@@ -259,7 +259,7 @@ def _check_same_corpus(old: dict, new: dict, path: Path) -> None:
 
 
 # Sections of the settings that an evaluation reads. The policy was made with the others.
-_MAY_DIFFER_IN_JUDGING = ("run", "data", "questions", "positions", "proxy", "rollout", "reward", "eval")
+_MAY_DIFFER_IN_JUDGING = ("run", "data", "questions", "positions", "proxy", "steps", "rollout", "reward", "eval")
 
 
 def _check_same_run(old: Config, new: Config, path: Path, free: set[str], apart: Sequence[str] = ()) -> None:
