@@ -179,10 +179,16 @@ def test_the_study_without_a_verifier_reads_its_arms(tmp_path):
 def test_the_table_of_objectives_names_every_arm_that_ran():
     cells = {"sampled_prefix": {"value": 0.5, "standard_error": 0.01, "n": 100}}
     arm = {"after": {"all": cells, "hard determined": cells}, "flops": [0.0, 2e12]}
-    arm |= {"clip_fraction": 0.125, "grad_norm": 0.5, "entropy": 1.0, "kl": 0.25}
+    arm |= {
+        "clip_fraction": 0.125,
+        "grad_norm": 0.5,
+        "entropy": 1.0,
+        "kl": 0.25,
+        "reward": [0.2] * 15 + [0.4] * 15 + [1],
+    }
     rows = objectives.table({"0": {"ppo": arm, "gae": arm}, "1": {"ppo": arm}}).splitlines()
     assert [row.split()[1] for row in rows[2:]] == ["ppo", "gae"]
     assert rows[2] == (
-        "| ppo | 0.500 / 0.500 ±0.010 | 0.500 / 0.500 ±0.010 | 0.125 / 0.125 | 0.500 / 0.500 | 1.000 / 1.000 | "
-        "0.250 / 0.250 | 2e+12 / 2e+12 |"
+        "| ppo | 0.500 / 0.500 ±0.010 | 0.500 / 0.500 ±0.010 | 0.300 / 0.300 | 0.125 / 0.125 | 0.500 / 0.500 | "
+        "1.000 / 1.000 | 0.250 / 0.250 | 2e+12 / 2e+12 |"
     )

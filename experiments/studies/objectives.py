@@ -89,12 +89,16 @@ def kl_from_start(path: Path) -> float:
 
 def table(found: dict) -> str:
     """Return a Markdown table, one row per arm; a cell has the seeds' values and the largest error over positions."""
-    titles = ("hard determined", "all", "clipped", "gradient norm", "entropy", "KL from the start", "FLOPs")
+    titles = (
+        "hard determined", "all", "reward, first 30 steps", "clipped", "gradient norm", "entropy", "KL from the start",
+        "FLOPs",
+    )  # fmt: skip
     lines = [f"| arm | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
     for arm in ARMS:
         results = [of[arm] for of in found.values() if arm in of]
         if results:
             cells = [_accuracy([r["after"][split]["sampled_prefix"] for r in results]) for split in titles[:2]]
+            cells.append(_plain([float(np.mean(r["reward"][:30])) for r in results], 3))
             cells += [_plain([r[name] for r in results], 3) for name in ("clip_fraction", "grad_norm", "entropy", "kl")]
             cells.append(" / ".join(f"{r['flops'][-1]:.2g}" for r in results))
             lines.append(f"| {arm} | {' | '.join(cells)} |")
