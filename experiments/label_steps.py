@@ -9,19 +9,20 @@ and the run's verifier judges the results: prefix, or math or exact for question
 continuations, hard ones whether any is right. bisect finds the first wrong step of wrong completions with far fewer
 questions; with --max-questions, those come first that are wrong although their prompt is often solved (OmegaPRM).
 
-Each line of --out has token ids, the outcome ("label") and the steps ("places", "labels"): it serves every objective of
-experiments.reward_model, and as a supervised file. Answers are kept next to --out, so the same command resumes after an
-interruption and asks nothing twice.
+Each line of --out has token ids, the outcome ("label") and the steps ("places", "labels"): it serves the objectives
+outcome, process and value of experiments.reward_model, and as a supervised file. Answers are kept next to --out, so the
+same command resumes after an interruption and asks nothing twice.
 """
 
 import argparse
+import dataclasses
+import hashlib
 import json
 from collections import defaultdict
 from pathlib import Path
 
 from experiments.cli import load_run, run_script
 from experiments.rejection_sample import sample_rows
-from rpt_jax.config.schema import with_values
 from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.parallel.interruption import watching
 from rpt_jax.reward_models.labels import Answers, first_wrong_steps, omega_score, step_labels
@@ -29,7 +30,7 @@ from rpt_jax.rewards.base import parse_terms
 from rpt_jax.rewards.catalog import VERIFIERS
 from rpt_jax.tokenizer.steps import StepRule
 from rpt_jax.train.labelling import Continuations, Solution, solutions_of
-from rpt_jax.train.policies import start_params
+from rpt_jax.train.policies import fingerprint, is_reward_model
 from rpt_jax.train.progress import console
 from rpt_jax.train.run import Run, prepare
 from rpt_jax.train.run_directory import write_atomically
@@ -39,8 +40,11 @@ from rpt_jax.train.sizes import fitted
 def main(argv: list[str]) -> None:
     """Sample, ask and write the file."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--run", type=Path, required=not {"-h", "--help"} & set(argv))
-    parser.add_argument("--out", type=Path, required=not {"-h", "--help"} & set(argv))
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--per-prompt", type=int, default=4)
     parser.add_argument("--samples", type=int, default=8)
@@ -48,9 +52,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--labels", choices=("soft", "hard", "bisect"), default="soft")
     parser.add_argument("--max-questions", type=int)
     args, flags = parser.parse_known_args(argv)
+    for name in ("batches", "per_prompt", "samples", "questions_at_once"):
+        if getattr(args, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} {getattr(args, name)}; it must be at least 1. Raise {flag}.")
     if args.max_questions is not None and args.labels != "bisect":
         raise ConfigError(f"--max-questions with --labels {args.labels}; only bisect can leave some open. Remove it.")
     config = load_run(args.run, flags)
+    if is_reward_model(config):
+        raise ConfigError(f"--run {args.run} trained a reward model, which samples nothing. Choose a policy's run.")
     with watching(config.distributed.deadline_seconds):
         run = fitted(prepare(config, read_only=True, judges=True))
         counts = write_labels(
@@ -83,15 +93,17 @@ def write_labels(
     """Label completions of the run's newest policy and write them; arguments as the command line's.
 
     Returns:
-        Counts: completions, right ones, questions asked, and written ones.
+        Counts: sampled rollouts, how many were truncated, repeated or over the limit of a prompt, the completions that
+        remain, right ones, steps, questions asked, and lines written.
     Raises:
         DataError: all completions are right, or none is.
+        CheckpointError: kept answers are about other completions.
     """
-    params = start_params(with_values(run.config, {"policy.path": str(run.directory.path)}), run.mesh)
+    out.parent.mkdir(parents=True, exist_ok=True)
     name = verifier_of(run)
-    rows, _ = sample_rows(run, batches, verifier=name)
+    sampled = sample_rows(run, batches, verifier=name)
     rule = StepRule(run.config.steps, run.tokenizer)
-    rows = _distinct(rows, per_prompt)
+    rows, counts = _distinct(sampled.rows, per_prompt)
     solutions = solutions_of(rows, rule)
     right = [s.is_right for s in solutions]
     if all(right) or not any(right):
@@ -99,12 +111,13 @@ def write_labels(
             f"{'all' if all(right) else 'none'} of {len(right)} completions are right; labels need both kinds. Sample "
             "more (--batches), or use an earlier policy."
         )
-    source = run.domain.training_tasks(run, params).source
     asks = Continuations(
-        run=run, policy=params, source=source, verifier=run.make_reward(source, (name,)), num_samples=samples,
-        batch=at_once,
+        run=run, policy=sampled.policy, source=sampled.source, verifier=run.make_reward(sampled.source, (name,)),
+        num_samples=samples, batch=at_once,
     )  # fmt: skip
-    answers = Answers(out.with_suffix(".answers.jsonl"), samples)
+    asked_of = repr([(s.task, s.tokens, s.ends) for s in solutions]) + name + fingerprint(sampled.policy)
+    key = hashlib.sha256(asked_of.encode()).hexdigest()[:16]
+    answers = Answers(out.with_suffix(".answers.jsonl"), samples, key)
     answer, sizes = asks.answer(solutions), [len(s.ends) for s in solutions]
     if kind == "bisect":
         order = _omega_order(solutions) if max_questions is not None else None
@@ -116,7 +129,10 @@ def write_labels(
         labels = step_labels(answers, sizes, right, answer, batch=at_once)
         if kind == "hard":
             labels = [[float(label > 0) for label in of] for of in labels]
-    names = {"tokenizer": run.tokenizer.fingerprint, "template": run.template.fingerprint}
+    names = {
+        "tokenizer": run.tokenizer.fingerprint, "template": run.template.fingerprint,
+        "steps": dataclasses.asdict(run.config.steps),
+    }  # fmt: skip
     lines = [
         {
             "trunk_tokens": row["trunk_tokens"], "completion_tokens": row["completion_tokens"],
@@ -126,19 +142,24 @@ def write_labels(
         if of
     ]  # fmt: skip
     write_atomically(out, "".join(json.dumps(line) + "\n" for line in lines))
-    return {
+    return counts | {
         "completions": len(rows), "right": sum(right), "steps": sum(sizes), "questions": answers.num_asked,
         "written": len(lines),
     }  # fmt: skip
 
 
-def _distinct(rows: list[dict], per_prompt: int) -> list[dict]:
-    """Return up to `per_prompt` distinct finished completions of each prompt."""
+def _distinct(rows: list[dict], per_prompt: int) -> tuple[list[dict], dict[str, int]]:
+    """Return (up to `per_prompt` distinct finished completions of each prompt, counts of all and of dropped ones)."""
+    counts = {"rollouts": len(rows), "truncated": 0, "repeated": 0}
     by_prompt: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
     for row in rows:
+        group, completion = by_prompt[tuple(row["trunk_tokens"])], tuple(row["completion_tokens"])
+        counts["truncated"] += row["truncated"]
+        counts["repeated"] += not row["truncated"] and completion in group
         if not row["truncated"]:
-            by_prompt[tuple(row["trunk_tokens"])].setdefault(tuple(row["completion_tokens"]), row)
-    return [row for group in by_prompt.values() for row in list(group.values())[:per_prompt]]
+            group.setdefault(completion, row)
+    kept = [row for group in by_prompt.values() for row in list(group.values())[:per_prompt]]
+    return kept, counts | {"over_limit": sum(map(len, by_prompt.values())) - len(kept)}
 
 
 def _up_to(size: int, wrong: int | None) -> list[float]:

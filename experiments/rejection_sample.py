@@ -12,6 +12,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.rewards.base import earn
 from rpt_jax.rollout.completions import completion_columns
 from rpt_jax.scoring.companions import CURRENT
+from rpt_jax.train.domains import Source
 from rpt_jax.train.progress import console, progress_bar
 from rpt_jax.train.recorder import to_floats
 from rpt_jax.train.rejection import accepted_rows, write_examples
@@ -83,14 +85,33 @@ def sample_accepted(
     Raises:
         DataError: no rollout is rewarded.
     """
-    rows, flops = sample_rows(run, num_batches, from_start=from_start, max_flops=max_flops)
-    kept, counts = accepted_rows(rows, min_reward=min_reward, per_prompt=per_prompt)
+    sampled = sample_rows(run, num_batches, from_start=from_start, max_flops=max_flops)
+    kept, counts = accepted_rows(sampled.rows, min_reward=min_reward, per_prompt=per_prompt)
     if not kept:
         raise DataError(
-            f"none of {len(rows)} rollouts ended with a reward of at least {min_reward} ({json.dumps(counts)}); a cold "
-            "start requires some. Sample more (--batches), use a better policy, or lower --min-reward."
+            f"none of {len(sampled.rows)} rollouts ended with a reward of at least {min_reward} "
+            f"({json.dumps(counts)}); a cold start requires some. Sample more (--batches), use a better policy, or "
+            "lower --min-reward."
         )
-    return Accepted(rows=kept, counts=counts, flops=flops)
+    return Accepted(rows=kept, counts=counts, flops=sampled.flops)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Rollouts of a policy.
+
+    Attributes:
+        rows: with the fields of `rollout.completions.completion_columns`, "shown", and with a verifier "right".
+        flops: of sampling.
+        source: of the tasks that `position_id` of the rows numbers. Another policy's source has other numbers, because
+            its entropies select other positions.
+        policy: parameters that sampled.
+    """
+
+    rows: list[dict]
+    flops: float
+    source: Source
+    policy: Any
 
 
 def sample_rows(
@@ -101,7 +122,7 @@ def sample_rows(
     shows_references: bool = False,
     verifier: str = "",
     max_flops: float = math.inf,
-) -> tuple[list[dict], float]:
+) -> Sampled:
     """Sample batches of rollouts and reward them, with prompts in another order than training's.
 
     Args:
@@ -111,8 +132,6 @@ def sample_rows(
         shows_references: keep prompts that show their reference (ravr); these rows have "shown" True.
         verifier: a reward that is 1 for right answers; rows have "right". Empty: they do not.
         max_flops: stop after the batch that reaches them.
-    Returns:
-        (rows with the fields of `rollout.completions.completion_columns` and "shown", FLOPs).
     Raises:
         Interrupted: a stop signal arrived.
     """
@@ -161,7 +180,7 @@ def sample_rows(
             check()
             if flops >= max_flops:
                 break
-    return rows, flops
+    return Sampled(rows=rows, flops=flops, source=source, policy=policies[CURRENT])
 
 
 def _of_rows(experience: Experience, flags) -> list[bool]:

@@ -12,10 +12,11 @@ Objectives: bradley_terry (which completion is better), outcome (is it right), p
 --questions.path or --data.path if they are set, so that the model reads what their policy writes; with --data.chat they
 are turns of the chat template.
 
-Judged: accuracy with its standard error over prompts; for process models on records with "steps" and "label" also
+Judged: accuracy with its standard error over records; for process models on records with "steps" and "label" also
 ProcessBench's F1. --by FIELD reports the accuracy of each value of a record's field. --score adds "score" to each
 record of a file in the layout of the objective (process: also "step_scores"); --keep drops the records with the lowest
-scores, and --best-of-n keeps the best of each prompt.
+scores, and --best-of-n keeps the best record of each prompt. Records of bradley_terry hold several completions: they
+get "scores" and "best". Scores are before the sigmoid.
 """
 
 import argparse
@@ -83,14 +84,14 @@ def main(argv: list[str]) -> None:
         if args.score:
             score_file(run, model, args.score, args.out, keep=args.keep, best_of_n=args.best_of_n)
         if args.export:
-            save_hf(args.export, model.config, model.params, tokenizer=run.tokenizer)
+            save_hf(args.export, model.config, model.params, tokenizer=run.tokenizer, objective=model.objective)
             console.print(f"{config.run.directory} -> {args.export}")
         run.directory.close()
 
 
-def read(run: Run, path: str, *, whole: bool = False) -> list[Graded]:
+def read(run: Run, path: str, **how: bool) -> list[Graded]:
     """Read a file for the run's objective, as `read_graded`; print how many examples are skipped, and why."""
-    examples, skipped = read_graded(path, run.tokenizer, run.template, run.config, whole=whole)
+    examples, skipped = read_graded(path, run.tokenizer, run.template, run.config, **how)
     for reason, count in skipped.items():
         if count:
             console.print(f"{count} of {len(examples) + sum(skipped.values())} examples of {path} {reason}; skipped")
@@ -153,23 +154,28 @@ def process_bench(run: Run, model: ScalarModel, path: str) -> dict[str, dict]:
     figures = {f"ProcessBench, solutions {name}": mean_with_error(np.array(v or [0.0])) for name, v in right.items()}
     a, b = (f["value"] for f in figures.values())
     f1 = 2 * a * b / (a + b) if a + b else 0.0
-    return figures | {"ProcessBench, F1": {"value": f1, "standard_error": float("nan"), "n": len(examples)}}
+    return figures | {"ProcessBench, F1": {"value": f1, "standard_error": None, "n": len(examples)}}
 
 
 def report(figures: dict[str, dict], directory: Path) -> None:
     """Print the figures and write judged.json into the run directory."""
     for name, f in figures.items():
-        console.print(f"{name}: {f['value']:.3f} ± {f['standard_error']:.3f} (n = {f['n']})", highlight=False)
+        error = "" if f["standard_error"] is None else f" ± {f['standard_error']:.3f}"
+        console.print(f"{name}: {f['value']:.3f}{error} (n = {f['n']})", highlight=False)
     (directory / "judged.json").write_text(json.dumps(figures, indent=2))
 
 
 def score_file(run: Run, model: ScalarModel, path: str, out: Path, *, keep: float, best_of_n: bool) -> None:
     """Write the file's records with their scores; with `keep` only the best share, with `best_of_n` one per prompt."""
-    examples = read(run, path)
+    examples = read(run, path, labelled=False)
     rows = []
     for example, scores in zip(examples, score_all(run, model, examples), strict=True):
         if len(scores) > 1:
-            rows.append((example, example.record | {"scores": [s[-1] for s in scores]}, max(s[-1] for s in scores)))
+            ends = [s[-1] for s in scores]
+            best = (
+                {"best": example.record["completions"][int(np.argmax(ends))]} if "completions" in example.record else {}
+            )
+            rows.append((example, example.record | {"scores": ends} | best, max(ends)))
             continue
         of_steps = {"step_scores": scores[0]} if run.config.supervised.objective in ("process", "value") else {}
         score = min(scores[0]) if of_steps else scores[0][-1]

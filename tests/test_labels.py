@@ -16,7 +16,7 @@ from experiments import label_steps
 from rpt_jax.config import Config, RolloutConfig, RunConfig, StepsConfig
 from rpt_jax.config.schema import with_values
 from rpt_jax.data.graded import read_graded
-from rpt_jax.errors import DataError
+from rpt_jax.errors import CheckpointError, DataError
 from rpt_jax.models import decoder
 from rpt_jax.reward_models.labels import Answers, first_wrong_steps, omega_score, step_labels
 from rpt_jax.rewards.base import Reward
@@ -135,6 +135,11 @@ def test_a_limit_leaves_the_last_ones_open():
     )
     assert answers.num_asked == 12 and found.count(None) > 0
     assert all(f is None or f == w for f, w in zip(found, wrong, strict=True))
+    # What was answered before counts, so an interrupted search ends where an undisturbed one does.
+    again = first_wrong_steps(
+        answers, [8] * 10, [False] * 10, answer, batch=10, max_questions=12, order=lambda i: float(i)
+    )
+    assert again == found and answers.num_asked == 12
     assert first_wrong_steps(answers, [8] * 10, [False] * 10, answer, batch=10, max_questions=100) == wrong
 
 
@@ -155,7 +160,10 @@ def test_soft_labels_and_nothing_is_asked_twice(tmp_path):
     again = Answers(path, 2)
     assert step_labels(again, sizes, right, answer, batch=2) == expected
     assert again.num_asked == 0 and len(asked) == len(set(asked)) == 3
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [[0, 1, 1], [2, 1, 0], [2, 2, 1]]
+    assert [json.loads(line) for line in path.read_text().splitlines()[1:]] == [[0, 1, 1], [2, 1, 0], [2, 2, 1]]
+    for other in (Answers, 3, ""), (Answers, 2, "another policy"):
+        with pytest.raises(CheckpointError, match="answers about other completions"):
+            other[0](path, *other[1:])
 
 
 @pytest.mark.parametrize("case", ENTRIES["prm.omega_selection"])
@@ -174,13 +182,18 @@ def test_omega_selection_equals_openr(case):
 def test_a_runs_own_completions_become_a_file_for_every_model(corpus, tmp_path, monkeypatch):  # noqa: F811
     """The untrained policy is never right, so every second one counts as right, and closed brackets do."""
     config = evaluated_at_the_ends(tiny_run(corpus, tmp_path / "run"))
-    config = with_values(config, {"run.num_steps": 0, "steps.delimiter": ","})
+    # After an RL step the policy's entropies, and so the numbers of its tasks, differ from the warm start's.
+    config = with_values(config, {"run.num_steps": 1, "run.control": False, "steps.delimiter": ","})
     pipeline.run_stages(config)
     run = prepare(config, read_only=True, judges=True)
     with pytest.raises(DataError, match="none of .* completions are right"):
         label_steps.write_labels(run, tmp_path / "none.jsonl", batches=1, per_prompt=4, samples=2)
     monkeypatch.setattr(label_steps, "verifier_of", lambda run: "syntax")
-    monkeypatch.setattr(label_steps, "_distinct", lambda rows, per_prompt: rows[:12])
+    monkeypatch.setattr(label_steps, "_distinct", lambda rows, per_prompt: (rows[:12], {}))
+    sampled = label_steps.sample_rows(run, 1)
+    for row in sampled.rows[::5]:
+        prompts = sampled.source.make([[row["position_id"]]], prompts_per_trunk=1, group_size=1).prompts
+        assert prompts.trunk_tokens[0, : prompts.cuts[0, 0]].tolist() == row["trunk_tokens"]
     halves = lambda rows, rule: solutions_of([row | {"right": i % 2} for i, row in enumerate(rows)], rule)  # noqa: E731
     monkeypatch.setattr(label_steps, "solutions_of", halves)
     out = tmp_path / "steps.jsonl"

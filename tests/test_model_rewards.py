@@ -190,3 +190,28 @@ def test_models_that_cannot_score_are_refused_by_name(models, tmp_path):
     with pytest.raises(ConfigError, match="has another tokenizer than the policy"):
         load_reward_model(str(home / "process"), run.mesh, other)
     assert load_reward_model(str(home / "process"), run.mesh, run.tokenizer).objective == "process"
+    swapped = {"reward.models.path": str(home / "process"), "reward.models.process_path": str(home / "outcome")}
+    other = prepare(with_values(with_models(models, tmp_path / "swapped"), swapped))
+    with pytest.raises(ConfigError, match="objective 'process', which the reward reward_model cannot read"):
+        _ = other.reward_models
+    with pytest.raises(ConfigError, match="reward.models.process_path='nowhere' does not exist"):
+        prepare(with_values(with_models(models, tmp_path / "typo"), {"reward.models.process_path": "nowhere"}))
+    as_policy = with_values(with_models(models, tmp_path / "p", ("prefix",)), {"policy.path": str(home / "process")})
+    with pytest.raises(ConfigError, match="is a reward model, no policy"):
+        prepare(as_policy).start_params()
+
+
+def test_a_reward_model_goes_on_from_another(models, tmp_path):
+    """Also through adapters, whose base it becomes: the readout is kept."""
+    config, home = models
+    before = load_reward_model(str(home / "process"), prepare(with_models(models, tmp_path / "r")).mesh)
+    for rank in (0, 2):
+        own = {
+            "run.directory": str(tmp_path / f"more{rank}"), "policy.path": str(home / "process"), "lora.rank": rank,
+            "supervised.objective": "process", "supervised.path": str(home / "graded.jsonl"), "run.num_steps": 0,
+            "supervised.num_steps": 1, "steps.delimiter": ",", "supervised.optimizer.learning_rate": 0.0,
+        }  # fmt: skip
+        run = pipeline.run_stages(with_values(config, own))
+        after = load_reward_model(str(tmp_path / f"more{rank}"), run.mesh)
+        assert np.abs(np.asarray(before.params[READOUT])).max() > 0
+        np.testing.assert_array_equal(after.params[READOUT], before.params[READOUT])

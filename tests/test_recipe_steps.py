@@ -212,8 +212,8 @@ def accept_all(directory, **settings):
         rows = common.sample_accepted.__globals__["sample_rows"]
 
         def finished(*arguments, **keywords):
-            found, flops = rows(*arguments, **keywords)
-            return [row | {"truncated": False} for row in found], flops
+            found = rows(*arguments, **keywords)
+            return dataclasses.replace(found, rows=[row | {"truncated": False} for row in found.rows])
 
         patch.setitem(common.sample_accepted.__globals__, "sample_rows", finished)
         common.write_accepted(directory, **settings)

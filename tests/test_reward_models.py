@@ -440,7 +440,8 @@ def test_layouts_of_steps(record, labels, tmp_path, letters):
     assert found.completions == [[*letters.encode("c.de."), letters.eos_id]] and found.trunk[-2:] == letters.encode(
         "ab"
     )
-    assert found.places == [[1, 4]] and found.labels == [labels]
+    # The last step ends with the end token, which is what rewards read.
+    assert found.places == [[1, 5]] and found.labels == [labels]
     (found, _), _ = read("value", tmp_path, letters, record, {**STEPS, "labels": [False, True]})
     assert found.labels == [[2 * label - 1 for label in labels]]
 
@@ -466,7 +467,8 @@ def test_ranked_completions(tmp_path, letters):
     pair = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}
     several = {"prompt": "a", "completions": ["b", "c", "d"], "scores": [1, 5, 1]}
     tie = {"prompt": "a", "completions": ["b", "c"], "scores": [1, 1]}
-    found, _ = read("bradley_terry", tmp_path, letters, pair, several, tie)
+    found, skipped = read("bradley_terry", tmp_path, letters, pair, several, tie)
+    assert skipped["have no two different completions with different scores"] == 1
     assert [(e.labels, e.margin) for e in found] == [([[1.0], [0.0]], 2.0), ([[1.0], [5.0], [1.0]], 0.0)]
 
 
@@ -479,6 +481,11 @@ def test_ranked_completions(tmp_path, letters):
         ("process", {"prompt": "a", "completions": ["b"], "labels": [3]}, "a number from 0 to 1"),
         ("process", {"prompt": "a"}, "steps come as"),
         ("process", {"completions": ["b"], "labels": [1]}, "it needs a prompt"),
+        ("process", {"prompt": "a", "completions": 3, "labels": [1]}, "must be a list of steps"),
+        ("process", {"prompt": "a", "label": {"steps": [3]}}, "must be a list of objects"),
+        ("process", {"prompt": "a", "label": {"steps": [{"chosen_completion": 2}]}}, "chosen_completion 2 of 0"),
+        ("outcome", {"prompt": "a", "completion": "\ud800", "label": 1}, "half of a surrogate pair"),
+        ("outcome", {"trunk_tokens": [5], "chosen_tokens": [6], "label": 1}, "of tokenizer None"),
         ("outcome", {"prompt": "a", "completion": "b"}, "an outcome needs a label"),
         ("outcome", {"prompt": "a", "label": 1}, "has no completion"),
         ("outcome", {"prompt": "a", "completion": "b", "label": True}, "one label only"),
@@ -491,6 +498,37 @@ def test_ranked_completions(tmp_path, letters):
 def test_bad_records_are_refused_by_name(objective, record, message, tmp_path, letters):
     with pytest.raises(DataError, match=message):
         read(objective, tmp_path, letters, record)
+
+
+def test_files_to_score_need_no_labels(tmp_path, letters):
+    path, template = tmp_path / "rows.jsonl", make_template(letters, config_of("process").data)
+    for objective, record, number in (
+        ("outcome", {"prompt": "a", "completion": "b"}, 1),
+        ("process", {"prompt": "a", "completions": ["b", "c"]}, 2),
+        ("bradley_terry", {"prompt": "a", "completions": ["b", "c", "c"]}, 1),
+    ):
+        path.write_text(json.dumps(record) + "\n")
+        config = config_of(objective, **{"steps.delimiter": "."})
+        (found,), _ = read_graded(str(path), letters, template, config, labelled=False)
+        assert all(len(places) == number for places in found.places)
+        with pytest.raises(DataError):
+            read_graded(str(path), letters, template, config)
+
+
+def test_steps_made_by_another_rule_are_refused(tmp_path, letters):
+    template = make_template(letters, config_of("process").data)
+    names = {"tokenizer": letters.fingerprint, "template": template.fingerprint}
+    record = {"trunk_tokens": [5], "completion_tokens": [6, 7], "places": [0, 1], "labels": [1, 0]} | names
+    made = {"delimiter": ",", "every_tokens": 0, "marks": []}
+    with pytest.raises(DataError, match="must learn the steps that it will score"):
+        read("process", tmp_path, letters, record | {"steps": made})
+    (found,), _ = read("process", tmp_path, letters, record | {"steps": made | {"delimiter": "."}})
+    assert found.places == [[0, 1]]
+    with pytest.raises(DataError, match="has steps as texts"):
+        read("process", tmp_path, letters, STEPS, **{"steps.every_tokens": 3})
+    unrated = {"question": {"problem": "ab"}, "label": {"steps": [{"completions": [_rated("c", None)]}]}}
+    _, skipped = read("process", tmp_path, letters, unrated, STEPS)
+    assert skipped["have no rated step"] == 1
 
 
 def test_labels_beyond_the_last_token_are_refused(tmp_path, letters):

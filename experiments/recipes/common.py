@@ -6,7 +6,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,6 @@ from experiments.rejection_sample import sample_accepted
 from rpt_jax.config import Config
 from rpt_jax.config.schema import with_values
 from rpt_jax.data.examples import Example, read_examples
-from rpt_jax.data.readers import read_texts, training_corpora
 from rpt_jax.errors import ConfigError
 from rpt_jax.models.hf import save_hf
 from rpt_jax.parallel import distributed
@@ -53,7 +52,7 @@ def parse_recipe(
         (the recipe's own flags, config of all steps, whether the recipe runs in tiny form). The process has ended if
         --dry-run is among the arguments.
     Raises:
-        ConfigError: a pretrained policy without texts or questions.
+        ConfigError: a preset without a policy, or a pretrained policy without texts or questions.
     """
     args, flags = parser.parse_known_args(argv)
     is_tiny = not any(flag.split("=")[0] in ("--preset", "--policy.path") for flag in flags)
@@ -61,6 +60,11 @@ def parse_recipe(
     if dry_run:
         print(describe(config))
         raise SystemExit(0)
+    if not (is_tiny or config.policy.path):
+        raise ConfigError(
+            "no --policy.path; with --preset a recipe starts from a policy. Set --policy.path, or leave out --preset "
+            "for the tiny form."
+        )
     if not is_tiny and not (config.data.path or config.data.mixture or config.questions.path):
         raise ConfigError(
             f"policy.path={config.policy.path!r} without texts; a recipe in tiny form makes its own, but for this "
@@ -205,7 +209,7 @@ def write_accepted(
         num_batches: rollout batches to sample, at most.
         per_prompt: most completions of a prompt.
         min_reward: of a completion to keep.
-        num_texts: training documents to mix in, as plain text.
+        num_texts: training documents to mix in, as plain text; 0 for runs on questions.
         as_much_as: an earlier step; sampling ends with the batch that reaches its FLOPs. Empty: no limit.
     """
     opened, began = open_run(run), time.perf_counter()
@@ -215,8 +219,8 @@ def write_accepted(
     path = directory / "examples.jsonl"
     write_examples(path, found.rows, tokenizer=opened.tokenizer.fingerprint, template=opened.template.fingerprint)
     lines = path.read_text().splitlines()
-    for text in itertools.islice(_training_texts(opened.config), num_texts):
-        lines.append(json.dumps({"text": text, "text_weight": opened.config.supervised.context_weight}))
+    weight = opened.config.supervised.context_weight
+    lines += [json.dumps({"text": text, "text_weight": weight}) for text in _training_texts(opened, num_texts)]
     random.Random(opened.config.run.seed).shuffle(lines)
     path.write_text("".join(f"{line}\n" for line in lines))
     write_counts(directory, found.counts)
@@ -229,7 +233,12 @@ def open_run(directory: str, values: Mapping[str, Any] = NOTHING) -> Run:
     return fitted(prepare(config, read_only=True, judges=bool(values)))
 
 
-def _training_texts(config: Config) -> Iterator[str]:
-    for corpus in training_corpora(config.data):
-        for text in read_texts(corpus.path, text_template=corpus.text_template, split=corpus.split):
-            yield text.text
+def _training_texts(run: Run, number: int) -> list[str]:
+    """Return the beginnings of training documents, as long as a trunk holds, none of them held out."""
+    texts, limit = [], run.config.data.trunk_length - 1  # a BOS may come first
+    for document in itertools.islice(run.domain.training if number else (), number):
+        tokens = [int(token) for token in document.tokens[:limit]]
+        while len(run.tokenizer.encode(text := run.tokenizer.decode(tokens))) > limit:
+            tokens.pop()  # another split of the same text may be longer
+        texts.append(text)
+    return texts

@@ -109,13 +109,13 @@ def recipe(config: Config, args: argparse.Namespace, *, is_tiny: bool) -> Recipe
 def write_length_pairs(directory: Path, *, run: str, num_batches: int) -> None:
     """Sample a run's newest policy and write pairs.jsonl, for supervised.objective dpo."""
     opened, began = open_run(run), time.perf_counter()
-    rows, flops = sample_rows(opened, num_batches)
-    write_cost(directory, flops, time.perf_counter() - began)
-    pairs = list(length_pairs(rows))
+    sampled = sample_rows(opened, num_batches)
+    write_cost(directory, sampled.flops, time.perf_counter() - began)
+    pairs = list(length_pairs(sampled.rows))
     if not pairs:
         raise DataError(
-            f"{len(rows)} rollouts of {run} hold no pair of a short right completion and a wrong or longer one. "
-            "Sample more (--batches)."
+            f"{len(sampled.rows)} rollouts of {run} hold no pair of a short right completion and a wrong or longer "
+            "one. Sample more (--batches)."
         )
     names = {"tokenizer": opened.tokenizer.fingerprint, "template": opened.template.fingerprint}
     (directory / "pairs.jsonl").write_text("".join(json.dumps(pair | names) + "\n" for pair in pairs))

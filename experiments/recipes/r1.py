@@ -79,7 +79,7 @@ def recipe(config: Config, args: argparse.Namespace, *, is_tiny: bool) -> Recipe
         "run": str(directory / "reasoning"),
         "num_batches": args.batches,
         "per_prompt": 2,
-        "num_texts": args.texts,
+        "num_texts": 0 if config.questions.path else args.texts,
     }
     wanted["min_reward"] = round(1.1 + args.language_weight - 0.02, 3)
     examples = str(directory / "samples" / "examples.jsonl")

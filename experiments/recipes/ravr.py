@@ -106,8 +106,8 @@ def write_told(directory: Path, *, run: str, num_batches: int, keeps_leaks: bool
         "rollout.num_trunks": max(1, rollout.num_trunks // 2),
     }  # fmt: skip
     opened = open_run(run, two_prompts)
-    rows, flops = sample_rows(opened, num_batches, shows_references=True, verifier=right_by(opened.config))
-    told = [row for row in rows if row["shown"]]
+    sampled = sample_rows(opened, num_batches, shows_references=True, verifier=right_by(opened.config))
+    told = [row for row in sampled.rows if row["shown"]]
     counts = dict.fromkeys(("told", "wrong", "leaked", "no_gain", "over_limit", "kept"), 0)
     by_prompt: dict[tuple, list[dict]] = defaultdict(list)
     for row in told:
@@ -135,7 +135,7 @@ def write_told(directory: Path, *, run: str, num_batches: int, keeps_leaks: bool
     names = {"tokenizer": opened.tokenizer.fingerprint, "template": opened.template.fingerprint}
     write_examples(directory / "examples.jsonl", kept, **names)
     write_counts(directory, counts | {"leak_rate": counts["leaked"] / max(1, counts["told"] - counts["wrong"])})
-    write_cost(directory, flops, time.perf_counter() - began)
+    write_cost(directory, sampled.flops, time.perf_counter() - began)
     opened.directory.close()
 
 

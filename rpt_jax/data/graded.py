@@ -4,8 +4,9 @@ One file serves three kinds of supervision: outcome models read its outcomes, pr
 supervised learning (traces) its completions.
 """
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,20 @@ class _BadRecord(ValueError):
     """The message completes "FILE line N ..."."""
 
 
+def _half_character(error: Exception) -> _BadRecord:
+    return _BadRecord(f"contains half of a surrogate pair ({error}); text must be Unicode. Correct it.")
+
+
+class _Skipped(Exception):
+    """The record is well-formed and of no use; the message is the reason."""
+
+
+_ALIKE = "have no two different completions with different scores"
+_UNRATED = "have no rated step"
+
+
 def read_graded(
-    path: str, tokenizer: Tokenizer, template: Template, config: Config, *, whole: bool = False
+    path: str, tokenizer: Tokenizer, template: Template, config: Config, *, whole: bool = False, labelled: bool = True
 ) -> tuple[list[Graded], dict[str, int]]:
     """Read a file of graded completions for `supervised.objective`.
 
@@ -67,6 +80,8 @@ def read_graded(
         path, tokenizer, template, config: of the run.
         whole: keep the steps behind the first mistake of ProcessBench's records, as wrong ones; training leaves them
             out, because nobody judged them.
+        labelled: every record needs labels, and both kinds must occur. False: they are read to be scored, and missing
+            labels are 0.
     Returns:
         (examples, {reason: number of skipped ones}).
     Raises:
@@ -79,19 +94,19 @@ def read_graded(
     found: list[Graded] = []
     too_long_prompt = "have a longer prompt than data.trunk_length"
     too_long = "have a longer completion than rollout.max_completion_tokens"
-    skipped = {too_long_prompt: 0, too_long: 0}
+    skipped = {too_long_prompt: 0, too_long: 0, _ALIKE: 0, _UNRATED: 0}
     for name, number, record in read_records(path):
         where = f"{name} line {number}"
         if "trunk_tokens" in record:
-            check_ids(record, where, _IDS if "completion_tokens" in record else _PAIR_IDS, tokenizer, template)
+            names = _PAIR_IDS if config.supervised.objective == "bradley_terry" else _IDS
+            check_ids(record, where, names, tokenizer, template)
         try:
-            examples = read(record, _Coder(tokenizer, template, config, rule, whole))
+            examples = read(record, _Coder(tokenizer, template, config, rule, whole, labelled))
+        except _Skipped as reason:
+            skipped[str(reason)] += 1
+            continue
         except (_BadRecord, PairError) as error:
             raise DataError(f"{where} {error}") from error
-        except (TypeError, UnicodeEncodeError) as error:
-            raise DataError(
-                f"{where} contains half of a surrogate pair ({error}); text must be Unicode. Correct it."
-            ) from error
         for example in examples:
             if len(example.trunk) > config.data.trunk_length:
                 skipped[too_long_prompt] += 1
@@ -99,11 +114,11 @@ def read_graded(
                 skipped[too_long] += 1
             else:
                 found.append(example)
-    _check_labels(found, skipped, path)
+    _check_labels(found, skipped, path, labelled)
     return found, skipped
 
 
-def _check_labels(found: list[Graded], skipped: dict[str, int], path: str) -> None:
+def _check_labels(found: list[Graded], skipped: dict[str, int], path: str, labelled: bool) -> None:
     if not found:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count) or "the file is empty"
         raise DataError(
@@ -111,7 +126,7 @@ def _check_labels(found: list[Graded], skipped: dict[str, int], path: str) -> No
             "--data.trunk-length or --rollout.max-completion-tokens."
         )
     labels = {label for example in found for of in example.labels for label in of}
-    if len(labels) < 2:
+    if labelled and len(labels) < 2:
         raise DataError(
             f"{path} has one label only, {labels}; a reward model needs completions or steps of both kinds. Add others."
         )
@@ -126,6 +141,7 @@ class _Coder:
     config: Config
     rule: StepRule
     whole: bool
+    labelled: bool
 
     def prompt(self, record: dict) -> list[int]:
         value = next((record[n] for n in _PROMPTS if n in record), None)
@@ -135,10 +151,22 @@ class _Coder:
                 f"has fields {sorted(map(str, record))}; it needs a prompt ({', '.join(_PROMPTS)}), as text or "
                 "messages. Correct it."
             )
-        return encode_prompt(messages, self.tokenizer, self.template, self.config)
+        try:
+            return encode_prompt(messages, self.tokenizer, self.template, self.config)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise _BadRecord(
+                f"contains half of a surrogate pair ({error}); text must be Unicode. Correct it."
+            ) from error
 
-    def completion(self, text: str) -> list[int]:
-        return encode_completion(text, self.tokenizer)
+    def completion(self, text: Any) -> list[int]:
+        if not isinstance(text, str):
+            raise _BadRecord(f"has a completion {text!r:.60}; it must be a text. Correct it.")
+        try:
+            return encode_completion(text, self.tokenizer)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise _BadRecord(
+                f"contains half of a surrogate pair ({error}); text must be Unicode. Correct it."
+            ) from error
 
 
 def _number(value: Any, what: str, low: float = 0.0, high: float = 1.0) -> float:
@@ -153,16 +181,18 @@ def _read_ranked(record: dict, coder: _Coder) -> list[Graded]:
         trunk, ranks = record["trunk_tokens"], [1.0, 0.0]
     elif "completions" in record:
         texts, ranks = record["completions"], record.get("scores")
+        if ranks is None and not coder.labelled and isinstance(texts, list):
+            ranks = [0.0] * len(texts)
         if not isinstance(texts, list) or not isinstance(ranks, list) or len(texts) != len(ranks) or len(texts) < 2:
             raise _BadRecord("needs two or more completions and as many scores. Correct it.")
         ranks = [_number(rank, "a score", -1e9, 1e9) for rank in ranks]
         trunk, sides = coder.prompt(record), [coder.completion(text) for text in texts]
     else:
         messages, chosen, rejected = parts_of_pair(record)
-        trunk = encode_prompt(messages, coder.tokenizer, coder.template, coder.config)
+        trunk = coder.prompt({"prompt": [{"role": role, "content": content} for role, content in messages]})
         sides, ranks = [coder.completion(text) for text in (chosen, rejected)], [1.0, 0.0]
-    if len(set(ranks)) < 2 or all(side == sides[0] for side in sides):
-        return []
+    if coder.labelled and (len(set(ranks)) < 2 or all(side == sides[0] for side in sides)):
+        raise _Skipped(_ALIKE)
     margin = record.get("margin")
     margin = 0.0 if margin is None else _number(margin, "a margin", -1e6, 1e6)
     places, labels = [[len(side) - 1] for side in sides], [[rank] for rank in ranks]
@@ -170,7 +200,7 @@ def _read_ranked(record: dict, coder: _Coder) -> list[Graded]:
 
 
 def _read_outcome(record: dict, coder: _Coder) -> list[Graded]:
-    label = record.get("label", record.get("reward"))
+    label = record.get("label", record.get("reward", None if coder.labelled else 0.0))
     if label is None:
         raise _BadRecord(f"has fields {sorted(map(str, record))}; an outcome needs a label from 0 to 1. Correct it.")
     label = _number(label, "a label")
@@ -188,8 +218,16 @@ def _read_outcome(record: dict, coder: _Coder) -> list[Graded]:
 
 def _read_steps(record: dict, coder: _Coder) -> list[Graded]:
     if "trunk_tokens" in record:
-        places, labels = record.get("places"), record.get("labels")
         tokens = record["completion_tokens"]
+        places, labels = record.get("places"), record.get("labels")
+        if "steps" in record and record["steps"] != json.loads(json.dumps(asdict(coder.config.steps))):
+            raise _BadRecord(
+                f"has steps that end as {record['steps']}, but the settings are {asdict(coder.config.steps)}; a model "
+                "must learn the steps that it will score. Set --steps as the labels were made."
+            )
+        if labels is None and not coder.labelled:
+            places = coder.rule.ends(tokens)
+            labels = [0.0] * len(places)
         if not isinstance(places, list) or not all(type(p) is int and 0 <= p < len(tokens) for p in places):
             raise _BadRecord(
                 f"has places {places!r:.60}; they must be indices of its {len(tokens)} tokens. Correct it."
@@ -199,7 +237,14 @@ def _read_steps(record: dict, coder: _Coder) -> list[Graded]:
         return [
             Graded(trunk=record["trunk_tokens"], completions=[tokens], places=[places], labels=[labels], record=record)
         ]
+    if coder.config.steps.every_tokens or coder.config.steps.marks:
+        raise _BadRecord(
+            "has steps as texts, which end at steps.delimiter; the settings have steps.every_tokens or steps.marks. "
+            "Remove those."
+        )
     steps, labels = _steps_of(record, whole=coder.whole)
+    if labels is None and not coder.labelled:
+        labels = [0.0] * len(steps)
     _check_steps(steps, labels)
     if not all(isinstance(step, str) and step for step in steps):
         raise _BadRecord("has a step that is no text. Correct it.")
@@ -211,7 +256,10 @@ def _read_steps(record: dict, coder: _Coder) -> list[Graded]:
     lengths = np.array([len(coder.tokenizer.token_bytes(t)) for t in tokens])
     if lengths.sum() != offsets[-1]:
         raise _BadRecord("has a text that the tokenizer changes, so its steps cannot be placed. Use another tokenizer.")
-    places = places_of_bytes(lengths, offsets)
+    # The last step ends with the completion, as where rewards read it.
+    places = [*places_of_bytes(lengths, offsets)[:-1], len(tokens) - 1]
+    if len(set(places)) < len(places):
+        raise _BadRecord("has two steps that end in one token, which can have one label only. Join them.")
     labels = [_number(label, "a label") for label in labels]
     return [Graded(trunk=coder.prompt(record), completions=[tokens], places=[places], labels=[labels], record=record)]
 
@@ -227,9 +275,9 @@ def _check_steps(steps: Sequence, labels: Any) -> None:
 def _steps_of(record: dict, *, whole: bool) -> tuple[list, Any]:
     """Return (texts of the steps, their labels), in the layout of TRL, ProcessBench or PRM800K."""
     if "completions" in record:
-        return list(record["completions"]), record.get("labels")
+        return _list(record["completions"]), record.get("labels")
     if "steps" in record:
-        first, steps = record.get("label"), list(record["steps"])
+        first, steps = record.get("label"), _list(record["steps"])
         if type(first) is not int or not -1 <= first < len(steps):
             raise _BadRecord(
                 f"has label {first!r} and {len(steps)} steps; it must be the first wrong step, from 0, or -1. Correct "
@@ -239,19 +287,36 @@ def _steps_of(record: dict, *, whole: bool) -> tuple[list, Any]:
         return steps[:last], [not 0 <= first <= number for number in range(last)]
     if "label" in record and isinstance(record["label"], dict):
         texts, labels = [], []
-        for step in record["label"].get("steps", ()):
-            chosen = step.get("chosen_completion")
-            options = step.get("completions") or []
-            option = step.get("human_completion") or (options[chosen] if chosen is not None else (options or [None])[0])
-            if not option or option.get("rating") is None:
-                break
-            texts.append(option["text"])
+        for step in _list_of_dicts(record["label"].get("steps")):
+            options, chosen = _list_of_dicts(step.get("completions")), step.get("chosen_completion")
+            if chosen is not None and not (type(chosen) is int and 0 <= chosen < len(options)):
+                raise _BadRecord(f"has chosen_completion {chosen!r} of {len(options)} completions. Correct it.")
+            option = step.get("human_completion") or (options[chosen or 0] if options else None)
+            if not isinstance(option, dict) or not isinstance(option.get("rating"), int):
+                break  # annotators stopped here
+            texts.append(option.get("text"))
             labels.append(option["rating"] >= 0)
+        if not texts:
+            raise _Skipped(_UNRATED)
         return texts, labels
     raise _BadRecord(
         f"has fields {sorted(map(str, record))}; steps come as completions and labels (TRL), as steps and label "
         "(ProcessBench), or as label.steps (PRM800K). Correct it."
     )
+
+
+def _list(value: Any) -> list:
+    if not isinstance(value, list):
+        raise _BadRecord(f"has {value!r:.60}, which must be a list of steps. Correct it.")
+    return value
+
+
+def _list_of_dicts(value: Any) -> list[dict]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise _BadRecord(f"has {value!r:.60}, which must be a list of objects. Correct it.")
+    return value
 
 
 def _read_values(record: dict, coder: _Coder) -> list[Graded]:

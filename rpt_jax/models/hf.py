@@ -292,6 +292,7 @@ def save_hf(
     dtype: str | None = None,
     tokenizer: Any = None,
     generation: dict[str, Any] | None = None,
+    objective: str = "",
     max_shard_bytes: int = 2 * 10**9,
 ) -> None:
     """Write a model directory that transformers loads. Adapters must be merged first.
@@ -305,6 +306,7 @@ def save_hf(
         dtype: of the tensors; None: that of each parameter.
         tokenizer: a `tokenizer.Tokenizer` to save with the weights.
         generation: generation_config.json to write, such as its stop ids; None: none.
+        objective: of a reward model, kept in config.json; empty: none.
         max_shard_bytes: of a safetensors file; one shard is on the host at a time.
     Raises:
         CheckpointError: the family does not support this model, adapters are not merged, or the directory is not empty.
@@ -325,7 +327,7 @@ def save_hf(
         classifier = "sequence" if len(params[READOUT]) == config.width else "token"
         # Batches of sequences need to know their padding.
         names["pad_token_id"] = tokenizer.pad_id if tokenizer else None
-    description = config_json(config, kind, names, classifier)
+    description = config_json(config, kind, names, classifier) | ({"rpt_objective": objective} if objective else {})
     directory.mkdir(parents=True, exist_ok=True)
     shards, weight_map, shard, size, total = 0, {}, {}, 0, 0
     for name, read, num_bytes in _tensors_out(params, dtype):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rpt_jax.errors import CheckpointError
+
 # A question: continue solution i from the end of its first `steps` steps. 0 steps: from the prompt.
 Question = tuple[int, int]
 
@@ -18,27 +20,38 @@ class Answers:
     """Right continuations of n, by question; kept in a file, so that nothing is asked twice.
 
     Attributes:
-        path: of the file, a JSON line per answer; None: in memory.
+        path: of the file: a line with the key, then one per answer; None: in memory.
         num_samples: n, continuations of a question.
+        key: identifies solutions, policy and verifier; a file with another key is refused.
         found: number of right continuations of each question.
         num_asked: questions answered in this process.
     """
 
     path: Path | None
     num_samples: int
+    key: str = ""
     found: dict[Question, int] = field(default_factory=dict)
     num_asked: int = 0
 
     def __post_init__(self):
-        if self.path is not None and self.path.exists():
-            whole = self.path.read_bytes()
-            lines = whole.split(b"\n")
-            if lines[-1]:
-                # The last line was cut off by a kill.
-                os.truncate(self.path, len(whole) - len(lines[-1]))
-            for line in lines[:-1]:
-                solution, steps, right = json.loads(line)
-                self.found[solution, steps] = right
+        header = {"num_samples": self.num_samples, "key": self.key}
+        if self.path is None:
+            return
+        if not self.path.exists() or b"\n" not in (whole := self.path.read_bytes()):
+            self.path.write_text(json.dumps(header) + "\n")
+            return
+        first, *lines = whole.split(b"\n")
+        if json.loads(first) != header:
+            raise CheckpointError(
+                f"{self.path} holds answers about other completions, or by another policy, verifier or number of "
+                "samples. Remove it, or choose another --out."
+            )
+        if lines[-1]:
+            # The last line was cut off by a kill.
+            os.truncate(self.path, len(whole) - len(lines[-1]))
+        for line in lines[:-1]:
+            solution, steps, right = json.loads(line)
+            self.found[solution, steps] = right
 
     def ask(self, questions: Iterable[Question], answer: Callable[[Sequence[Question]], Sequence[int]]) -> None:
         """Get the answers that are missing, in one call, and keep them.
@@ -103,7 +116,8 @@ def first_wrong_steps(
 
     Args:
         answers, num_steps, is_right, answer, batch: as in `step_labels`.
-        max_questions: at most that many questions are answered, so some solutions may stay open; None: no limit.
+        max_questions: at most that many questions are used, answered before or now, so some solutions may stay open;
+            None: no limit.
         order: solution -> priority, the highest first; matters with a limit.
     Returns:
         For each solution the index of its first wrong step, -1 if it is right, None if the limit left it open.
@@ -111,18 +125,16 @@ def first_wrong_steps(
     # The prompt is good and the whole solution is not: the first wrong step is in (low, high], counted in steps.
     spans = {i: [0, count] for i, (count, right) in enumerate(zip(num_steps, is_right, strict=True)) if not right}
     open_ones = sorted(spans, key=lambda i: -order(i)) if order else list(spans)
-    asked = 0
+    used: set[Question] = set()
     while open_ones:
         open_ones = [i for i in open_ones if spans[i][1] - spans[i][0] > 1]
         some = open_ones[:batch]
         questions = [(i, sum(spans[i]) // 2) for i in some]
-        new = [q for q in questions if q not in answers.found]
-        if max_questions is not None and asked + len(new) > max_questions:
-            allowed = set(new[: max_questions - asked])
-            questions = [q for q in questions if q in answers.found or q in allowed]
-            if not questions:
-                break
-        asked += sum(q not in answers.found for q in questions)
+        if max_questions is not None:
+            questions = questions[: max_questions - len(used)]
+        if not questions:
+            break
+        used |= set(questions)
         answers.ask(questions, answer)
         for i, k in questions:
             spans[i][0 if answers.found[i, k] else 1] = k

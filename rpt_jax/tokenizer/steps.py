@@ -81,13 +81,18 @@ class StepRule:
         is_last = mask_URC & ~jnp.pad(mask_URC[..., 1:], ((0, 0), (0, 0), (0, 1)))
         if self.config.every_tokens:
             return mask_URC & (((places + 1) % self.config.every_tokens == 0) | is_last)
-        states, ends = map(jnp.asarray, self.table)
+        return mask_URC & (_ended(*self.table, tokens_URC) | is_last)
 
-        def step(state_UR, token_UR):
-            return states[state_UR, token_UR], ends[state_UR, token_UR]
 
-        _, found = jax.lax.scan(step, jnp.zeros(tokens_URC.shape[:2], jnp.int32), jnp.moveaxis(tokens_URC, -1, 0))
-        return mask_URC & (jnp.moveaxis(found, 0, -1) | is_last)
+@jax.jit
+def _ended(states_SV, ends_SV, tokens_URC):
+    """Run the automaton over rows; return whether a step ends at each token."""
+
+    def step(state_UR, token_UR):
+        return states_SV[state_UR, token_UR], ends_SV[state_UR, token_UR]
+
+    _, found = jax.lax.scan(step, jnp.zeros(tokens_URC.shape[:2], jnp.int32), jnp.moveaxis(tokens_URC, -1, 0))
+    return jnp.moveaxis(found, 0, -1)
 
 
 def _fallbacks(mark: bytes) -> list[int]:

@@ -44,6 +44,7 @@ from rpt_jax.scoring.entropy import Proxy
 from rpt_jax.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.train.policies import fingerprint, is_reward_model
 from rpt_jax.train.progress import console, counted, tracked
+from rpt_jax.train.run_directory import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,8 +255,13 @@ def open_completions(config: Config, tokenizer: Tokenizer) -> Completions:
         ConfigError: unusable settings of the template.
         DataError: there is no such file.
     """
-    path = Path(config.supervised.path)
-    if not path.is_file():
+    path, kept = Path(config.supervised.path), Path(config.run.directory) / "corpus.json"
+    if path.is_file():
+        identity = {"completions": {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}
+    elif kept.exists():
+        # A trained model does not need its examples.
+        identity = {"completions": read_json(kept).get("completions")}
+    else:
         raise DataError(
             f"supervised.path {str(path)!r} is not a file; a reward model learns from one. Set it to a file."
         )
@@ -265,8 +271,7 @@ def open_completions(config: Config, tokenizer: Tokenizer) -> Completions:
         template = make_template(tokenizer, config.data)
     else:
         template = make_plain_template(tokenizer, config.data)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Completions(template=template, identity={"completions": {"sha256": digest}})
+    return Completions(template=template, identity=identity)
 
 
 # --- Documents ----------------------------------------------------------------------------------------------------

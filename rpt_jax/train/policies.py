@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Config, DecoderConfig
+from rpt_jax.config.schema import flag_of
 from rpt_jax.data.readers import read_texts, training_corpora
 from rpt_jax.data.templates import with_prompt_texts
 from rpt_jax.errors import CheckpointError, ConfigError
@@ -40,7 +41,8 @@ _TOKENIZER_CHARACTERS = 50_000_000
 
 def is_run(path: str | Path) -> bool:
     """Return whether a policy path is a run directory, not a model directory."""
-    return (Path(path) / "checkpoints").is_dir() and (Path(path) / "config.json").exists()
+    path = Path(path)
+    return ((path / "checkpoints").is_dir() or (path / "corpus.json").exists()) and (path / "config.json").exists()
 
 
 # Objectives of reward models, and those that score whole completions.
@@ -52,26 +54,26 @@ def is_reward_model(config: Config) -> bool:
     return config.supervised.objective in _REWARD_MODELS
 
 
-def check_path(path: str) -> None:
-    """Raise ConfigError if policy.path names nothing; say how to download what looks like a name on a hub."""
+def check_path(path: str, setting: str = "policy.path") -> None:
+    """Raise ConfigError if a setting's path names no model; say how to download what looks like a name on a hub."""
     if not path or (Path(path) / "config.json").exists():
         return
     if Path(path).exists():
         raise ConfigError(
-            f"policy.path={path!r} holds no config.json; it must be a Hugging Face model directory or a run directory. "
-            "Correct --policy.path."
+            f"{setting}={path!r} holds no config.json; it must be a Hugging Face model directory or a run directory. "
+            f"Correct {flag_of(setting)}."
         )
-    message = f"policy.path={path!r} does not exist; it must be a Hugging Face model directory or a run directory. "
+    message = f"{setting}={path!r} does not exist; it must be a Hugging Face model directory or a run directory. "
     if Path(path) == Path("runs/smollm2"):
         message += "Write it with python -m experiments.fetch_smollm2 --out runs/smollm2, or run make real-run."
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         name = path.split("/")[1]
         message += (
             f"If it is a name on the Hugging Face hub: nothing is downloaded here. Run hf download {path} --local-dir "
-            f"{name}, and set --policy.path {name}."
+            f"{name}, and set {flag_of(setting)} {name}."
         )
     else:
-        message += "Correct --policy.path."
+        message += f"Correct {flag_of(setting)}."
     raise ConfigError(message)
 
 
@@ -186,10 +188,10 @@ def with_shape(model: DecoderConfig, shape: DecoderConfig) -> DecoderConfig:
 def start_params(config: Config, mesh: Mesh) -> Any:
     """Return the policy's parameters before any training, in policy.param_dtype: from policy.path, or random."""
     path, kind = config.policy.path, config.policy.param_dtype
-    if path and not is_run(path) and has_readout(path) and not is_reward_model(config):
+    if path and _has_readout(path) and not is_reward_model(config):
         raise ConfigError(
-            f"policy.path={path!r} is a classifier, a reward model; it has no language head to sample from. Choose "
-            "another --policy.path."
+            f"policy.path={path!r} is a reward model, no policy. Choose another --policy.path, or use it as "
+            "--reward.models.path."
         )
     if not path:
         params = init_params(config.model, mesh, jax.random.key(config.run.seed))
@@ -201,16 +203,27 @@ def start_params(config: Config, mesh: Mesh) -> Any:
 
 
 def _policy_of_run(path: Path, mesh: Mesh) -> Any:
-    """Return the newest policy of a run directory, with its adapters merged."""
+    """Return the newest policy of a run directory, with its adapters merged; a reward model's readout stays."""
+    config = read_config(path, say=False)
+    if not (config.run.num_steps or config.supervised.num_steps):
+        return start_params(config, mesh)
     state, frozen, _ = newest_of_run(path, mesh)
-    return merge(frozen, state.params)
+    readout = {READOUT: state.params[READOUT]} if is_reward_model(config) else {}
+    return merge(frozen, state.params) | readout
+
+
+def _has_readout(path: str) -> bool:
+    if is_run(path):
+        return is_reward_model(read_config(Path(path), say=False))
+    return has_readout(path)
 
 
 def load_reward_model(path: str, mesh: Mesh, tokenizer: Tokenizer | None = None) -> ScalarModel:
     """Load a reward model: a run that trained one, or a Hugging Face classifier with one label.
 
     Args:
-        path: of either.
+        path: of either. Of a classifier that is no export of ours, the objective is bradley_terry, or process if its
+            readout has a bias.
         mesh: that holds its parameters.
         tokenizer: of the completions that it will score; None: not compared.
     Raises:
@@ -235,13 +248,15 @@ def load_reward_model(path: str, mesh: Mesh, tokenizer: Tokenizer | None = None)
             "must be the same. Train a reward model on this policy's tokenizer."
         )
     if is_of_run:
-        state, frozen, _ = newest_of_run(directory, mesh)
-        params = merge(frozen, state.params) | {READOUT: state.params[READOUT]}
+        params = _policy_of_run(directory, mesh)
         return ScalarModel(
             config=config.model, params=params, objective=config.supervised.objective, steps=config.steps, name=path
         )
     model, params = load_hf(path, mesh)
+    model = replace(model, activation_dtype=default_dtype(replace(model, activation_dtype="")))
     objective = "process" if len(params[READOUT]) > model.width else "bradley_terry"
+    # Our exports tell which of two objectives it was.
+    objective = read_json(directory / "config.json").get("rpt_objective", objective)
     return ScalarModel(config=model, params=params, objective=objective, steps=None, name=path)
 
 
@@ -317,7 +332,9 @@ def fresh_state(config: Config, mesh: Mesh, params, stage: str) -> tuple[TrainSt
     if (stage == "rpt" and config.loss.has_critic) or (stage == "warm_start" and is_reward_model(config)):
         # Sequence classification of Hugging Face has no bias, token classification has one.
         readout = init_readout(config.model.width, has_bias=config.supervised.objective not in _OF_SEQUENCES)
-        trained = {READOUT: jax.device_put(readout, replicated(mesh))} | trained
+        if stage == "warm_start" and len(params.get(READOUT, ())) == len(readout):
+            readout = jnp.copy(params[READOUT])  # of the reward model that it starts from
+        trained = trained | {READOUT: jax.device_put(readout, replicated(mesh))}
     state = init_state(trained, stage_optimizer(config, stage), mesh)
     companions = requested_policies(config.reward) & {AVERAGE} if stage == "rpt" else set()
     return with_companions(state, companions), frozen

@@ -36,6 +36,7 @@ from rpt_jax.train.policies import (
     find_tokenizer,
     fingerprint,
     fresh_state,
+    is_reward_model,
     load_reward_model,
     resolve,
     start_params,
@@ -102,11 +103,14 @@ class Run:
         Raises:
             ConfigError: a path is no reward model, or one of another tokenizer.
         """
-        settings, asked = self.config.reward.models, requested_policies(self.config.reward)
-        paths = {"reward_model": settings.path, "process_model": settings.process_path}
-        return {
-            name: load_reward_model(path, self.mesh, self.tokenizer) for name, path in paths.items() if name in asked
-        }
+        settings, found = self.config.reward.models, {}
+        for name, path in model_paths(self.config).items():
+            found[name] = model = load_reward_model(path, self.mesh, self.tokenizer)
+            check_slot(name, model, settings.aggregation)
+        if found and not self.directory.is_read_only:
+            # A reward must not change under a run that resumes.
+            self.directory.remember("reward_models", {name: fingerprint(m.params) for name, m in found.items()})
+        return found
 
     @cached_property
     def learned_width(self) -> int:
@@ -128,6 +132,28 @@ class Run:
             # Adapters, warm starts and references are valid only with the weights that they were made with.
             self.directory.remember("policy", {"path": self.config.policy.path, "checksum": fingerprint(params)})
         return params
+
+
+def model_paths(config: Config) -> dict[str, str]:
+    """Return {name in requests: path} of the reward models that the terms of the reward need."""
+    settings, asked = config.reward.models, requested_policies(config.reward)
+    paths = {"reward_model": settings.path, "process_model": settings.process_path}
+    return {name: path for name, path in paths.items() if name in asked}
+
+
+def check_slot(name: str, model: ScalarModel, aggregation: str) -> None:
+    """Raise ConfigError if a model does not score what a reward reads."""
+    fitting = ("process", "value") if name == "process_model" else ("bradley_terry", "outcome", "value")
+    if model.objective not in fitting:
+        raise ConfigError(
+            f"{model.name} is a model of objective {model.objective!r}, which the reward {name} cannot read: it needs "
+            f"{' or '.join(fitting)}. Choose another model, or the other reward."
+        )
+    if name == "process_model" and model.objective == "value" and aggregation == "prod":
+        raise ConfigError(
+            f"reward.models.aggregation='prod' with the value model {model.name}, whose values may be negative. Set "
+            "--reward.models.aggregation min, mean or last."
+        )
 
 
 def _at_once(config: Config):
@@ -164,7 +190,8 @@ def prepare(config: Config, *, read_only: bool = False, judges: bool = False) ->
             _check_steps(config)
     else:
         check_path(config.policy.path)
-        if not config.data.cache:  # which may hold what the files held
+        # A cache may hold what the files held, and a reward model needs no texts.
+        if not (config.data.cache or is_reward_model(config)):
             check_files(config)
     kept = own or _config_of(Resume.parse(config.run.resume).source, say=True)
     tokenizer = find_tokenizer(config)
@@ -179,6 +206,8 @@ def prepare(config: Config, *, read_only: bool = False, judges: bool = False) ->
         domain = open_domain(config, tokenizer)
     if config.reward.function:
         check_function(config.reward, domain.example_columns(config, tokenizer))
+    for name, path in model_paths(config).items():
+        check_path(path, f"reward.models.{'path' if name == 'reward_model' else 'process_path'}")
     check_positions(config, domain.template, _longest_row(config, domain, tokenizer))
     examples = domain.warm_examples(config, tokenizer) if config.supervised.num_steps and not judges else ()
     identity = domain.identity | {
