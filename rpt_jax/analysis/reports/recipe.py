@@ -54,8 +54,11 @@ sampled thoughts. FLOPs and minutes are those of the step.</p>
 def _plot(directory: Path, steps: list[dict]) -> Path:
     """Draw every figure of the steps over the steps; bars are two standard errors."""
     names = list(dict.fromkeys(name for step in steps for name in step["figures"]))
-    figure, axes = subplots(1, len(names), figsize=(3.4 * len(names), 3.6), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names, strict=True):
+    rows = -(-len(names) // 3)
+    figure, axes = subplots(rows, 3, figsize=(10.5, 3.4 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    for axis, name in zip(axes.flat, names):
         known = [(i, step["figures"][name]) for i, step in enumerate(steps) if name in step["figures"]]
         axis.errorbar(
             [i for i, _ in known], [f["value"] for _, f in known], [2 * f["standard_error"] for _, f in known],
