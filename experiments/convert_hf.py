@@ -18,7 +18,7 @@ from rpt_jax.parallel.mesh import make_mesh
 from rpt_jax.parallel.programs import use_cache
 from rpt_jax.tokenizer import load_tokenizer
 from rpt_jax.tokenizer.stops import read_generation_config
-from rpt_jax.train.policies import newest_of_run
+from rpt_jax.train.policies import is_reward_model, newest_of_run
 
 
 def main(argv: list[str]) -> None:
@@ -32,6 +32,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--adapters", action="store_true", help="export only the RL stage's adapters, unmerged")
     args, flags = parser.parse_known_args(argv)
     config = load_run(args.run, flags)
+    if is_reward_model(config):
+        raise ConfigError(
+            f"--run {args.run} trained a reward model; experiments.reward_model --run {args.run} --export writes it."
+        )
     use_cache(config.run.compilation_cache)
     mesh, tokenizer = make_mesh(config.mesh), load_tokenizer(args.run / "tokenizer")
     if args.adapters and not config.lora.rank:

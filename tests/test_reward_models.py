@@ -290,7 +290,7 @@ def config_of(objective, **values):
     base = Config(
         data=DataConfig(template="minimal", trunk_length=12, window_stride=4),
         rollout=RolloutConfig(max_completion_tokens=8),
-        supervised=SupervisedConfig(path="graded.jsonl", objective=objective, batch_size=4, centering=0.1),
+        supervised=SupervisedConfig(path="graded.jsonl", objective=objective, batch_size=4),
         run=dataclasses.replace(Config().run, num_steps=0),
     )
     return with_values(base, values)
@@ -351,7 +351,7 @@ def plain_loss(config, objective, params, examples, centering):
 @pytest.mark.parametrize("objective", ["bradley_terry", "outcome", "process", "value"])
 def test_a_batch_on_shared_prompts_is_the_plain_loss(objective, tiny_config, tiny_params):
     """Against each completion run alone, without branches or padding."""
-    examples, config = random_graded(objective, 4), config_of(objective)
+    examples, config = random_graded(objective, 4), config_of(objective, **{"supervised.centering": 0.1})
     width = tiny_config.width + (objective in ("process", "value"))
     params = tiny_params | {READOUT: 0.3 * jnp.asarray(np.random.default_rng(1).normal(size=width), jnp.float32)}
     rows, num_tokens = graded_rows(examples, TAIL, config)
@@ -537,6 +537,15 @@ def test_labels_beyond_the_last_token_are_refused(tmp_path, letters):
     record = {"trunk_tokens": [5], "completion_tokens": [6], "places": [1], "labels": [1]}
     with pytest.raises(DataError, match="indices of its 1 tokens"):
         read("process", tmp_path, letters, record | names)
+
+
+def test_settings_of_another_objective_are_refused():
+    for values in (
+        {"supervised.centering": 0.1},
+        {"supervised.value_loss": "cross_entropy", "supervised.centering": 0.0},
+    ):
+        with pytest.raises(ConfigError, match="it belongs to"):
+            config_of("outcome", **values).validate()
 
 
 def test_a_reward_model_does_no_rl():

@@ -70,6 +70,15 @@ def check_relations(config: Any) -> None:
 
 def _check_supervised(config: Any) -> None:
     supervised = config.supervised
+    for name, is_set, owner in (
+        ("centering", supervised.centering > 0, "bradley_terry"),
+        ("value_loss", supervised.value_loss != "squared", "value"),
+    ):
+        if is_set and supervised.objective != owner:
+            raise ConfigError(
+                f"supervised.{name}={getattr(supervised, name)!r} with supervised.objective={supervised.objective!r}; "
+                f"it belongs to {owner}. Remove --supervised.{name.replace('_', '-')}, or set the objective."
+            )
     if supervised.objective == "likelihood":
         return
     if not supervised.path or supervised.pack or supervised.draft_fraction:

@@ -32,7 +32,7 @@ from rpt_jax.tokenizer import Tokenizer, load_tokenizer, train_byte_level
 from rpt_jax.tokenizer.chat import parse_options
 from rpt_jax.tokenizer.stops import find_stop_ids
 from rpt_jax.train.checkpoint import Checkpoints
-from rpt_jax.train.run_directory import read_config, read_json
+from rpt_jax.train.run_directory import FINISHED, read_config, read_json
 from rpt_jax.types import TrainState
 
 # A tokenizer is trained on the first documents, up to about this many characters.
@@ -240,6 +240,11 @@ def load_reward_model(path: str, mesh: Mesh, tokenizer: Tokenizer | None = None)
         raise ConfigError(
             f"{path} is a language model; a reward model is a sequence or token classifier with one label. Choose "
             "another directory."
+        )
+    if is_of_run and not (directory / FINISHED).exists():
+        raise ConfigError(
+            f"{path} is a reward model whose training has not ended; its scores would change. Finish it with the "
+            "command that began it."
         )
     own = load_tokenizer(directory / "tokenizer" if is_of_run else directory) if tokenizer else None
     if own is not None and own.encoding_fingerprint != tokenizer.encoding_fingerprint:
