@@ -29,7 +29,7 @@ class Budget:
 
     Attributes:
         chains: N, completions of chain strategies.
-        rounds: expansions of a tree, or rounds of a beam.
+        rounds: expansions of a tree, or rounds of a beam; a thought that they leave open is completed once.
     """
 
     chains: int = 8
@@ -113,8 +113,7 @@ def _beam(engine: Engine, tasks: Sequence[int], rounds: int) -> list[Found]:
     for root, beam in zip(roots, beams, strict=True):
         finished = [node for node in beam if node.is_terminal]
         found.append(Found((finished or beam)[0], root))
-    engine.judge(tasks, [f.leaf for f in found])
-    return found
+    return _finished(engine, tasks, found)
 
 
 def _mcts(engine: Engine, tasks: Sequence[int], rounds: int, rules: Rules) -> list[Found]:
@@ -140,7 +139,18 @@ def _mcts(engine: Engine, tasks: Sequence[int], rounds: int, rules: Rules) -> li
         engine.evaluate(owners, groups)
         for (_, node), children in zip(chosen, groups, strict=True):
             _back_up(node, children, rules)
-    found = [Found(best_leaf(root, rules), root) for root in roots]
+    return _finished(engine, tasks, [Found(best_leaf(root, rules), root) for root in roots])
+
+
+def _finished(engine: Engine, tasks: Sequence[int], found: list[Found]) -> list[Found]:
+    """Complete partial thoughts that the budget left open, once each, and judge the leaves."""
+    is_open = [not f.leaf.is_terminal for f in found]
+    owners = [task for task, is_one in zip(tasks, is_open, strict=True) if is_one]
+    nodes = [f.leaf for f, is_one in zip(found, is_open, strict=True) if is_one]
+    ends = iter(engine.generate(owners, nodes, number=1, to_the_end=True))
+    for node in nodes:
+        node.children[-1].note["completes"] = True  # not a step of the search
+    found = [Found(next(ends)[0], f.root) if is_one else f for f, is_one in zip(found, is_open, strict=True)]
     engine.judge(tasks, [f.leaf for f in found])
     return found
 
