@@ -171,7 +171,7 @@ def test_kills_at_random_times_with_rows_in_waiting(home, figures):
 
 
 def kill_at_random(home: Path, expected: tuple, seconds: float, extra: tuple = (), *, kills: int) -> dict:
-    """Kill runs of `seconds` until so many kills are done, and let each finish; return the counts."""
+    """Kill runs of `seconds` until `kills` of them are killed, and let each finish; return the counts."""
     rng, done, during_save, runs, starts = random.Random(0), 0, 0, 0, 0
     name = f"killed{len(extra)}_"
     while done < kills:
