@@ -12,7 +12,7 @@ from test_interruption import on_call, terminate
 from test_system import corpus, evaluated_at_the_ends, run_hashes, tiny_run  # noqa: F401  (a fixture)
 
 from rpt_jax.config import LoraConfig, MeshConfig
-from rpt_jax.errors import CheckpointError, ConfigError, Interrupted
+from rpt_jax.errors import CheckpointError, ConfigError, DataError, Interrupted
 from rpt_jax.models.hf import save_hf
 from rpt_jax.models.lora import merge
 from rpt_jax.parallel.interruption import watching
@@ -118,13 +118,23 @@ def test_an_interruption_anywhere_changes_nothing(corpus, straight, tmp_path, mo
     assert arrays == [(h[0], h[2]) for h in straight[1]]
 
 
-def test_invalid_recipes_are_refused(corpus, straight, tmp_path):  # noqa: F811
+def test_invalid_recipes_are_refused(corpus, straight, tmp_path, monkeypatch):  # noqa: F811
     (name, first), (_, second) = recipe(corpus)
     with pytest.raises(ConfigError, match="each needs a unique name"):
         pipeline.run_recipe(((name, first), (name, second)), tmp_path)
     elsewhere = dataclasses.replace(second, policy=dataclasses.replace(second.policy, path="somewhere"))
     with pytest.raises(ConfigError, match="must be a directory or an earlier step"):
         pipeline.run_recipe(((name, first), ("other", elsewhere)), tmp_path)
+
+    # Before the first run; files that an earlier step may make are not looked for.
+    def learns(path):
+        return dataclasses.replace(second, supervised=dataclasses.replace(second.supervised, path=str(path)))
+
+    monkeypatch.setattr(pipeline, "run_stages", lambda step: pytest.fail("a run began"))
+    with pytest.raises(DataError, match="supervised.path='/nowhere.jsonl' matches no file"):
+        pipeline.run_recipe(((name, first), ("other", learns("/nowhere.jsonl"))), tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="a run began"):
+        pipeline.run_recipe(((name, first), ("other", learns(tmp_path / "made" / "x.jsonl"))), tmp_path)
     # A run without a policy yet.
     prepare(dataclasses.replace(first, run=dataclasses.replace(first.run, directory=str(tmp_path / "begun"))))
     (tmp_path / "begun" / "checkpoints").mkdir()

@@ -175,6 +175,43 @@ def test_a_pretrained_policy_needs_its_files():
         common.need_file("", "--cold-start", "what it begins with")
 
 
+PRETRAINED = ("--policy.path", "nowhere", "--data.path", "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "message"),
+    [
+        (kimi, ["--reward.terms", "exact"], "--reward.terms; .* do nothing"),
+        (kimi, ["--loss.num_minibatches=1"], "--loss.num-minibatches; "),
+        (kimi, ["--rollout.new-tokens-per-step", "3"], "--rollout.new-tokens-per-step; "),
+        (r1, ["--supervised.path", "x"], "--supervised.path; "),
+        (r1, ["--data.path", "x"], "--data.path; .* in tiny form .* set --policy.path"),
+        (r1, [*PRETRAINED, "--supervised.num-steps", "3"], "--supervised.num-steps; .* of a pretrained policy"),
+        (base_start, ["--cold-start", "x"], "--cold-start; .* in tiny form"),
+        (base_start, [*PRETRAINED, "--formatted", "0.1"], "--formatted; .* of a pretrained policy"),
+        (base_start, ["--formatted", "2"], "--formatted 2.0; it must be a share"),
+        (base_start, ["--policy.path", "nowhere", "--questions.path", "q"], "questions have none"),
+        (rpt_then_rl, ["--mixed", "x"], "--mixed; .* in tiny form"),
+        (rpt_then_rl, [*PRETRAINED, "--questions.path", "q"], "--questions.path; "),
+        (rpt_then_rl, [*PRETRAINED, "--questions", "q", "--mixed", "/nowhere"], "--mixed /nowhere matches no file"),
+        (inverse_incentive, ["--cold-steps", "3"], "--cold-steps; .* in tiny form"),
+        (ravr, ["--reward.terms", "exact"], "--reward.terms; "),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(module, argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "run_followed", lambda *_: pytest.fail("the recipe began"))
+    with pytest.raises(ConfigError, match=message):
+        module.main(argv)
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "1.5", "some"])
+def test_counts_are_whole_numbers_above_zero(word, capsys):
+    with pytest.raises(SystemExit):
+        ravr.main(["--rounds", word])
+    assert "at least 1" in capsys.readouterr().err
+
+
 def test_a_recipe_is_judged_after_every_step(corpus, tmp_path):  # noqa: F811
     """A warm start, its own samples, SFT on them and the mean of both policies, on the same held-out positions."""
     base = evaluated_at_the_ends(tiny_run(corpus, tmp_path))

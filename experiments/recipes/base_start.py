@@ -20,6 +20,7 @@ from pathlib import Path
 
 from experiments.cli import run_script
 from experiments.recipes.common import (
+    count,
     need_file,
     on_puzzles,
     parse_recipe,
@@ -33,6 +34,7 @@ from experiments.recipes.judging import Judge
 from experiments.recipes.puzzles import write_without_format
 from rpt_jax.config import Config
 from rpt_jax.config.schema import with_values
+from rpt_jax.errors import ConfigError
 from rpt_jax.train.pipeline import Recipe
 
 _TINY = (
@@ -68,9 +70,17 @@ def main(argv: list[str]) -> None:
     """Run the recipe and write its page."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--cold-start", default="")
-    parser.add_argument("--cold-steps", type=int, default=10)
+    parser.add_argument("--cold-steps", type=count, default=10)
     parser.add_argument("--formatted", type=float, default=0.02)
-    args, config, is_tiny = parse_recipe(argv, parser, _TINY)
+    args, config, is_tiny = parse_recipe(
+        argv, parser, _TINY, sets=("--reward.terms",), not_tiny=("--cold-start",), only_tiny=("--formatted",)
+    )
+    if not 0 <= args.formatted <= 1:
+        raise ConfigError(f"--formatted {args.formatted}; it must be a share, 0 to 1. Correct it.")
+    if config.questions.path:
+        raise ConfigError(
+            "--questions.path; one way selects other positions, and questions have none. Set --data.path."
+        )
     if is_tiny:
         config = on_puzzles(config)
     else:

@@ -35,28 +35,56 @@ from rpt_jax.train.stages.control import continue_supervised
 from rpt_jax.train.stages.warm_start import warm_start
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+# Settings that the steps of every recipe have values of their own for, whatever the command line says.
+_SET_BY_ALL = ("--supervised.path", "--run.control")
+_SET_BY_TINY = ("--data.path", "--data.heldout-path", "--data.tokenizer", "--data.mixture", "--questions.path",
+                "--questions.heldout-path")  # fmt: skip
+_SET_BY_PRETRAINED = ("--supervised.num-steps",)
 
 
 def parse_recipe(
-    argv: Sequence[str], parser: argparse.ArgumentParser, settings: Sequence[str]
+    argv: Sequence[str],
+    parser: argparse.ArgumentParser,
+    settings: Sequence[str],
+    *,
+    sets: Sequence[str] = (),
+    not_tiny: Sequence[str] = (),
+    only_tiny: Sequence[str] = (),
 ) -> tuple[argparse.Namespace, Config, bool]:
     """Parse a recipe's command line: its own flags, and a preset with settings.
 
-    Without --preset and --policy.path the recipe runs in tiny form, with `settings` on top of tiny_worked.
+    Without --preset and --policy.path the recipe runs in tiny form, with `settings` on top of tiny_worked. A pretrained
+    policy's preset is `questions` if they are given, otherwise `text`.
 
     Args:
         argv: arguments, without the program's name.
         parser: of the recipe's own flags, without --help.
         settings: flags of the tiny form, which those of the command line override.
+        sets: flags of settings for which the steps have their own values.
+        not_tiny: own flags that the tiny form has no use for.
+        only_tiny: own flags that only the tiny form uses.
     Returns:
         (the recipe's own flags, config of all steps, whether the recipe runs in tiny form). The process has ended if
         --dry-run is among the arguments.
     Raises:
-        ConfigError: a preset without a policy, or a pretrained policy without texts or questions.
+        ConfigError: a preset without a policy, a pretrained policy without texts or questions, or a flag that would do
+            nothing.
     """
+    parser.allow_abbrev = False
     args, flags = parser.parse_known_args(argv)
     is_tiny = not any(flag.split("=")[0] in ("--preset", "--policy.path") for flag in flags)
-    config, dry_run = parse_config([*(settings if is_tiny else ()), *flags], default_preset="tiny_worked")
+    idle = (*_SET_BY_TINY, *not_tiny) if is_tiny else (*_SET_BY_PRETRAINED, *only_tiny)
+    given = [flag.split("=")[0] for flag in argv if flag.startswith("--")]
+    given = [flag.replace("_", "-") for flag in given]
+    for flag in given:
+        if flag in (*_SET_BY_ALL, *sets, *idle):
+            form = " in tiny form" if is_tiny and flag in idle else " of a pretrained policy" if flag in idle else ""
+            raise ConfigError(
+                f"{flag}; the steps of this recipe{form} have their own, so it would do nothing. Leave it out"
+                + (", or set --policy.path." if is_tiny and flag in idle else ".")
+            )
+    preset = "tiny_worked" if is_tiny else "questions" if "--questions.path" in given else "text"
+    config, dry_run = parse_config([*(settings if is_tiny else ()), *flags], default_preset=preset)
     if dry_run:
         print(describe(config))
         raise SystemExit(0)
@@ -72,6 +100,13 @@ def parse_recipe(
         )
     cache = config.data.cache or f"{config.run.directory}/cache"
     return args, replace(config, data=replace(config.data, cache=cache)), is_tiny
+
+
+def count(word: str) -> int:
+    """Return a number of steps, batches or rounds from the command line; the `type` of such a flag."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r}; it must be a whole number, at least 1")
+    return int(word)
 
 
 def run_followed(recipe: Recipe, config: Config, judge: Judge) -> None:

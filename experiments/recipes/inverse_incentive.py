@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.cli import run_script
-from experiments.recipes.common import need_file, parse_recipe, rl_step, run_followed, supervised_step
+from experiments.recipes.common import count, need_file, parse_recipe, rl_step, run_followed, supervised_step
 from experiments.recipes.judging import Judge
 from experiments.studies.stories import LONGEST_EXAMPLE, SETTINGS, base_config
 from rpt_jax.config import Config
@@ -112,10 +112,14 @@ def main(argv: list[str]) -> None:
     """Run the recipe and write its page."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--cold-start", default="")
-    parser.add_argument("--cold-steps", type=int, default=200)
+    parser.add_argument("--cold-steps", type=count, default=200)
     parser.add_argument("--ranking-loss", type=float, default=1.0)
     tiny = ("--run.directory", "runs/inverse_incentive", *SETTINGS, "--run.num-steps", "40", "--run.shapes", "few")
-    args, config, is_tiny = parse_recipe(argv, parser, tiny)
+    args, config, is_tiny = parse_recipe(
+        argv, parser, tiny,
+        sets=("--reward.terms", "--reward.likelihood.judge", "--reward.likelihood.ranking-loss"),
+        not_tiny=("--cold-start", "--cold-steps"),
+    )  # fmt: skip
     if is_tiny:
         config = with_values(
             base_config(config, Path(config.run.directory) / "corpus"), {"data.cache": config.data.cache}

@@ -31,6 +31,7 @@ from pathlib import Path
 from experiments.cli import run_script
 from experiments.recipes.common import (
     average_policies,
+    count,
     need_file,
     on_puzzles,
     open_run,
@@ -47,7 +48,7 @@ from experiments.recipes.judging import Judge
 from experiments.recipes.puzzles import write_long_chains
 from experiments.rejection_sample import sample_rows
 from rpt_jax.config import Config
-from rpt_jax.config.schema import with_values
+from rpt_jax.config.schema import flag_of, with_values
 from rpt_jax.errors import DataError
 from rpt_jax.train.pipeline import Files, Recipe
 
@@ -56,6 +57,11 @@ _TINY = (
     "--rollout.max-completion-tokens", "64", "--eval.every-steps", "60", "--eval.num-positions", "50",
     "--eval.final-num-positions", "1600", "--eval.num-samples", "4", "--eval.max-documents", "1600",
 )  # fmt: skip
+_OBJECTIVE = {
+    "loss.objective": "kimi", "loss.advantage": "mean", "loss.num_minibatches": 2,
+    "loss.correction.mode": "token_truncate",
+}  # fmt: skip
+_WINDOW = "rollout.new_tokens_per_step"
 # A right completion this much longer than the shortest one is rejected.
 _LONGER = 1.5
 
@@ -69,18 +75,15 @@ def recipe(config: Config, args: argparse.Namespace, *, is_tiny: bool) -> Recipe
         steps += tiny_base(config, write_long_chains, {"num_train": 8000, "num_heldout": 1600, "num_long": 12000})
     config = replace(config, policy=replace(config.policy, path=""))
     limit = config.rollout.max_completion_tokens
-    objective = {
-        "loss.objective": "kimi", "loss.advantage": "mean", "loss.num_minibatches": 2,
-        "loss.correction.mode": "token_truncate", "rollout.new_tokens_per_step": max(1, limit // 2),
-    }  # fmt: skip
+    objective = _OBJECTIVE | {_WINDOW: max(1, limit // 2)}
     graded = {"reward.terms": (right, f"{args.length_weight}*kimi_length")}
     cold = args.cold_start or str(directory / "corpus" / "long.jsonl")
     long, halves = str(directory / args.shorten), max(1, config.run.num_steps // 2)
     sampled = {"run": long, "num_batches": args.batches}
     from_long = {"policy.path": long}
     short = {
-        "run.num_steps": halves, "rollout.max_completion_tokens": max(1, limit // 2),
-        "rollout.new_tokens_per_step": 0, "reward.terms": (right, f"{2 * args.length_weight}*kimi_length"),
+        "run.num_steps": halves, "rollout.max_completion_tokens": max(1, limit // 2), _WINDOW: 0,
+        "reward.terms": (right, f"{2 * args.length_weight}*kimi_length"),
     }  # fmt: skip
     return [
         *steps,
@@ -150,12 +153,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--cold-start", default="")
     parser.add_argument("--length-weight", type=float, default=0.1)
     parser.add_argument("--shorten", choices=("rl", "rl_length"), default="rl")
-    parser.add_argument("--cold-steps", type=int, default=300)
-    parser.add_argument("--sft-steps", type=int, default=40)
-    parser.add_argument("--dpo-steps", type=int, default=20)
+    parser.add_argument("--cold-steps", type=count, default=300)
+    parser.add_argument("--sft-steps", type=count, default=40)
+    parser.add_argument("--dpo-steps", type=count, default=20)
     parser.add_argument("--dpo-rate", type=float, default=1e-4)
-    parser.add_argument("--batches", type=int, default=8)
-    args, config, is_tiny = parse_recipe(argv, parser, _TINY)
+    parser.add_argument("--batches", type=count, default=8)
+    args, config, is_tiny = parse_recipe(
+        argv, parser, _TINY, sets=("--reward.terms", *map(flag_of, (*_OBJECTIVE, _WINDOW)))
+    )
     if is_tiny:
         config = on_puzzles(config)
     else:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from experiments.cli import run_script
 from experiments.recipes.common import (
+    count,
     on_puzzles,
     open_run,
     parse_recipe,
@@ -151,11 +152,11 @@ def leaks(thought: str, answer: str) -> bool:
 def main(argv: list[str]) -> None:
     """Run the recipe and write its page."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--batches", type=int, default=12)
-    parser.add_argument("--sft-steps", type=int, default=60)
+    parser.add_argument("--rounds", type=count, default=2)
+    parser.add_argument("--batches", type=count, default=12)
+    parser.add_argument("--sft-steps", type=count, default=60)
     parser.add_argument("--unfiltered", action="store_true")
-    args, config, is_tiny = parse_recipe(argv, parser, _TINY)
+    args, config, is_tiny = parse_recipe(argv, parser, _TINY, sets=("--reward.terms",))
     if is_tiny:
         config = on_puzzles(config)
     config = with_values(config, {"reward.terms": (right_by(config),)})

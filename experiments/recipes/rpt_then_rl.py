@@ -9,7 +9,8 @@ python -m experiments.recipes.rpt_then_rl --preset text --policy.path DIR --data
     next_token   next-token training on the same documents, for RPT's FLOPs
     mixed        Mixed SFT: documents and worked thoughts (--mixed) in equal parts, for RPT's FLOPs
 
-Then rl_base, rl_rpt, rl_next_token and rl_mixed: RL on the questions from each. Every policy is judged on the same
+Then rl_base, rl_rpt, rl_next_token and rl_mixed: RL on the questions from each, for right answers (--reward.terms is
+RPT's). Every policy is judged on the same
 held-out questions; report.html in the run directory has all. After an interruption, run the same command again.
 """
 
@@ -18,11 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.cli import run_script
-from experiments.recipes.common import continue_on, on_puzzles, parse_recipe, rl_step, run_followed, tiny_base
+from experiments.recipes.common import continue_on, count, on_puzzles, parse_recipe, rl_step, run_followed, tiny_base
 from experiments.recipes.judging import Judge
 from experiments.recipes.puzzles import write_with_questions
 from rpt_jax.config import Config
 from rpt_jax.config.schema import with_values
+from rpt_jax.data.readers import has_files
 from rpt_jax.errors import ConfigError
 from rpt_jax.train.pipeline import Files, Recipe
 
@@ -78,10 +80,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--questions", default="")
     parser.add_argument("--heldout-questions", default="")
     parser.add_argument("--mixed", default="")
-    parser.add_argument("--rl-steps", type=int, default=20)
-    args, config, is_tiny = parse_recipe(argv, parser, _TINY)
+    parser.add_argument("--rl-steps", type=count, default=20)
+    args, config, is_tiny = parse_recipe(
+        argv, parser, _TINY, sets=("--questions.path", "--questions.heldout-path"),
+        not_tiny=("--questions", "--heldout-questions", "--mixed"),
+    )  # fmt: skip
     if not (is_tiny or args.questions):
         raise ConfigError("no --questions for this policy; the recipe ends with RL on them. Set --questions.")
+    if args.mixed and not has_files(args.mixed):
+        raise ConfigError(f"--mixed {args.mixed} matches no file; it must hold worked thoughts. Correct --mixed.")
     if is_tiny:
         config = on_puzzles(config)
     judge = Judge(

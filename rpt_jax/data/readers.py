@@ -147,8 +147,13 @@ def matching_files(path: str) -> list[str]:
     return files
 
 
-def check_files(config: Config) -> None:
-    """Raise DataError if a path that the config names matches no file, or a run on documents names none."""
+def check_files(config: Config, *, made_in: Path | None = None) -> None:
+    """Raise DataError if a path that the config names matches no file, or a run on documents names none.
+
+    Args:
+        config: of the run.
+        made_in: directory whose files earlier steps of a recipe make; they may be missing.
+    """
     data, questions = config.data, config.questions
     named = {
         "data.heldout_path": data.heldout_path,
@@ -157,7 +162,7 @@ def check_files(config: Config) -> None:
         "supervised.path": config.supervised.path,
     }
     for setting, path in named.items():
-        if path and not has_files(path):
+        if path and not _is_there(path, made_in):
             raise DataError(f"{no_files(setting, path)}Correct {flag_of(setting)}.")
     if questions.path:
         return
@@ -165,8 +170,12 @@ def check_files(config: Config) -> None:
         raise DataError("data.path is empty; a run needs texts or questions. Set --data.path or --questions.path.")
     setting = "data.mixture" if data.mixture else "data.path"
     for corpus in training_corpora(data):
-        if not has_files(corpus.path):
+        if not _is_there(corpus.path, made_in):
             raise DataError(f"{no_files(setting, corpus.path)}Correct {flag_of(setting)}.")
+
+
+def _is_there(path: str, made_in: Path | None) -> bool:
+    return has_files(path) or (made_in is not None and made_in in Path(path).parents)
 
 
 def no_files(setting: str, path: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from rpt_jax.config import Config
+from rpt_jax.data.readers import check_files
 from rpt_jax.errors import CheckpointError, ConfigError
 from rpt_jax.train.evaluation import Evaluations
 from rpt_jax.train.progress import console
@@ -88,13 +89,16 @@ def run_recipe(
     Raises:
         ConfigError: names are not unique, a policy.path names neither a model nor an earlier step, or there are several
             processes and a step makes files.
+        DataError: a run names a file that is missing, and is not in `directory`, where earlier steps may make it.
         CheckpointError: a directory holds a step with another config, corpus or other settings.
     """
     directory = Path(directory)
     steps = chained(recipe, directory)
-    for _, step in steps:
+    for name, step in steps:
         if isinstance(step, Config):
             step.validate()
+            if not (directory / name / FINISHED).exists():
+                check_files(step, made_in=directory)
         elif jax.process_count() > 1:
             raise ConfigError(
                 f"a recipe with steps that make files, on {jax.process_count()} processes; it needs one. Run one "
