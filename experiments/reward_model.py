@@ -14,7 +14,8 @@ are turns of the chat template.
 
 Judged: accuracy with its standard error over records; for process models on records with "steps" and "label" also
 ProcessBench's F1. --by FIELD reports the accuracy of each value of a record's field. --score adds "score" to each
-record of a file in the layout of the objective (process: also "step_scores"); --keep drops the records with the lowest
+record of a file in the layout of the objective: the lowest of a process model's steps, the last of a value model's;
+both add "step_scores". --keep drops the records with the lowest
 scores, and --best-of-n keeps the best record of each prompt. Records of bradley_terry hold several completions: they
 get "scores" and "best". Scores are before the sigmoid.
 """
@@ -29,7 +30,8 @@ import numpy as np
 
 from experiments.cli import describe, load_run, parse_config, run_script
 from rpt_jax.data.graded import Graded, read_graded
-from rpt_jax.errors import ConfigError
+from rpt_jax.data.readers import has_files, no_files
+from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.evals.next_token import mean_with_error
 from rpt_jax.models.hf import save_hf
 from rpt_jax.parallel import distributed
@@ -60,6 +62,17 @@ def main(argv: list[str]) -> None:
             f"--score {args.score!r}, --out {args.out} and --keep {args.keep}; --score needs --out, and --keep is a "
             "share in (0, 1]. Correct them."
         )
+    for given, flag, needed, by in (
+        (args.by, "--by", args.heldout, "--heldout"), (args.keep < 1, "--keep", args.score, "--score"),
+        (args.best_of_n, "--best-of-n", args.score, "--score"),
+    ):  # fmt: skip
+        if given and not needed:
+            raise ConfigError(f"{flag} without {by}; it says what becomes of that file. Set {by}, or leave out {flag}.")
+    for flag, path in (("--heldout", args.heldout), ("--score", args.score)):
+        if path and not has_files(path):
+            raise DataError(f"{no_files(flag, path)}Correct {flag}.")
+    if args.run and not (args.heldout or args.score or args.export):
+        raise ConfigError("--run without --heldout, --score or --export; there is nothing to do. Set one.")
     if args.run:
         config = load_run(args.run, flags)
     else:
@@ -143,7 +156,8 @@ def _is_process_bench(record: dict) -> bool:
 def process_bench(run: Run, model: ScalarModel, path: str) -> dict[str, dict]:
     """Return the accuracies on solutions with and without a mistake, and their harmonic mean as F1.
 
-    The prediction is the first step whose score is below the middle; none: the solution is right.
+    The prediction is the first step whose score is below the middle; none: the solution is right. A file with only one
+    kind of solutions has no F1.
     """
     examples = read(run, path, whole=True)
     right: dict[str, list[float]] = {"with a mistake": [], "without": []}
@@ -151,7 +165,9 @@ def process_bench(run: Run, model: ScalarModel, path: str) -> dict[str, dict]:
         first = next((i for i, score in enumerate(scores[0]) if score < 0), -1)
         label = example.record["label"]
         right["without" if label < 0 else "with a mistake"].append(float(first == label))
-    figures = {f"ProcessBench, solutions {name}": mean_with_error(np.array(v or [0.0])) for name, v in right.items()}
+    figures = {f"ProcessBench, solutions {name}": mean_with_error(np.array(v)) for name, v in right.items() if v}
+    if len(figures) < 2:
+        return figures
     a, b = (f["value"] for f in figures.values())
     f1 = 2 * a * b / (a + b) if a + b else 0.0
     return figures | {"ProcessBench, F1": {"value": f1, "standard_error": None, "n": len(examples)}}
@@ -177,12 +193,13 @@ def score_file(run: Run, model: ScalarModel, path: str, out: Path, *, keep: floa
             )
             rows.append((example, example.record | {"scores": ends} | best, max(ends)))
             continue
-        of_steps = {"step_scores": scores[0]} if run.config.supervised.objective in ("process", "value") else {}
-        score = min(scores[0]) if of_steps else scores[0][-1]
+        objective = run.config.supervised.objective
+        of_steps = {"step_scores": scores[0]} if objective in ("process", "value") else {}
+        score = min(scores[0]) if objective == "process" else scores[0][-1]
         rows.append((example, example.record | {"score": score} | of_steps, score))
     kept = _best_of_each(rows) if best_of_n else rows
-    limit = sorted((score for *_, score in kept), reverse=True)[max(0, round(keep * len(kept)) - 1)]
-    kept = [row for row in kept if row[2] >= limit]
+    by_score = sorted(range(len(kept)), key=lambda i: -kept[i][2])  # of equal ones the first
+    kept = [kept[i] for i in sorted(by_score[: max(1, round(keep * len(kept)))])]
     out.write_text("".join(json.dumps(record, default=str) + "\n" for _, record, _ in kept))
     console.print(f"{len(kept)} of {len(rows)} records -> {out}")
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from experiments.cli import load_run, run_script
 from experiments.label_steps import verifier_of
+from rpt_jax.config import Config
 from rpt_jax.config.schema import with_values
 from rpt_jax.errors import ConfigError
 from rpt_jax.evals.next_token import mean_with_error
@@ -33,6 +34,13 @@ from rpt_jax.train.progress import console
 from rpt_jax.train.run import Run, prepare
 from rpt_jax.train.sizes import fitted
 
+_CHAINS = _ROUNDS = 16
+# Flags that only some strategies use.
+_USED_BY = {
+    "chains": ("best_of_n", "majority", "weighted_vote"), "rounds": ("beam", "mcts"), "form": ("mcts",),
+    "answer": ("mcts",),
+}  # fmt: skip
+
 
 def main(argv: list[str]) -> None:
     """Search, print the figures, and write what was found."""
@@ -43,24 +51,25 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--value", default="")
     parser.add_argument("--tasks", type=int, default=200)
     parser.add_argument("--split", default="all")
-    parser.add_argument("--chains", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--chains", type=int)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--step-tokens", type=int, default=16)
-    parser.add_argument("--form", choices=("nodes", "priors"), default="nodes")
-    parser.add_argument("--answer", choices=("value", "visits", "selection"), default="value")
+    parser.add_argument("--form", choices=("nodes", "priors"))
+    parser.add_argument("--answer", choices=("value", "visits", "selection"))
     parser.add_argument("--out", type=Path)
     args, flags = parser.parse_known_args(argv)
-    check(args)
     config = load_run(args.run, flags)
+    check(args, config)
     with watching(config.distributed.deadline_seconds):
         run = fitted(prepare(config, read_only=True, judges=True))
         engine, tasks = make_engine(run, args)
         began = time.perf_counter()
         low = -1.0 if engine.value_model is not None and engine.value_model.objective == "value" else 0.0
-        rules = Rules(form=args.form, answer=args.answer, low=low)
-        found = search(engine, tasks, args.strategy, Budget(chains=args.chains, rounds=args.rounds), rules)
+        given = {name: value for name in ("form", "answer") if (value := getattr(args, name))}
+        budget = Budget(chains=args.chains or _CHAINS, rounds=args.rounds or _ROUNDS)
+        found = search(engine, tasks, args.strategy, budget, Rules(low=low, **given))
         report(engine, found, time.perf_counter() - began)
         if args.out:
             lines = [
@@ -75,12 +84,24 @@ def main(argv: list[str]) -> None:
         run.directory.close()
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise ConfigError for budgets of nothing, or a strategy without the values that it needs."""
+def check(args: argparse.Namespace, config: Config) -> None:
+    """Raise ConfigError for flags that the strategy does not use, budgets of nothing, or a strategy without values."""
+    for name, used_by in _USED_BY.items():
+        if getattr(args, name) is not None and args.strategy not in used_by:
+            raise ConfigError(
+                f"--{name} with --strategy {args.strategy}; only {', '.join(used_by)} use it. Leave out --{name}."
+            )
     for name in ("tasks", "chains", "rounds", "width", "batch", "step_tokens"):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} {getattr(args, name)}; a search needs at least 1. Raise --{flag}.")
+        value, flag = getattr(args, name), name.replace("_", "-")
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag} {value}; a search needs at least 1. Raise --{flag}.")
+    if args.batch % config.mesh.trunk_shards:
+        raise ConfigError(
+            f"--batch {args.batch}; it must be divisible by mesh.data * mesh.fsdp={config.mesh.trunk_shards}. Change "
+            "--batch."
+        )
+    if args.out and not args.out.parent.is_dir():
+        raise ConfigError(f"--out {args.out}; its directory does not exist. Make it, or correct --out.")
     if (args.strategy in NEED_VALUES) != bool(args.value):
         raise ConfigError(
             f"--strategy {args.strategy} with --value {args.value!r}; {', '.join(NEED_VALUES)} need a value model, and "

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 import torch_parity
 from safetensors import safe_open
 
+from experiments import reward_model as script
 from rpt_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, RolloutConfig, StepsConfig, SupervisedConfig
 from rpt_jax.config.schema import with_values
 from rpt_jax.data.graded import Graded, read_graded
@@ -553,3 +555,77 @@ def test_a_reward_model_does_no_rl():
         config_of("outcome", **{"run.num_steps": 3}).validate()
     assert process_models.AGGREGATIONS == ("min", "prod", "last", "mean")
     np.testing.assert_allclose(outcome(f32(0.0), f32(0.5)), np.log(2), rtol=1e-6)
+
+
+# --- The script, on scores by hand ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """A way to set the objective, and the examples with their scores; returns the run that the script is given."""
+
+    def given(objective, examples, scores):
+        monkeypatch.setattr(script, "read", lambda run, path, **how: examples)
+        monkeypatch.setattr(script, "score_all", lambda run, model, of: scores)
+        return SimpleNamespace(config=Config(supervised=SupervisedConfig(objective=objective)))
+
+    return given
+
+
+def graded(trunk, labels, **record):
+    places = [list(range(len(of))) for of in labels]
+    return Graded(trunk=trunk, completions=[[5] * 9] * len(labels), places=places, labels=labels, record=record)
+
+
+def test_accuracy_of_pairs_and_by_a_field(scored):
+    """Three completions ranked 2 > 1 > 0: the scores order two of the three pairs; a tie is wrong."""
+    examples = [graded([1], [[2], [1], [0]], by="a"), graded([2], [[1], [0]], by="b"), graded([3], [[1], [0]], by="b")]
+    run = scored("bradley_terry", examples, [[[3.0], [1.0], [2.0]], [[1.0], [1.0]], [[2.0], [1.0]]])
+    found = script.judge(run, None, "x", by="by")
+    assert found["accuracy"]["value"] == pytest.approx((2 / 3 + 0 + 1) / 3) and found["accuracy"]["n"] == 3
+    assert found["accuracy, by b"]["value"] == 0.5 and found["accuracy, by a"]["n"] == 1
+
+
+def test_the_f1_of_process_bench_by_hand(scored):
+    """Mistakes at steps 1 and 0, found and missed; two right solutions, one of them accused: F1 of 1/2 and 1/2."""
+    labels = [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+    examples = [graded([i], [of], steps=["x", "y"], label=k) for i, (of, k) in enumerate(zip(labels, (1, 0, -1, -1)))]
+    scores = [[[2.0, -1.0]], [[1.0, -1.0]], [[1.0, 1.0]], [[1.0, -0.5]]]
+    found = script.judge(scored("process", examples, scores), None, "x")
+    assert found["ProcessBench, F1"]["value"] == 0.5 and found["ProcessBench, solutions without"]["value"] == 0.5
+    assert found["accuracy"]["value"] == pytest.approx((1 + 0.5 + 1 + 0.5) / 4)
+    only = script.judge(scored("process", examples[2:], scores[2:]), None, "x")
+    assert "ProcessBench, F1" not in only and "ProcessBench, solutions with a mistake" not in only
+
+
+@pytest.mark.parametrize(
+    ("objective", "keep", "best_of_n", "expected"),
+    [
+        ("process", 1.0, False, {"a": -2.0, "b": 0.5, "c": 0.5}),  # the lowest step
+        ("value", 1.0, False, {"a": 3.0, "b": 0.5, "c": 0.5}),  # behind the last step
+        ("value", 1.0, True, {"a": 3.0, "c": 0.5}),  # a and b answer one prompt
+        ("process", 0.34, False, {"b": 0.5}),  # of equal ones the first
+    ],
+)
+def test_files_with_scores(objective, keep, best_of_n, expected, scored, tmp_path):
+    examples = [graded([1], [[0, 0]], name="a"), graded([1], [[0, 0]], name="b"), graded([2], [[0, 0]], name="c")]
+    run = scored(objective, examples, [[[-2.0, 3.0]], [[0.9, 0.5]], [[0.7, 0.5]]])
+    script.score_file(run, None, "x", tmp_path / "out.jsonl", keep=keep, best_of_n=best_of_n)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert {row["name"]: row["score"] for row in rows} == expected and len(rows[0]["step_scores"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "error", "message"),
+    [
+        (["--by", "x"], ConfigError, "--by without --heldout"),
+        (["--keep", "0.5"], ConfigError, "--keep without --score"),
+        (["--best-of-n"], ConfigError, "--best-of-n without --score"),
+        (["--score", "x"], ConfigError, "--score needs --out"),
+        (["--run", "somewhere"], ConfigError, "nothing to do"),
+        (["--heldout", "/nowhere.jsonl"], DataError, "matches no file"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused_before_training(argv, error, message):
+    with pytest.raises(error, match=message):
+        script.main(argv)

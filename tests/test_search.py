@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import search as search_script
-from rpt_jax.config import Config, DecoderConfig, StepsConfig
+from rpt_jax.config import Config, DecoderConfig, MeshConfig, StepsConfig
 from rpt_jax.config.schema import with_values
 from rpt_jax.errors import ConfigError
 from rpt_jax.models import decoder
@@ -337,11 +337,21 @@ def test_many_trees_share_their_batches(engine_of):
 
 
 def test_searches_that_cannot_be_run_are_refused():
-    base = dict(tasks=1, chains=1, rounds=1, width=1, batch=1, step_tokens=1, strategy="majority", value="")
-    search_script.check(SimpleNamespace(**base))
+    base = dict(
+        tasks=1, chains=1, rounds=None, width=1, batch=6, step_tokens=1, strategy="majority", value="", form=None,
+        answer=None, out=None,
+    )  # fmt: skip
+    config = Config(mesh=MeshConfig(data=2))
+    search_script.check(SimpleNamespace(**base), config)
+    tree = {"strategy": "mcts", "value": "somewhere", "chains": None, "rounds": 2, "form": "priors", "answer": "visits"}
+    search_script.check(SimpleNamespace(**base | tree), config)
     for changes, message in (
-        ({"chains": 0}, "--chains 0"), ({"step_tokens": 0}, "--step-tokens 0"), ({"strategy": "mcts"}, "need a value"),
-        ({"value": "somewhere"}, "the others use none"),
+        ({"chains": 0}, "--chains 0"), ({"step_tokens": 0}, "--step-tokens 0"),
+        ({"strategy": "mcts", "chains": None}, "need a value"),
+        ({"value": "somewhere"}, "the others use none"), ({"batch": 5}, "--batch 5; .* divisible by .*=2"),
+        ({"rounds": 3}, "--rounds with --strategy majority; only beam, mcts"), ({"form": "nodes"}, "only mcts"),
+        (tree | {"chains": 2}, "--chains with --strategy mcts"), (tree | {"strategy": "beam"}, "--form with"),
+        ({"out": Path("/nowhere/found.jsonl")}, "does not exist"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
-            search_script.check(SimpleNamespace(**base | changes))
+            search_script.check(SimpleNamespace(**base | changes), config)
