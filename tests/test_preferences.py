@@ -74,7 +74,7 @@ def training(tiny_config, params, mesh, pairs):
     config = dataclasses.replace(CONFIG, model=tiny_config)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, max_grad_norm=1.0, weight_decay=0.0), 40)
     own = Preferences(
-        name="warm_start", config=config, mesh=mesh, optimizer=optimizer, pairs=pairs, tail=TAIL, start=params
+        name="warm_start", config=config, mesh=mesh, optimizer=optimizer, examples=pairs, tail=TAIL, start=params
     )
     return own, init_state(jax.tree.map(jnp.copy, params), optimizer, mesh)
 

@@ -1,7 +1,7 @@
 """Training of reward and value models: a scalar readout of graded completions, branches of shared prompts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from rpt_jax.config import Config, DecoderConfig, SupervisedConfig
 from rpt_jax.data.graded import Graded
-from rpt_jax.models.lora import Frozen, join
+from rpt_jax.models.lora import join
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.parallel.programs import needs_memory
@@ -21,13 +21,10 @@ from rpt_jax.rl.update import update
 from rpt_jax.scoring.scalars import score_tokens, token_scalars
 from rpt_jax.sequences import several_completions
 from rpt_jax.train.recorder import to_floats
-from rpt_jax.train.stages.supervised import example_order
+from rpt_jax.train.stages.examples import ExampleTraining, padded
 from rpt_jax.train.training import Outcome
 from rpt_jax.types import TrainState, record
 from rpt_jax.work import num_parameters, update_flops
-
-# Completions are padded to a multiple of this many tokens, so that few programs compile.
-_WIDTH_STEP = 32
 
 
 @record
@@ -41,36 +38,13 @@ class GradedRows:
 
 
 @dataclass(kw_only=True)
-class RewardModelling:
-    """The steps of a reward model's training; a `training.Training`.
-
-    Attributes:
-        name, also_records, log_every_steps: see `training.Training`.
-        config: of the run; supervised.objective is the kind of model, supervised.batch_size its examples per update.
-        mesh: that holds parameters and batches.
-        optimizer: of the stage.
-        examples: to learn, reshuffled each epoch.
-        tail: ids that end every prompt.
-        frozen: base weights of the state's adapters; None: the state holds the whole model.
-    """
-
-    name: str
-    config: Config
-    mesh: Any
-    optimizer: Any
-    examples: Sequence[Graded]
-    tail: Any
-    frozen: Frozen | None = None
-    also_records: tuple[str, ...] = ()
-    log_every_steps: int = 10
-    _position: int = 0
-    _order: Any = field(default=None, repr=False)
+class RewardModelling(ExampleTraining):
+    """The steps of a reward model's training; a `training.Training`. supervised.objective is the kind of model."""
 
     @needs_memory("training a reward model", "--supervised.batch-size, in a new run")
     def step(self, state: TrainState, number: int) -> tuple[TrainState, Outcome]:
         """Update on the next batch."""
-        chosen = [self._next() for _ in range(self.config.supervised.batch_size)]
-        rows, num_tokens = graded_rows(chosen, self.tail, self.config)
+        rows, num_tokens = graded_rows(self.take(), self.tail, self.config)
         num_params = num_parameters(join(self.frozen, state.params))
         state, metrics = update(
             state,
@@ -82,41 +56,21 @@ class RewardModelling:
         flops = update_flops(num_params, num_tokens, has_adapters=self.frozen is not None)
         return state, Outcome(flops=lambda: flops, record=lambda: to_floats(metrics))
 
-    def _next(self) -> Graded:
-        if self._order is None:
-            self._order = example_order(len(self.examples), shuffle=True, seed=self.config.run.seed)
-        self._position += 1
-        return self.examples[self._order[self._position - 1]]
-
-    def get_cursor(self) -> dict:
-        """Return {"position": number of examples taken}."""
-        return {"position": self._position}
-
-    def set_cursor(self, cursor: dict) -> None:
-        """Continue from a position."""
-        self._position = cursor["position"]
-
 
 def graded_rows(examples: Sequence[Graded], tail, config: Config) -> tuple[GradedRows, int]:
     """Build NumPy rows; return them with the number of their tokens, a prompt's counted once."""
-    U, R, L = len(examples), max(len(e.completions) for e in examples), config.data.trunk_length
-    longest = max(len(completion) for e in examples for completion in e.completions)
-    C = min(config.rollout.max_completion_tokens, -(-longest // _WIDTH_STEP) * _WIDTH_STEP)
-    trunk_tokens, cuts = np.zeros((U, L), np.int32), np.zeros(U, np.int32)
-    tokens, mask = np.zeros((U, R, C), np.int32), np.zeros((U, R, C), bool)
-    labels, is_labelled = np.zeros((U, R, C), np.float32), np.zeros((U, R, C), bool)
+    trunk_tokens, cuts, tokens, mask = padded([e.trunk for e in examples], [e.completions for e in examples], config)
+    labels, is_labelled = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, bool)
     for u, example in enumerate(examples):
-        trunk_tokens[u, : len(example.trunk)], cuts[u] = example.trunk, len(example.trunk)
-        for r, completion in enumerate(example.completions):
-            tokens[u, r, : len(completion)], mask[u, r, : len(completion)] = completion, True
-            labels[u, r, example.places[r]], is_labelled[u, r, example.places[r]] = example.labels[r], True
+        for r, places in enumerate(example.places):
+            labels[u, r, places], is_labelled[u, r, places] = example.labels[r], True
     rows = GradedRows(
         sequences=several_completions(trunk_tokens, cuts, tail, tokens, mask),
         labels=labels,
         weights=(is_labelled / max(1, is_labelled.sum())).astype(np.float32),
         margins=np.array([e.margin for e in examples], np.float32),
     )
-    return rows, int(cuts.sum() + U * len(tail) + mask.sum())
+    return rows, int(cuts.sum() + len(examples) * len(tail) + mask.sum())
 
 
 @cache

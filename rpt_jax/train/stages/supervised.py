@@ -6,59 +6,36 @@ The warm start (documents and worked thoughts) and the control (documents at mat
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import grain
 import numpy as np
 
 from rpt_jax.config import Config
 from rpt_jax.data.examples import Example
-from rpt_jax.models.lora import Frozen, join
+from rpt_jax.models.lora import join
 from rpt_jax.parallel.mesh import shard_batch
 from rpt_jax.parallel.programs import needs_memory
 from rpt_jax.rl.objective import objective_fn
 from rpt_jax.rl.update import update
 from rpt_jax.sequences import one_completion_each, trunks_alone
 from rpt_jax.train.recorder import to_floats
+from rpt_jax.train.stages.examples import ExampleTraining, example_order
 from rpt_jax.train.training import Outcome
 from rpt_jax.types import Rows, Sequences, TrainState
 from rpt_jax.work import num_parameters, update_flops
 
 
 @dataclass(kw_only=True)
-class Supervised:
-    """The steps of supervised training; a `training.Training`.
+class Supervised(ExampleTraining):
+    """The steps of supervised training; a `training.Training`."""
 
-    Attributes:
-        name, also_records, log_every_steps: see `training.Training`.
-        config: of the run.
-        mesh: that holds parameters and batches.
-        optimizer: of the stage.
-        examples: to learn, in training order.
-        tail: ids that end every prompt.
-        shuffle: reshuffle the examples each epoch.
-        frozen: base weights of the state's adapters; None: the state holds the whole policy.
-    """
-
-    name: str
-    config: Config
-    mesh: Any
-    optimizer: Any
-    examples: Sequence[Example]
-    tail: Any
-    shuffle: bool
-    frozen: Frozen | None = None
-    also_records: tuple[str, ...] = ()
-    log_every_steps: int = 10
-    _position: int = 0
     _stream: Iterator | None = field(default=None, repr=False)
 
     @needs_memory("supervised training", "--supervised.batch-size, in a new run")
     def step(self, state: TrainState, number: int) -> tuple[TrainState, Outcome]:
         """Update on the next batch."""
         if self._stream is None:
-            self._stream = batches(self.examples, self.config, self.tail, shuffle=self.shuffle, position=self._position)
-        rows, num_tokens, self._position = next(self._stream)
+            self._stream = batches(self.examples, self.config, self.tail, shuffle=self.shuffle, position=self.position)
+        rows, num_tokens, self.position = next(self._stream)
         num_params = num_parameters(join(self.frozen, state.params))
         state, metrics = update(
             state,
@@ -70,13 +47,10 @@ class Supervised:
         flops = update_flops(num_params, num_tokens, has_adapters=self.frozen is not None)
         return state, Outcome(flops=lambda: flops, record=lambda: to_floats(metrics))
 
-    def get_cursor(self) -> dict:
-        """Return {"position": number of examples taken}."""
-        return {"position": self._position}
-
     def set_cursor(self, cursor: dict) -> None:
         """Continue from a position."""
-        self._position, self._stream = cursor["position"], None
+        super().set_cursor(cursor)
+        self._stream = None
 
 
 def make_batch(examples: list[Example], config: Config, tail) -> Rows:
@@ -160,12 +134,6 @@ def _weighted(sequences: Sequences, trunk_weights, is_given=False) -> Rows:
         old_logprobs=None,
         ref_logprobs=None,
     )
-
-
-def example_order(num_examples: int, *, shuffle: bool, seed: int) -> grain.MapDataset:
-    """Return endless indices, in file order or reshuffled each epoch."""
-    order = grain.MapDataset.range(num_examples)
-    return (order.seed(seed).shuffle() if shuffle else order).repeat()
 
 
 def batches(

@@ -30,14 +30,14 @@ def warm_start(run: Run) -> Any:
         return merge(frozen, state.params)
     shared = {
         "name": NAME, "config": config, "mesh": run.mesh, "optimizer": stage_optimizer(config, NAME),
-        "tail": run.template.tail, "frozen": frozen,
+        "tail": run.template.tail, "frozen": frozen, "examples": run.warm_examples,
     }  # fmt: skip
     if config.supervised.objective == "dpo":
-        training: Training = Preferences(pairs=run.warm_examples, start=params, **shared)
+        training: Training = Preferences(start=params, **shared)
     elif is_reward_model(config):
-        training = RewardModelling(examples=run.warm_examples, **shared)
+        training = RewardModelling(**shared)
     else:
-        training = Supervised(examples=run.warm_examples, shuffle=not config.supervised.path, **shared)
+        training = Supervised(shuffle=not config.supervised.path, **shared)
     with run.checkpoints(NAME) as checkpoints:
         state, _ = fit(
             training, state, run.directory, checkpoints, Until(steps=num_steps),
