@@ -56,11 +56,18 @@ def main(argv: list[str]) -> None:
         if getattr(args, name) < 1:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} {getattr(args, name)}; it must be at least 1. Raise {flag}.")
+    if args.max_questions is not None and args.max_questions < 1:
+        raise ConfigError(f"--max-questions {args.max_questions}; it must be at least 1. Raise it, or leave it out.")
     if args.max_questions is not None and args.labels != "bisect":
         raise ConfigError(f"--max-questions with --labels {args.labels}; only bisect can leave some open. Remove it.")
     config = load_run(args.run, flags)
     if is_reward_model(config):
         raise ConfigError(f"--run {args.run} trained a reward model, which samples nothing. Choose a policy's run.")
+    if args.questions_at_once % config.mesh.trunk_shards:
+        raise ConfigError(
+            f"--questions-at-once {args.questions_at_once}; it must be divisible by mesh.data * mesh.fsdp="
+            f"{config.mesh.trunk_shards}. Change it."
+        )
     with watching(config.distributed.deadline_seconds):
         run = fitted(prepare(config, read_only=True, judges=True))
         counts = write_labels(

@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.cli import describe, parse_config, run_script
 from rpt_jax.data.batches import TrainIterator
-from rpt_jax.errors import DataError
+from rpt_jax.errors import ConfigError, DataError
 from rpt_jax.parallel.distributed import to_host
 from rpt_jax.parallel.interruption import check
 from rpt_jax.parallel.mesh import shard_batch
@@ -45,10 +45,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--per-prompt", type=int, default=2)
     parser.add_argument("--min-reward", type=float, default=1.0)
     args, rest = parser.parse_known_args(argv)
+    if args.batches < 1 or args.per_prompt < 1:
+        raise ConfigError(
+            f"--batches {args.batches}, --per-prompt {args.per_prompt}; both must be at least 1. Raise them."
+        )
     config, dry_run = parse_config(rest, trains=True)
     if dry_run:
         print(describe(config))
         return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     run = fitted(prepare(config))
     found = sample_accepted(run, args.batches, per_prompt=args.per_prompt, min_reward=args.min_reward)
     print(json.dumps(found.counts))

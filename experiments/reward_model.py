@@ -85,6 +85,9 @@ def main(argv: list[str]) -> None:
             f"supervised.objective={config.supervised.objective!r}; a reward model has bradley_terry, outcome, process "
             "or value. Set --supervised.objective."
         )
+    for path in (args.out, args.export):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
     distributed.start(config.distributed)
     console.quiet = not distributed.is_main()
     with watching(config.distributed.deadline_seconds):

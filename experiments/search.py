@@ -62,6 +62,8 @@ def main(argv: list[str]) -> None:
     args, flags = parser.parse_known_args(argv)
     config = load_run(args.run, flags)
     check(args, config)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     with watching(config.distributed.deadline_seconds):
         run = fitted(prepare(config, read_only=True, judges=True))
         engine, tasks = make_engine(run, args)
@@ -100,8 +102,6 @@ def check(args: argparse.Namespace, config: Config) -> None:
             f"--batch {args.batch}; it must be divisible by mesh.data * mesh.fsdp={config.mesh.trunk_shards}. Change "
             "--batch."
         )
-    if args.out and not args.out.parent.is_dir():
-        raise ConfigError(f"--out {args.out}; its directory does not exist. Make it, or correct --out.")
     if (args.strategy in NEED_VALUES) != bool(args.value):
         raise ConfigError(
             f"--strategy {args.strategy} with --value {args.value!r}; {', '.join(NEED_VALUES)} need a value model, and "

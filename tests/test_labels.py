@@ -13,10 +13,10 @@ from test_golden import ENTRIES
 from test_system import corpus, evaluated_at_the_ends, tiny_run  # noqa: F401  (a fixture)
 
 from experiments import label_steps
-from rpt_jax.config import Config, RolloutConfig, RunConfig, StepsConfig
+from rpt_jax.config import Config, MeshConfig, RolloutConfig, RunConfig, StepsConfig
 from rpt_jax.config.schema import with_values
 from rpt_jax.data.graded import read_graded
-from rpt_jax.errors import CheckpointError, DataError
+from rpt_jax.errors import CheckpointError, ConfigError, DataError
 from rpt_jax.models import decoder
 from rpt_jax.reward_models.labels import Answers, first_wrong_steps, omega_score, step_labels
 from rpt_jax.rewards.base import Reward
@@ -223,3 +223,19 @@ def test_rows_become_solutions(letters):
     (solution,) = solutions_of([row], rule)
     assert solution == Solution(task=4, tokens=letters.encode("a.bc."), ends=[1, 4], is_right=True)
     assert list(itertools.chain(*[solution.ends])) == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batches", "0"], "--batches 0"),
+        (["--max-questions", "4"], "only bisect"),
+        (["--labels", "bisect", "--max-questions", "0"], "--max-questions 0"),
+        (["--questions-at-once", "5"], "--questions-at-once 5; .* divisible by .*=2"),
+    ],
+)
+def test_flags_of_labelling_are_checked_first(flags, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(label_steps, "load_run", lambda *_: Config(mesh=MeshConfig(data=2)))
+    monkeypatch.setattr(label_steps, "prepare", lambda *_, **__: pytest.fail("it began"))
+    with pytest.raises(ConfigError, match=message):
+        label_steps.main(["--run", "somewhere", "--out", str(tmp_path / "out.jsonl"), *flags])

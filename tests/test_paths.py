@@ -180,6 +180,8 @@ def test_cold_start_from_rollouts(home, trained, tmp_path, capsys):
     assert counts["rollouts"] == sum(v for k, v in counts.items() if k != "rollouts")
     with pytest.raises(DataError, match="rollouts ended with a reward of at least 2.0"):
         rejection_sample.main([*flags, "--out", str(out), "--batches", "1", "--min-reward", "2"])
+    with pytest.raises(ConfigError, match="--batches 0"):
+        rejection_sample.main([*flags, "--out", str(out), "--batches", "0"])
     cold = (
         "--supervised.path",
         str(out),

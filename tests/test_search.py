@@ -339,7 +339,7 @@ def test_many_trees_share_their_batches(engine_of):
 def test_searches_that_cannot_be_run_are_refused():
     base = dict(
         tasks=1, chains=1, rounds=None, width=1, batch=6, step_tokens=1, strategy="majority", value="", form=None,
-        answer=None, out=None,
+        answer=None,
     )  # fmt: skip
     config = Config(mesh=MeshConfig(data=2))
     search_script.check(SimpleNamespace(**base), config)
@@ -351,7 +351,6 @@ def test_searches_that_cannot_be_run_are_refused():
         ({"value": "somewhere"}, "the others use none"), ({"batch": 5}, "--batch 5; .* divisible by .*=2"),
         ({"rounds": 3}, "--rounds with --strategy majority; only beam, mcts"), ({"form": "nodes"}, "only mcts"),
         (tree | {"chains": 2}, "--chains with --strategy mcts"), (tree | {"strategy": "beam"}, "--form with"),
-        ({"out": Path("/nowhere/found.jsonl")}, "does not exist"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             search_script.check(SimpleNamespace(**base | changes), config)
